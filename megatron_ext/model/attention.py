@@ -1,0 +1,184 @@
+"""Causal self-attention through torch's `scaled_dot_product_attention`.
+
+Flash or cuDNN kernels on a GPU, torch's flash kernel on a CPU: the `[s, s]` matrix of scores that
+Megatron's local layers hold (4096 x 4096 x 32 heads is 1 GiB in bf16, for each layer and sample) is never formed.
+
+Shapes: s sequence, b batch, h query heads and g key heads on this rank, d head size.
+"""
+
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel import get_cuda_rng_tracker
+from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.attention import SelfAttention
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.module import MegatronModule
+from torch import Tensor
+from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from megatron_ext.model.rope import cos_sin, rotate, split_rotate
+
+# Without MATH: it forms [s, s]. cuDNN first: it is the faster one on Hopper.
+_GPU_BACKENDS = [
+    SDPBackend.CUDNN_ATTENTION,
+    SDPBackend.FLASH_ATTENTION,
+    SDPBackend.EFFICIENT_ATTENTION,
+]
+
+
+class SdpaCoreAttention(MegatronModule):
+    """Softmax attention between projected queries, keys and values; no parameters.
+
+    The mask is causal by construction: the mask tensor that Megatron hands over is not read, so it
+    need not be built. `apply_query_key_layer_scaling` is an identity here, since it only divides the scores
+    before and multiplies them after a half-precision product. With dropout on a CPU torch falls back to
+    the whole matrix of scores.
+
+    Args:
+        config: Model config.
+        layer_number: Unused, part of Megatron's interface.
+        attn_mask_type: Must be `causal`.
+        attention_type: Unused, part of Megatron's interface.
+        attention_dropout: Probability; the config's where None.
+        softmax_scale: Factor on the scores; `1 / sqrt(d)` where None.
+        cp_comm_type: Unused, part of Megatron's interface.
+        pg_collection: Unused, part of Megatron's interface.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        layer_number: int,
+        attn_mask_type: AttnMaskType,
+        attention_type: str,
+        attention_dropout: float | None = None,
+        softmax_scale: float | None = None,
+        cp_comm_type: str | None = None,
+        pg_collection: ProcessGroupCollection | None = None,
+    ) -> None:
+        super().__init__(config=config)
+        assert attn_mask_type == AttnMaskType.causal, f"expected a causal mask, got {attn_mask_type}"
+        self.dropout = config.attention_dropout if attention_dropout is None else attention_dropout
+        self.softmax_scale = softmax_scale
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None = None,
+        attn_mask_type: AttnMaskType | None = None,
+        attention_bias: Tensor | None = None,
+        packed_seq_params: Any = None,
+    ) -> Tensor:
+        """Attend causally.
+
+        Args:
+            query: `[s, b, h, d]`, any strides.
+            key: `[s, b, g, d]`.
+            value: `[s, b, g, d]`.
+            attention_mask: Not read.
+            attn_mask_type: `causal` or None.
+            attention_bias: Must be None.
+            packed_seq_params: Must be None.
+
+        Returns:
+            Context `[s, b, h * d]`.
+        """
+        assert attn_mask_type in (None, AttnMaskType.causal), f"not causal: {attn_mask_type}"
+        assert attention_bias is None, "attention bias is not supported"
+        assert packed_seq_params is None, "packed sequences are not supported"
+        assert query.shape[0] == key.shape[0], "causal attention needs as many keys as queries"
+        dropout = self.dropout if self.training else 0.0
+        # Under sequence parallelism the whole block already runs in the forked random state.
+        forked = dropout > 0 and not self.config.sequence_parallel
+        kernels = sdpa_kernel(_GPU_BACKENDS, set_priority=True) if query.is_cuda else nullcontext()
+        with get_cuda_rng_tracker().fork() if forked else nullcontext(), kernels:
+            context = F.scaled_dot_product_attention(
+                query.permute(1, 2, 0, 3),
+                key.permute(1, 2, 0, 3),
+                value.permute(1, 2, 0, 3),
+                dropout_p=dropout,
+                is_causal=True,
+                scale=self.softmax_scale,
+                enable_gqa=query.shape[2] != key.shape[2],
+            )
+        return context.permute(2, 0, 1, 3).flatten(2)
+
+
+class TorchSelfAttention(SelfAttention):
+    """Megatron's self-attention with a training forward that moves less memory.
+
+    Same parameters and checkpoint as the parent. Only the way from the projection to the core
+    attention differs (see `megatron_ext.model.rope`); generation with a key-value cache takes the
+    parent's forward.
+    """
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None,
+        key_value_states: Tensor | None = None,
+        inference_context: Any = None,
+        rotary_pos_emb: Tensor | tuple[Tensor, Tensor] | None = None,
+        rotary_pos_cos: Tensor | None = None,
+        rotary_pos_sin: Tensor | None = None,
+        rotary_pos_cos_sin: Tensor | None = None,
+        attention_bias: Tensor | None = None,
+        packed_seq_params: Any = None,
+        sequence_len_offset: int | None = None,
+        *,
+        inference_params: Any = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Attend within `hidden_states` `[s, b, hidden]`.
+
+        Returns:
+            The projected context `[s, b, hidden]` and the projection's bias, not yet added, or None.
+        """
+        assert inference_context is None, "generation with a key-value cache is not supported"
+        assert inference_params is None, "generation with a key-value cache is not supported"
+        query, key, value = self._projected(hidden_states, self._angles(rotary_pos_emb))
+        attend = (
+            self._checkpointed_attention_forward
+            if self.checkpoint_core_attention and self.training
+            else self.core_attention
+        )
+        context = attend(
+            query,
+            key,
+            value,
+            attention_mask,
+            attention_bias=attention_bias,
+            packed_seq_params=packed_seq_params,
+        )
+        return self.linear_proj(context)
+
+    def _angles(
+        self, rotary_pos_emb: Tensor | tuple[Tensor, Tensor] | None
+    ) -> tuple[Tensor, Tensor] | None:
+        """Cosines and sines of this layer's rotation, or None where it has none."""
+        skipped = self.config.no_rope_freq and self.config.no_rope_freq[self.layer_number - 1]
+        if rotary_pos_emb is None or skipped:
+            return None
+        freqs = rotary_pos_emb[0] if isinstance(rotary_pos_emb, tuple) else rotary_pos_emb
+        return cos_sin(freqs, scale=self._yarn_concentration_factor)
+
+    def _projected(
+        self, hidden_states: Tensor, angles: tuple[Tensor, Tensor] | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries `[s, b, h, d]`, keys and values `[s, b, g, d]`, normalised and rotated."""
+        groups = self.num_query_groups_per_partition
+        normed = self.q_layernorm is not None or self.k_layernorm is not None
+        # With fewer groups than ranks the parent gathers the projection over the ranks first.
+        if angles is None or normed or self.config.num_query_groups < self.world_size:
+            query, key, value = self.get_query_key_value_tensors(hidden_states)
+            if angles is not None:
+                query, key = rotate(query, *angles), rotate(key, *angles)
+            return query, key, value
+        mixed, _ = self.linear_qkv(hidden_states)
+        heads = self.num_attention_heads_per_partition // groups
+        return split_rotate(mixed, *angles, groups=groups, heads=heads)

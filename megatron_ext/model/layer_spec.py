@@ -1,0 +1,168 @@
+"""Layer spec of a GPT in plain torch, for machines without Transformer Engine.
+
+Megatron's local spec holds whole attention matrices and refuses sequence parallelism; this one does
+neither. Modules, parameter names and checkpoint keys are those of the local spec, whose key map in
+turn gives the keys of the Transformer Engine spec (there the norms live inside the linear layers
+that follow them), so a checkpoint of either loads here, and the reverse.
+"""
+
+from argparse import Namespace
+from typing import Any
+
+from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer import ModuleSpec, TransformerConfig
+from megatron.core.transformer.attention import SelfAttentionSubmodules
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.mlp import MLPSubmodules
+from megatron.core.transformer.torch_norm import L2Norm
+from megatron.core.transformer.transformer_block import (
+    TransformerBlock,
+    TransformerBlockSubmodules,
+    get_num_layers_to_build,
+)
+from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+
+from megatron_ext.exceptions import ConfigError
+from megatron_ext.model.attention import SdpaCoreAttention, TorchSelfAttention
+from megatron_ext.model.mlp import TorchMLP
+from megatron_ext.model.norm import TorchNorm
+
+# Field of the config -> what to call it in the error, for everything that must be left unset.
+_UNSUPPORTED = {
+    "multi_latent_attention": "multi-latent attention",
+    "num_moe_experts": "mixture of experts (--num-experts)",
+    "window_size": "sliding-window attention (--window-size)",
+    "attention_output_gate": "gated attention output (--attention-output-gate)",
+    "experimental_attention_variant": "--experimental-attention-variant",
+    "heterogeneous_block_specs": "heterogeneous layers",
+    "mtp_num_layers": "multi-token prediction (--mtp-num-layers)",
+    "qk_clip": "--qk-clip",
+    "log_max_attention_logit": "--log-max-attention-logit",
+    "fp8": "fp8",
+    "fp4": "fp4",
+    "use_kitchen": "--use-kitchen",
+    "fused_residual_rmsnorm": "--fused-residual-rmsnorm",
+    "fine_grained_activation_offloading": "--fine-grained-activation-offloading",
+    "cpu_offloading": "--cpu-offloading",
+    "rotary_interleaved": "interleaved rotary embedding (--rotary-interleaved)",
+    "mrope_section": "multi-dimensional rotary embedding (--mrope-section)",
+    "apply_rope_fusion": "Transformer Engine's rotary kernel (give --no-rope-fusion)",
+    "fused_single_qkv_rope": "Transformer Engine's rotary kernel (--fused-single-qkv-rope)",
+    "use_te_activation_func": "Transformer Engine's activation (--use-te-activation-func)",
+    "batch_invariant_mode": "--batch-invariant-mode",
+}
+
+
+def check_config(config: TransformerConfig) -> None:
+    """Refuse what the torch-native layers do not compute.
+
+    Raises:
+        ConfigError: The config asks for something of Transformer Engine or of another attention;
+            the message names all of it.
+    """
+    wrong = [text for field, text in _UNSUPPORTED.items() if getattr(config, field, None)]
+    if config.context_parallel_size > 1:
+        wrong.append(f"context parallelism (--context-parallel-size {config.context_parallel_size})")
+    if config.softmax_type != "vanilla":
+        wrong.append(f"--softmax-type {config.softmax_type}")
+    if config.cuda_graph_impl == "transformer_engine":
+        wrong.append("--cuda-graph-impl transformer_engine")
+    if wrong:
+        raise ConfigError(f"the torch-native layers do not support: {'; '.join(wrong)}")
+
+
+def check_arguments(args: Namespace) -> None:
+    """Refuse flags outside the model config that the torch-native layers would silently ignore.
+
+    Attention is causal over the whole sample. A mask that stops at document ends would be dropped
+    without a word, so asking for one is an error. `--no-create-attention-mask-in-dataloader` saves
+    building and sending the `[s, s]` mask that nothing reads.
+
+    Args:
+        args: Megatron's parsed arguments.
+
+    Raises:
+        ConfigError: A flag asks for another mask or another attention.
+    """
+    for name in ("reset_attention_mask", "use_packed_sequences", "dataloader_inter_document_masking"):
+        if getattr(args, name, False):
+            raise ConfigError(
+                f"--{name.replace('_', '-')}: the torch-native layers attend causally over the whole "
+                "sample and know no other mask; drop the flag or install Transformer Engine"
+            )
+    backend = getattr(args, "attention_backend", None)
+    if getattr(backend, "name", backend) == "local":
+        raise ConfigError(
+            "--attention-backend local selects Megatron's own attention; expected auto, flash, "
+            "fused or unfused with the torch-native layers"
+        )
+
+
+def _layer_spec(config: TransformerConfig) -> ModuleSpec:
+    if config.qk_l2_norm:
+        qk_norm: type = L2Norm
+    else:
+        qk_norm = TorchNorm if config.qk_layernorm else IdentityOp
+    attention = ModuleSpec(
+        module=TorchSelfAttention,
+        params={"attn_mask_type": AttnMaskType.causal},
+        submodules=SelfAttentionSubmodules(
+            linear_qkv=ColumnParallelLinear,
+            core_attention=SdpaCoreAttention,
+            linear_proj=RowParallelLinear,
+            q_layernorm=qk_norm,
+            k_layernorm=qk_norm,
+        ),
+    )
+    mlp = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
+    return ModuleSpec(
+        module=TransformerLayer,
+        submodules=TransformerLayerSubmodules(
+            input_layernorm=TorchNorm,
+            self_attention=attention,
+            self_attn_bda=get_bias_dropout_add,
+            pre_mlp_layernorm=TorchNorm,
+            mlp=TorchMLP.builder(mlp),
+            mlp_bda=get_bias_dropout_add,
+            sharded_state_dict_keys_map={
+                "input_layernorm.": "self_attention.linear_qkv.layer_norm_",
+                "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_",
+            },
+        ),
+    )
+
+
+def torch_native_layer_spec(
+    config: TransformerConfig, *, vp_stage: int | None = None, pp_rank: int | None = None
+) -> ModuleSpec:
+    """Spec of the decoder block, for `GPTModel(transformer_layer_spec=...)`.
+
+    A block and not a layer, because Megatron would complete a layer with its own final norm, which
+    refuses sequence parallelism.
+
+    Args:
+        config: Model config.
+        vp_stage: Virtual pipeline stage of the model chunk, None without virtual stages.
+        pp_rank: Pipeline rank; this process's own where None.
+
+    Raises:
+        ConfigError: See `check_config`.
+    """
+    check_config(config)
+    layers = [_layer_spec(config)] * get_num_layers_to_build(config, vp_stage, pp_rank)
+    return ModuleSpec(
+        module=TransformerBlock,
+        submodules=TransformerBlockSubmodules(layer_specs=layers, layer_norm=TorchNorm),
+    )
+
+
+def torch_native_spec_for_builder(model_config: Any, vp_stage: int | None = None) -> ModuleSpec:
+    """`torch_native_layer_spec` as `GPTModelConfig.transformer_layer_spec` and `--spec` call it.
+
+    Args:
+        model_config: `megatron.training.models.gpt.GPTModelConfig`.
+        vp_stage: Virtual pipeline stage of the model chunk.
+    """
+    return torch_native_layer_spec(model_config.transformer, vp_stage=vp_stage)
