@@ -1,7 +1,8 @@
 """Causal self-attention through torch's `scaled_dot_product_attention`.
 
 Flash or cuDNN kernels on a GPU, torch's flash kernel on a CPU: the `[s, s]` matrix of scores that
-Megatron's local layers hold (4096 x 4096 x 32 heads is 1 GiB in bf16, for each layer and sample) is never formed.
+Megatron's local layers hold is never formed. At 32 heads and sequence 4096 it is 1 GiB in bf16, for
+each layer and sample.
 
 Shapes: s sequence, b batch, h query heads and g key heads on this rank, d head size.
 """
@@ -9,7 +10,6 @@ Shapes: s sequence, b batch, h query heads and g key heads on this rank, d head 
 from contextlib import nullcontext
 from typing import Any
 
-import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from megatron.core.transformer import TransformerConfig
@@ -17,7 +17,7 @@ from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
-from torch.nn import functional as F
+from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from megatron_ext.model.rope import cos_sin, rotate, split_rotate
@@ -34,9 +34,9 @@ class SdpaCoreAttention(MegatronModule):
     """Softmax attention between projected queries, keys and values; no parameters.
 
     The mask is causal by construction: the mask tensor that Megatron hands over is not read, so it
-    need not be built. `apply_query_key_layer_scaling` is an identity here, since it only divides the scores
-    before and multiplies them after a half-precision product. With dropout on a CPU torch falls back to
-    the whole matrix of scores.
+    need not be built. `apply_query_key_layer_scaling` is an identity here: it only divides the
+    scores before and multiplies them after a half-precision product. With dropout on a CPU torch
+    falls back to the whole matrix of scores.
 
     Args:
         config: Model config.
@@ -61,7 +61,9 @@ class SdpaCoreAttention(MegatronModule):
         pg_collection: ProcessGroupCollection | None = None,
     ) -> None:
         super().__init__(config=config)
-        assert attn_mask_type == AttnMaskType.causal, f"expected a causal mask, got {attn_mask_type}"
+        assert attn_mask_type == AttnMaskType.causal, (
+            f"expected a causal mask, got {attn_mask_type}"
+        )
         self.dropout = config.attention_dropout if attention_dropout is None else attention_dropout
         self.softmax_scale = softmax_scale
 
@@ -98,7 +100,7 @@ class SdpaCoreAttention(MegatronModule):
         forked = dropout > 0 and not self.config.sequence_parallel
         kernels = sdpa_kernel(_GPU_BACKENDS, set_priority=True) if query.is_cuda else nullcontext()
         with get_cuda_rng_tracker().fork() if forked else nullcontext(), kernels:
-            context = F.scaled_dot_product_attention(
+            context = functional.scaled_dot_product_attention(
                 query.permute(1, 2, 0, 3),
                 key.permute(1, 2, 0, 3),
                 value.permute(1, 2, 0, 3),
@@ -137,7 +139,7 @@ class TorchSelfAttention(SelfAttention):
         """Attend within `hidden_states` `[s, b, hidden]`.
 
         Returns:
-            The projected context `[s, b, hidden]` and the projection's bias, not yet added, or None.
+            The projected context `[s, b, hidden]` and the projection's bias (not yet added), if any.
         """
         assert inference_context is None, "generation with a key-value cache is not supported"
         assert inference_params is None, "generation with a key-value cache is not supported"

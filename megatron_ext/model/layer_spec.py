@@ -64,7 +64,9 @@ def check_config(config: TransformerConfig) -> None:
     """
     wrong = [text for field, text in _UNSUPPORTED.items() if getattr(config, field, None)]
     if config.context_parallel_size > 1:
-        wrong.append(f"context parallelism (--context-parallel-size {config.context_parallel_size})")
+        wrong.append(
+            f"context parallelism (--context-parallel-size {config.context_parallel_size})"
+        )
     if config.softmax_type != "vanilla":
         wrong.append(f"--softmax-type {config.softmax_type}")
     if config.cuda_graph_impl == "transformer_engine":
@@ -86,11 +88,15 @@ def check_arguments(args: Namespace) -> None:
     Raises:
         ConfigError: A flag asks for another mask or another attention.
     """
-    for name in ("reset_attention_mask", "use_packed_sequences", "dataloader_inter_document_masking"):
+    for name in (
+        "reset_attention_mask",
+        "use_packed_sequences",
+        "dataloader_inter_document_masking",
+    ):
         if getattr(args, name, False):
             raise ConfigError(
-                f"--{name.replace('_', '-')}: the torch-native layers attend causally over the whole "
-                "sample and know no other mask; drop the flag or install Transformer Engine"
+                f"--{name.replace('_', '-')}: the torch-native layers attend causally over the "
+                "whole sample and know no other mask; drop the flag or install Transformer Engine"
             )
     backend = getattr(args, "attention_backend", None)
     if getattr(backend, "name", backend) == "local":

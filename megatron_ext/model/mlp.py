@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from torch import Tensor
-from torch.nn import functional as F
+from torch.nn import functional
 
 
 class _SwiGLU(torch.autograd.Function):
@@ -19,7 +19,7 @@ class _SwiGLU(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor) -> Tensor:
         ctx.save_for_backward(x)
         gate, linear = x.chunk(2, dim=-1)
-        return F.silu(gate).mul_(linear)
+        return functional.silu(gate).mul_(linear)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Tensor:
@@ -27,7 +27,7 @@ class _SwiGLU(torch.autograd.Function):
         gate, linear = x.chunk(2, dim=-1)
         out = torch.empty_like(x)
         d_gate, d_linear = out.chunk(2, dim=-1)
-        torch.mul(grads[0], F.silu(gate), out=d_linear)
+        torch.mul(grads[0], functional.silu(gate), out=d_linear)
         torch.ops.aten.silu_backward.grad_input(grads[0] * linear, gate, grad_input=d_gate)
         return out
 
@@ -55,7 +55,7 @@ class TorchMLP(MLP):
         config = self.config
         plain_swiglu = (
             config.gated_linear_unit
-            and config.activation_func == F.silu
+            and config.activation_func == functional.silu
             and config.activation_func_clamp_value is None
             and config.glu_linear_offset == 0.0
             and per_token_scale is None

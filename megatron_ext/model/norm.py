@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from megatron.core.transformer import TransformerConfig
 from torch import Tensor, nn
-from torch.nn import functional as F
+from torch.nn import functional
 
 from megatron_ext.exceptions import ConfigError
 
@@ -63,15 +63,17 @@ class TorchNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise `x` `[..., hidden_size]`; the result has the same shape."""
-        weight, bias, dtype = self.weight, self.bias, self.weight.dtype
+        weight: Tensor = self.weight
+        bias: Tensor | None = self.bias
+        dtype = weight.dtype
         if x.dtype != dtype:
             weight = weight.to(x.dtype)
             bias = None if bias is None else bias.to(x.dtype)
         if self.zero_centered:
             weight = weight + 1
         if bias is None:
-            return F.rms_norm(x, self.shape, weight, self.eps).to(dtype)
-        return F.layer_norm(x, self.shape, weight, bias, self.eps).to(dtype)
+            return functional.rms_norm(x, self.shape, weight, self.eps).to(dtype)
+        return functional.layer_norm(x, self.shape, weight, bias, self.eps).to(dtype)
 
     def extra_repr(self) -> str:
         """Name the kind and size in the module's printout."""

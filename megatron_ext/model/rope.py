@@ -114,7 +114,7 @@ class _SplitRotate(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
         cos, sin = ctx.saved_tensors
-        groups, heads, head_size = ctx.dims
+        groups, heads, _ = ctx.dims
         parts = [
             grad.unflatten(2, (groups, n)) for grad, n in zip(grads, (heads, 1, 1), strict=True)
         ]

@@ -1,0 +1,123 @@
+"""Fused optimizer arithmetic from torch, where neither Transformer Engine nor Apex is installed.
+
+Megatron then falls back to `torch.optim.AdamW` without `fused=True`, to a gradient norm with one
+host synchronisation a tensor, to clipping through a temporary copy of every gradient, and it
+refuses `--gradient-accumulation-fusion`. torch has kernels for all four; `enable` puts them in
+Megatron's own slots for such kernels. The mathematics and the checkpoints do not change.
+"""
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+
+
+def use_fused_adam(optimizer: torch.optim.Optimizer) -> bool:
+    """Switch a torch Adam or AdamW over to its single-kernel step.
+
+    Safe at any time, also after a checkpoint of an unfused run was loaded: the moments are the
+    same, only the step counter moves to the parameter's device.
+
+    Args:
+        optimizer: Any optimizer; others than torch's own Adam and AdamW are left alone.
+
+    Returns:
+        Whether it is fused now.
+    """
+    if type(optimizer) not in (torch.optim.Adam, torch.optim.AdamW):
+        return False
+    for group in optimizer.param_groups:
+        if group.get("fused") or not all(p.is_floating_point() for p in group["params"]):
+            continue
+        group["fused"], group["foreach"] = True, False
+        for parameter in group["params"]:
+            step = optimizer.state.get(parameter, {}).get("step")
+            if step is not None:
+                step = torch.as_tensor(step, dtype=torch.float32, device=parameter.device)
+                optimizer.state[parameter]["step"] = step
+    return all(group.get("fused") for group in optimizer.param_groups)
+
+
+def l2_norm(
+    chunk_size: int, noop_flag: Tensor, tensor_lists: list[list[Tensor]], per_tensor: bool
+) -> tuple[Tensor, None]:
+    """L2 norm `[1]` of all tensors together, without leaving their device.
+
+    Signature of Apex's `multi_tensor_l2norm`, of which Megatron uses the first result only.
+    """
+    norms = torch._foreach_norm(tensor_lists[0])
+    return torch.linalg.vector_norm(torch.stack(norms)).float().reshape(1), None
+
+
+def scale(
+    chunk_size: int, noop_flag: Tensor, tensor_lists: list[list[Tensor]], factor: float
+) -> None:
+    """Write `factor` times the first list into the second; in place where they are the same."""
+    sources, targets = tensor_lists
+    if all(a.data_ptr() == b.data_ptr() for a, b in zip(sources, targets, strict=True)):
+        torch._foreach_mul_(targets, factor)
+    else:
+        torch._foreach_copy_(targets, torch._foreach_mul(sources, factor))
+
+
+class _WeightGradient:
+    """Stands in for Apex's `fused_weight_gradient_mlp_cuda`: `main_grad += grad.T @ input`.
+
+    Without it each microbatch writes the weight's gradient in bf16, reads it back and adds it to
+    the fp32 buffer; here the product accumulates in fp32 and never leaves the kernel.
+    """
+
+    @staticmethod
+    def wgrad_gemm_accum_fp32(inputs: Tensor, grad_output: Tensor, main_grad: Tensor) -> None:
+        """Accumulate into an fp32 buffer; `inputs` `[n, in]`, `grad_output` `[n, out]`."""
+        if inputs.dtype == torch.float32 or not inputs.is_cuda:
+            main_grad.addmm_(grad_output.t().to(main_grad.dtype), inputs.to(main_grad.dtype))
+            return
+        torch.addmm(main_grad, grad_output.t(), inputs, out_dtype=main_grad.dtype, out=main_grad)
+
+    @staticmethod
+    def wgrad_gemm_accum_fp16(inputs: Tensor, grad_output: Tensor, main_grad: Tensor) -> None:
+        """Accumulate into a buffer of the inputs' own half precision."""
+        main_grad.addmm_(grad_output.t(), inputs)
+
+
+def enable() -> Callable[[], None]:
+    """Use torch's kernels wherever Megatron found no others; call before building the model.
+
+    Leaves a slot alone that Transformer Engine or Apex has filled.
+
+    Returns:
+        A function that gives Megatron its own fallbacks back, for comparisons.
+    """
+    import megatron.core.optimizer as optimizers
+    import megatron.core.optimizer.clip_grads as clip_grads
+    import megatron.core.tensor_parallel.layers as layers
+    import megatron.core.utils as utils
+
+    undo = ExitStack()
+    if optimizers.USING_PYTORCH_OPTIMIZER:
+        undo.callback(register_optimizer_step_pre_hook(_fuse_before_step).remove)
+    if clip_grads.l2_norm_impl is utils.local_multi_tensor_l2_norm:
+        _replace(undo, clip_grads, "l2_norm_impl", l2_norm)
+    if clip_grads.multi_tensor_scale_impl is utils.local_multi_tensor_scale:
+        _replace(undo, clip_grads, "multi_tensor_scale_impl", scale)
+    if not layers._grad_accum_fusion_available:
+        _replace(undo, layers, "_grad_accum_fusion_available", True)
+        _replace(undo, layers, "fused_weight_gradient_mlp_cuda", _WeightGradient)
+    return undo.close
+
+
+def _replace(undo: ExitStack, module: Any, name: str, value: Any) -> None:
+    """Set a module's attribute and note how to take that back."""
+    if hasattr(module, name):
+        undo.callback(setattr, module, name, getattr(module, name))
+    else:
+        undo.callback(delattr, module, name)
+    setattr(module, name, value)
+
+
+def _fuse_before_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+    use_fused_adam(optimizer)
