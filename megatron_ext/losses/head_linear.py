@@ -1,0 +1,84 @@
+"""The matrix products and the tensor-parallel traffic of the unlearning head.
+
+T tokens, H hidden size, V vocabulary columns of this shard, c tokens of a chunk.
+"""
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+def gather_tokens(hidden: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+    """All-gather the token shards `[T/tp, H]` of sequence parallelism into `[T, H]`."""
+    size = 1 if group is None else group.size()
+    if size == 1:
+        return hidden
+    gathered = hidden.new_empty(size * hidden.shape[0], hidden.shape[1])
+    dist.all_gather_into_tensor(gathered, hidden.contiguous(), group=group)
+    return gathered
+
+
+def start_reduction(
+    grad_hidden: Tensor, group: dist.ProcessGroup | None, *, scatter: bool
+) -> tuple[Tensor, dist.Work | None]:
+    """Sum `d hidden` over the vocabulary shards without waiting for the result.
+
+    Args:
+        grad_hidden: `[T, H]`, this shard's part.
+        group: Tensor-parallel group; None is one shard.
+        scatter: Sequence parallelism: each rank gets its own `[T/tp, H]`.
+
+    Returns:
+        The tensor that holds the sum once the second value has been waited for.
+    """
+    if group is None or group.size() == 1:
+        return grad_hidden, None
+    if not scatter:
+        return grad_hidden, dist.all_reduce(grad_hidden, group=group, async_op=True)
+    mine = grad_hidden.new_empty(grad_hidden.shape[0] // group.size(), grad_hidden.shape[1])
+    return mine, dist.reduce_scatter_tensor(mine, grad_hidden, group=group, async_op=True)
+
+
+def project(hidden: Tensor, weight: Tensor, *, fp32: bool) -> Tensor:
+    """Logits `[c, V]` of `hidden` `[c, H]`, in the weights' type, or unrounded in fp32."""
+    if not fp32 or weight.dtype.itemsize >= 4:
+        return hidden @ weight.t()
+    if hidden.is_cuda:  # the product is summed in fp32 anyway; only its rounding is left out
+        return torch.mm(hidden, weight.t(), out_dtype=torch.float32)
+    return hidden.float() @ weight.float().t()
+
+
+def add_weight_gradient(
+    total: Tensor, grad_logits: Tensor, hidden: Tensor, *, overwrite: bool
+) -> None:
+    """`total += grad_logits^T hidden`, summed in `total`'s type.
+
+    Args:
+        total: `[V, H]`, fp32 where several chunks or microbatches are summed.
+        grad_logits: `[c, V]`.
+        hidden: `[c, H]`, of the type of `grad_logits`.
+        overwrite: `total` holds nothing yet.
+    """
+    beta = 0 if overwrite else 1
+    left = grad_logits.t()
+    if total.dtype == grad_logits.dtype:
+        total.addmm_(left, hidden, beta=beta)
+    elif total.is_cuda and total.dtype == torch.float32:
+        torch.addmm(total, left, hidden, out_dtype=torch.float32, beta=beta, out=total)
+    else:
+        total.addmm_(left.to(total.dtype), hidden.to(total.dtype), beta=beta)
+
+
+def fused_weight_gradient(weight: Tensor) -> Tensor | None:
+    """What autograd is told once `weight.main_grad` has received the gradient.
+
+    Megatron's protocol for gradient-accumulation fusion: where the parameter carries
+    `grad_added_to_main_grad`, set it and hand autograd a tensor of the right shape so that its
+    hooks run on the main thread (zeros if `zero_out_wgrad`, otherwise never read); else nothing.
+    """
+    if not hasattr(weight, "grad_added_to_main_grad"):
+        return None
+    weight.grad_added_to_main_grad = True
+    if getattr(weight, "zero_out_wgrad", False):
+        return torch.zeros_like(weight)
+    return torch.empty_like(weight)
