@@ -28,7 +28,7 @@ from megatron_ext.runtime import cpu
 cpu.enable()  # before megatron is imported
 
 PEAK_FLOPS = 989e12  # dense bf16 of an H100 or H200 SXM, by the vendor's datasheet
-MFU_NOTE = "6 FLOPs a matmul parameter and token; attention causal (masked half not counted) or full"
+MFU_NOTE = "6 FLOPs a matmul parameter and token; attention causal (masked half left out) or full"
 
 
 def _groups() -> Iterable[tuple[str, list[Any]]]:

@@ -139,7 +139,7 @@ class TorchSelfAttention(SelfAttention):
         """Attend within `hidden_states` `[s, b, hidden]`.
 
         Returns:
-            The projected context `[s, b, hidden]` and the projection's bias (not yet added), if any.
+            The projected context `[s, b, hidden]` and the bias, if any, that is yet to be added.
         """
         assert inference_context is None, "generation with a key-value cache is not supported"
         assert inference_params is None, "generation with a key-value cache is not supported"

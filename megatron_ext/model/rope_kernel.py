@@ -3,8 +3,9 @@
 `TRITON_INTERPRET=1` runs it on the CPU, which is how it is tested without a GPU.
 """
 
+# ruff: noqa: ANN001
+
 import os
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,21 +27,21 @@ def usable(t: Tensor) -> bool:
 if triton is not None:
 
     @triton.jit
-    def _rotate_kernel(
-        t_ptr: Any,
-        cos_ptr: Any,
-        sin_ptr: Any,
-        batch: Any,
-        heads: Any,
-        stride_s: Any,
-        stride_b: Any,
-        stride_g: Any,
-        stride_h: Any,
+    def _rotate_kernel(  # type: ignore[no-untyped-def]  # Triton's types are not Python's
+        t_ptr,
+        cos_ptr,
+        sin_ptr,
+        batch,
+        heads,
+        stride_s,
+        stride_b,
+        stride_g,
+        stride_h,
         HALF: tl.constexpr,
         ROWS: tl.constexpr,
         COLUMNS: tl.constexpr,
         TOTAL_HEADS: tl.constexpr,
-    ) -> None:
+    ):
         token = tl.program_id(0)
         position = (token // batch).to(tl.int64)
         column = tl.arange(0, COLUMNS)
