@@ -8,7 +8,7 @@
 
 Source: arXiv 2406.12397, which proposes bounded forgetting; gradient ascent is its baseline.
 
-`softplus` of torch is accurate at both ends: `log1p(exp(a))` up to its threshold of 20, where nothing
+`softplus` of torch is accurate at both ends: `log1p(exp(a))` up to its threshold, 20, where nothing
 cancels, and `a` above it, where the two differ by 1e-10 of the value. From a margin of 87 on, the
 cross-entropy is below the smallest normal fp32 number, and fades to 0.
 """

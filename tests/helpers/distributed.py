@@ -1,0 +1,93 @@
+"""Runs a function on real ranks: processes of their own that talk over gloo."""
+
+import os
+import pickle
+import tempfile
+import time
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+
+def run_ranks(
+    fn: Callable[..., Any], world_size: int, *args: Any, timeout: float = 120.0
+) -> list[Any]:
+    """Calls `fn(*args)` on every rank of a fresh process group and returns what the ranks return.
+
+    Starting a rank takes 2-3 s (it imports torch), so a test does better with many cases in one
+    call than with many calls.
+
+    Args:
+        fn: A function of a module (it is pickled by name); its rank is `dist.get_rank()`.
+        world_size: Number of ranks.
+        *args: Picklable arguments, the same on all ranks.
+        timeout: Seconds for the whole call.
+
+    Returns:
+        The results in the order of the ranks; they must be picklable.
+
+    Raises:
+        torch.multiprocessing.ProcessRaisedException: A rank raised. Carries the traceback of the
+            first that did; the others are ended.
+        TimeoutError: The ranks did not end in time; they are ended.
+    """
+    deadline = time.monotonic() + timeout
+    with tempfile.TemporaryDirectory() as directory:
+        # One thread a rank, set before the child imports torch: ranks must not fight for cores.
+        with mock.patch.dict(os.environ, OMP_NUM_THREADS="1"):
+            context = mp.start_processes(
+                _rank_main,
+                args=(world_size, directory, timeout, fn, args),
+                nprocs=world_size,
+                join=False,
+                start_method="spawn",
+            )
+        try:
+            while not context.join(timeout=max(0.0, deadline - time.monotonic())):
+                if time.monotonic() >= deadline:
+                    running = [r for r, p in enumerate(context.processes) if p.is_alive()]
+                    raise TimeoutError(
+                        f"{fn.__qualname__}: ranks {running} of {world_size} still run "
+                        f"after {timeout} s"
+                    )
+        finally:
+            for process in context.processes:
+                if process.is_alive():
+                    process.kill()
+                process.join()
+        return [
+            pickle.loads((Path(directory) / f"result{rank}").read_bytes())
+            for rank in range(world_size)
+        ]
+
+
+def _rank_main(
+    rank: int,
+    world_size: int,
+    directory: str,
+    timeout: float,
+    fn: Callable[..., Any],
+    args: tuple[Any, ...],
+) -> None:
+    torch.set_num_threads(1)
+    # A file, not a port: no two runs can race for it.
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{directory}/rendezvous",
+        rank=rank,
+        world_size=world_size,
+        timeout=timedelta(seconds=timeout),
+    )
+    try:
+        result = fn(*args)
+        # Plain pickle, not a queue: torch would share tensors through files of a rank that is gone.
+        (Path(directory) / f"result{rank}").write_bytes(pickle.dumps(result))
+        dist.barrier()
+    finally:
+        dist.destroy_process_group()
