@@ -1,0 +1,234 @@
+"""The product's flags beside Megatron's, what a machine without CUDA or Transformer Engine sets by
+itself, and every check that can be made before torch.distributed starts.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+from argparse import ArgumentParser, Namespace
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.training import get_tokenizer
+from megatron.training.argument_utils import ArgumentGroupFactory
+from megatron.training.arguments import parse_and_validate_args, parse_args
+
+from megatron_ext.checkpoint.inspect import check_architecture, has_checkpoint, open_checkpoint
+from megatron_ext.config import UnlearnConfig
+from megatron_ext.data.tokenizers import TOKENIZER_TYPES, TokenizerSpec, tokenizer_digest
+from megatron_ext.model.layer_spec import check_arguments as check_layer_arguments
+from megatron_ext.exceptions import ConfigError
+from megatron_ext.runtime import cpu
+
+logger = logging.getLogger(__name__)
+
+# Combinations that are refused: the argument, whether it is set, and why it cannot work.
+_NEVER: tuple[tuple[str, str], ...] = (
+    ("num_experts", "mixture-of-experts layers route tokens with losses of their own"),
+    ("multi_latent_attention", "multi-latent attention is not among the layers of this product"),
+    ("yaml_cfg", "settings are given as flags"),
+    ("use_torch_fsdp2", "the model is sharded by tensor and pipeline parallelism"),
+    ("use_megatron_fsdp", "the model is sharded by tensor and pipeline parallelism"),
+    ("modelopt_enabled", "ModelOpt replaces the loss"),
+    ("fim_data", "fill-in-the-middle samples are not built here"),
+)
+_NEVER_WITH_UNLEARNING: tuple[tuple[str, str], ...] = (
+    ("rampup_batch_size", "the composition of a batch is fixed for the whole run"),
+    ("step_batch_size_schedule", "the composition of a batch is fixed for the whole run"),
+    ("decrease_batch_size_if_needed", "the composition of a batch is fixed for the whole run"),
+    ("phase_transition_iterations", "the composition of a batch is fixed for the whole run"),
+    ("mtp_num_layers", "multi-token prediction adds a loss that unlearning does not define"),
+    ("calculate_per_token_loss", "each term is already averaged over its tokens of the global batch"),
+    ("multiple_validation_sets", "forget and replay validation losses are reported apart already"),
+    ("full_validation", "validation batches are composed of forget and replay samples"),
+    ("overlap_moe_expert_parallel_comm", "it replaces the schedule that runs the reference"),
+    ("hybrid_context_parallel", "it replaces the schedule that runs the reference"),
+    ("mock_data", "there is nothing to forget in random tokens"),
+    ("sft", "the roles of the tokens would be ambiguous"),
+)
+
+
+def add_arguments(parser: ArgumentParser) -> ArgumentParser:
+    """Add the product's flags and this machine's defaults to Megatron's parser."""
+    ArgumentGroupFactory(UnlearnConfig).build_group(parser, "unlearning (arXiv 2406.12397)")
+    parser.set_defaults(**machine_defaults())
+    return parser
+
+
+def machine_defaults() -> dict[str, Any]:
+    """Megatron's arguments that this machine needs; a flag that the user types wins over each."""
+    # Attention is causal everywhere here, so no layer asks the loader for a [s, s] mask.
+    defaults: dict[str, Any] = {"create_attention_mask_in_dataloader": False}
+    if not _installed("transformer_engine"):
+        defaults |= {"transformer_impl": "local"}
+    if not _installed("apex"):
+        defaults |= {"persist_layer_norm": False, "masked_softmax_fusion": False}
+    if not (_installed("fused_weight_gradient_mlp_cuda") or _installed("transformer_engine")):
+        defaults |= {"gradient_accumulation_fusion": False}
+    if not _installed("transformer_engine") and not _installed("apex"):
+        defaults |= {"apply_rope_fusion": False}
+    return defaults | (cpu.CPU_FLAGS if cpu.is_enabled() else {})
+
+
+def _installed(module: str) -> bool:
+    return importlib.util.find_spec(module) is not None
+
+
+def parse() -> tuple[Namespace, UnlearnConfig]:
+    """Parse the command line, check it, and set Megatron's global arguments.
+
+    Returns:
+        Megatron's arguments, validated by Megatron, and the settings of unlearning.
+
+    Raises:
+        ConfigError: a flag or a combination that cannot work; the message names it.
+    """
+    raw = parse_args(add_arguments)
+    config = unlearn_config(raw)
+    check_before_megatron(raw, config)
+    try:
+        args = parse_and_validate_args(add_arguments)
+    except (AssertionError, ValueError, RuntimeError) as error:
+        raise ConfigError(f"refused by Megatron-Core: {error}") from error
+    _record_tokenizer(args)
+    check_after_megatron(args, config)
+    return args, config
+
+
+def _record_tokenizer(args: Namespace) -> None:
+    """Keep in the arguments, and so in every checkpoint, which tokenizer the model was trained with."""
+    args.unpadded_vocab_size = get_tokenizer().vocab_size
+    args.tokenizer_digest = None
+    if args.tokenizer_type in TOKENIZER_TYPES:
+        spec = TokenizerSpec(
+            tokenizer_type=args.tokenizer_type, tokenizer_model=args.tokenizer_model
+        )
+        args.tokenizer_digest = tokenizer_digest(spec)
+
+
+def check_checkpoints(args: Namespace, config: UnlearnConfig) -> None:
+    """Check the checkpoint that the run starts from or goes on from, before any process group exists.
+
+    Raises:
+        CheckpointError: it is missing where the run cannot do without, unreadable, or of another model.
+    """
+    if has_checkpoint(args.load):
+        checkpoint = open_checkpoint(args.load, flag="--load", iteration=args.ckpt_step)
+        check_architecture(checkpoint, args, flag="--load")
+        if config.enabled and not args.finetune:
+            _check_resume(checkpoint.args, args)
+    elif args.pretrained_checkpoint is not None:
+        checkpoint = open_checkpoint(args.pretrained_checkpoint, flag="--pretrained-checkpoint")
+        check_architecture(checkpoint, args, flag="--pretrained-checkpoint")
+    elif config.enabled:
+        # Megatron would go on with random weights.
+        open_checkpoint(args.load, flag="--load")
+
+
+def _check_resume(saved: Namespace, args: Namespace) -> None:
+    """The order of the samples is a function of these; a resumed run must see those that were left."""
+    if getattr(saved, "unlearn_reference", None) is None:
+        return
+    for name in ("global_batch_size", "forget_batch_size"):
+        expected, found = getattr(saved, name), getattr(args, name)
+        if expected != found:
+            raise ConfigError(
+                f"--{name.replace('_', '-')}: expected {expected}, with which {args.load} was started, "
+                f"found {found}"
+            )
+
+
+def unlearn_config(args: Namespace) -> UnlearnConfig:
+    """The settings of unlearning among parsed arguments."""
+    return UnlearnConfig(**{f.name: getattr(args, f.name) for f in fields(UnlearnConfig)})
+
+
+def check_before_megatron(args: Namespace, config: UnlearnConfig) -> None:
+    """Refuse what Megatron would only find out about in the middle of a run, or not at all.
+
+    Raises:
+        ConfigError: names the flag, what was expected and what was found.
+    """
+    for name, reason in _NEVER:
+        _refuse(args, name, f"is not supported: {reason}")
+    if args.context_parallel_size > 1 and not _installed("transformer_engine"):
+        raise ConfigError(
+            f"--context-parallel-size: expected 1, found {args.context_parallel_size}; attention over a "
+            "sequence that is split across ranks needs Transformer Engine, which is not installed"
+        )
+    if args.spec is None and args.transformer_impl == "local":
+        check_layer_arguments(args)
+    if config.enabled:
+        for name, reason in _NEVER_WITH_UNLEARNING:
+            _refuse(args, name, f"cannot be combined with --forget-data-path: {reason}")
+        if args.dataloader_type not in (None, "single"):
+            raise ConfigError(
+                f"--dataloader-type: expected single, found {args.dataloader_type}; "
+                "the order of forgotten and replayed samples is fixed"
+            )
+        if args.cuda_graph_impl == "full_iteration":
+            raise ConfigError("--cuda-graph-impl full_iteration cannot capture the reference's pass")
+        _check_start(args)
+    elif config.reference_load is not None:
+        raise ConfigError("--reference-load: expected --forget-data-path beside it, found none")
+
+
+def _refuse(args: Namespace, name: str, reason: str) -> None:
+    if getattr(args, name, None):
+        raise ConfigError(f"--{name.replace('_', '-')} {reason}")
+
+
+def _check_start(args: Namespace) -> None:
+    """Unlearning starts from a trained model, and its reference is one."""
+    for flag in ("load", "pretrained_checkpoint", "reference_load"):
+        directory = getattr(args, flag)
+        # --load may name the run's own, still empty, directory beside --pretrained-checkpoint.
+        if directory is None or (flag == "load" and args.pretrained_checkpoint is not None):
+            continue
+        if not Path(directory).is_dir():
+            raise ConfigError(
+                f"--{flag.replace('_', '-')}: expected a checkpoint directory, found nothing at {directory}"
+            )
+    if args.load is None and args.pretrained_checkpoint is None:
+        raise ConfigError(
+            "--forget-data-path: expected --load or --pretrained-checkpoint, the trained model to unlearn "
+            "from; found neither"
+        )
+
+
+def check_after_megatron(args: Namespace, config: UnlearnConfig) -> None:
+    """Check what depends on sizes that Megatron has derived.
+
+    Raises:
+        ConfigError: names the flag, what was expected and what was found.
+    """
+    if not config.enabled:
+        return
+    for batch, micro, flag in (
+        (args.global_batch_size, args.micro_batch_size, "--forget-batch-size"),
+        (args.eval_global_batch_size, args.eval_micro_batch_size, "--eval-global-batch-size"),
+    ):
+        forget = config.forget_samples(batch, train_global_batch_size=args.global_batch_size)
+        unit = micro * args.data_parallel_size
+        if not 0 < forget < batch:
+            raise ConfigError(
+                f"{flag}: expected at least 1 and fewer than the global batch of {batch} samples to be "
+                f"forgotten, found {forget}"
+            )
+        if forget % unit:
+            raise ConfigError(
+                f"{flag}: expected a multiple of {unit} forgotten samples (micro-batch size {micro} x "
+                f"data-parallel size {args.data_parallel_size}), found {forget} of {batch}"
+            )
+
+
+def describe_runtime() -> str:
+    """One line that says what the run will stand on."""
+    if cpu.is_enabled():
+        flags = ", ".join(f"{k.replace('_', '-')}={v}" for k, v in cpu.CPU_FLAGS.items())
+        return f"no CUDA device: running Megatron's loop on the CPU over gloo ({flags})"
+    layers = "Transformer Engine" if _installed("transformer_engine") else "torch-native layers"
+    return f"{torch.cuda.get_device_name()}: {layers}"

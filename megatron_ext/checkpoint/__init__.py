@@ -1,0 +1,1 @@
+"""Checkpoints: what a directory holds, its digest, and exchange with other formats."""

@@ -1,0 +1,147 @@
+"""What a checkpoint directory holds, read before any process group exists.
+
+Megatron's ``load_checkpoint`` tolerates what a run must not: a missing directory falls back to
+``--pretrained-checkpoint`` and a missing tracker file keeps random weights. Everything here raises.
+"""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron.core import dist_checkpointing
+
+from megatron_ext.exceptions import CheckpointError
+
+TRACKER = "latest_checkpointed_iteration.txt"
+
+# Arguments that change what the weights mean without changing their shapes, or whose shapes give a
+# less helpful message.
+ARCHITECTURE = (
+    "num_layers",
+    "hidden_size",
+    "ffn_hidden_size",
+    "num_attention_heads",
+    "num_query_groups",
+    "kv_channels",
+    "swiglu",
+    "normalization",
+    "norm_epsilon",
+    "qk_layernorm",
+    "position_embedding_type",
+    "rotary_base",
+    "rotary_percent",
+    "use_rope_scaling",
+    "untie_embeddings_and_output_weights",
+    "add_bias_linear",
+    "add_qkv_bias",
+)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """One iteration of a checkpoint directory.
+
+    Attributes:
+        directory: what ``--load`` names.
+        iteration: the iteration, 0 for a release.
+        path: the folder that holds the tensors.
+        args: the arguments of the run that wrote it.
+    """
+
+    directory: Path
+    iteration: int
+    path: Path
+    args: Namespace
+
+
+def has_checkpoint(directory: str | Path | None) -> bool:
+    """Whether a directory holds a finished checkpoint."""
+    return directory is not None and (Path(directory) / TRACKER).is_file()
+
+
+def open_checkpoint(
+    directory: str | Path, *, flag: str, iteration: int | None = None
+) -> Checkpoint:
+    """Read which checkpoint a directory holds, without its tensors.
+
+    Args:
+        directory: what the flag names.
+        flag: the flag, for messages.
+        iteration: the iteration wanted; the latest by default.
+
+    Raises:
+        CheckpointError: the directory, its tracker file or the iteration is missing or unreadable.
+    """
+    directory = Path(directory)
+    if not directory.is_dir():
+        raise CheckpointError(f"{flag}: expected a checkpoint directory, found nothing at {directory}")
+    tracker = directory / TRACKER
+    if not tracker.is_file():
+        raise CheckpointError(f"{flag}: expected a finished checkpoint, found no {tracker}")
+    text = tracker.read_text().strip()
+    if iteration is None and not text.isdecimal() and text != "release":
+        raise CheckpointError(f"{tracker}: expected an iteration number or 'release', found {text!r}")
+    release = iteration is None and text == "release"
+    number = iteration if iteration is not None else 0 if release else int(text)
+    path = directory / ("release" if release else f"iter_{number:07d}")
+    if not dist_checkpointing.check_is_distributed_checkpoint(str(path)):
+        raise CheckpointError(
+            f"{flag}: expected a torch_dist checkpoint at {path}, found none (or one of another format)"
+        )
+    try:
+        common = dist_checkpointing.load_common_state_dict(str(path))
+    except Exception as error:  # whatever the storage raises, the user needs the folder's name
+        raise CheckpointError(f"{flag}: {path} cannot be read: {error}") from error
+    args = common.get("args")
+    if args is None:
+        raise CheckpointError(f"{flag}: expected the arguments of its run in {path}, found none")
+    return Checkpoint(directory=directory, iteration=number, path=path, args=args)
+
+
+def check_architecture(checkpoint: Checkpoint, args: Namespace, *, flag: str) -> None:
+    """Compare a checkpoint's model with the one that the run will build.
+
+    Args:
+        checkpoint: the checkpoint to be loaded.
+        args: Megatron's validated arguments of this run.
+        flag: the flag that named the checkpoint, for messages.
+
+    Raises:
+        CheckpointError: another architecture, vocabulary or tokenizer, or a longer sequence.
+    """
+    saved = checkpoint.args
+    for name in ARCHITECTURE:
+        if not hasattr(saved, name) or not hasattr(args, name):
+            continue
+        expected, found = getattr(args, name), getattr(saved, name)
+        if expected != found:
+            raise CheckpointError(
+                f"{flag}: expected --{name.replace('_', '-')} {expected}, as this run has, "
+                f"found {found} in {checkpoint.path}"
+            )
+    longest = getattr(saved, "max_position_embeddings", None)
+    if longest is not None and args.seq_length > longest:
+        raise CheckpointError(
+            f"--seq-length: expected at most {longest}, the length that {checkpoint.path} was trained for, "
+            f"found {args.seq_length}"
+        )
+    _check_vocabulary(checkpoint, args, flag)
+
+
+def _check_vocabulary(checkpoint: Checkpoint, args: Namespace, flag: str) -> None:
+    for name in ("unpadded_vocab_size", "tokenizer_digest"):
+        expected, found = getattr(args, name, None), getattr(checkpoint.args, name, None)
+        if expected is not None and found is not None and expected != found:
+            raise CheckpointError(
+                f"--tokenizer-model: expected the tokenizer of {checkpoint.path} ({flag}; {name} {found}), "
+                f"found {name} {expected}"
+            )
+    # A checkpoint of stock Megatron records the padded size alone.
+    padded = getattr(checkpoint.args, "padded_vocab_size", None)
+    if padded is not None and args.unpadded_vocab_size > padded:
+        raise CheckpointError(
+            f"--tokenizer-model: expected at most the {padded} ids of {checkpoint.path} ({flag}), "
+            f"found {args.unpadded_vocab_size}"
+        )

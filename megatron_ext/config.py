@@ -1,0 +1,124 @@
+"""The settings of an unlearning run: one field is one flag, its docstring the flag's help text.
+
+arXiv 2406.12397 gives the objective and its weights; the defaults here are the paper's.
+"""
+
+import math
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from megatron_ext.exceptions import ConfigError
+
+
+def _list() -> Any:
+    return field(default=None, metadata={"argparse_meta": {"nargs": "+", "type": str}})
+
+
+@dataclass(kw_only=True)
+class UnlearnConfig:
+    """What is forgotten, how strongly, and against which reference.
+
+    Raises:
+        ConfigError: a value that no run could use; the message names the flag.
+    """
+
+    forget_data_path: list[str] | None = _list()
+    """Text to forget, as weights and prefixes in the syntax of --data-path. Naming it turns unlearning
+    on; --data-path then names the text that is replayed. Split by --split."""
+
+    forget_train_data_path: list[str] | None = _list()
+    """Like --forget-data-path for the training split alone; goes with --train-data-path."""
+
+    forget_valid_data_path: list[str] | None = _list()
+    """Like --forget-data-path for the validation split alone; goes with --valid-data-path."""
+
+    forget_test_data_path: list[str] | None = _list()
+    """Like --forget-data-path for the test split alone; goes with --test-data-path."""
+
+    forget_batch_size: int | None = None
+    """Samples of each global batch that are forgotten; the rest are replayed. A multiple of
+    micro-batch size times data-parallel size. Default: half of the global batch."""
+
+    forget_loss: Literal["bounded", "gradient-ascent"] = "bounded"
+    """Forgetting loss of a token: bounded is -log(1 - p), which is at least 0; gradient-ascent is
+    +log p, which has no lower bound (the paper's ablation)."""
+
+    forget_weight: float = 0.01
+    """Weight of the forgetting loss, averaged over the forgotten tokens of the global batch."""
+
+    replay_weight: float = 1.0
+    """Weight of the cross-entropy, averaged over the replayed tokens of the global batch."""
+
+    mitigation_weight: float = 1.0
+    """Weight of KL(reference || model), averaged over the replayed tokens. With 0 no reference model
+    is built."""
+
+    reference_load: str | None = None
+    """Checkpoint directory of the frozen reference model. Default: the checkpoint that the run starts
+    from."""
+
+    @property
+    def enabled(self) -> bool:
+        """Whether this is an unlearning run."""
+        return self.forget_data_path is not None or self.forget_per_split
+
+    @property
+    def forget_per_split(self) -> bool:
+        """Whether the text to forget is named for each split apart."""
+        return any(
+            path is not None
+            for path in (
+                self.forget_train_data_path,
+                self.forget_valid_data_path,
+                self.forget_test_data_path,
+            )
+        )
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether a frozen reference model takes part in the objective."""
+        return self.enabled and self.mitigation_weight > 0
+
+    def __post_init__(self) -> None:
+        for name in ("forget_weight", "replay_weight", "mitigation_weight"):
+            value = getattr(self, name)
+            if not math.isfinite(value) or value < 0:
+                raise ConfigError(
+                    f"--{name.replace('_', '-')}: expected a finite number of at least 0, found {value}"
+                )
+        if self.forget_batch_size is not None and self.forget_batch_size < 1:
+            raise ConfigError(
+                f"--forget-batch-size: expected at least 1, found {self.forget_batch_size}"
+            )
+        if self.forget_data_path is not None and self.forget_per_split:
+            raise ConfigError(
+                "--forget-data-path: expected either it or --forget-(train|valid|test)-data-path, "
+                "found both"
+            )
+        if self.enabled and not any((self.forget_weight, self.replay_weight, self.mitigation_weight)):
+            raise ConfigError(
+                "--forget-weight, --replay-weight, --mitigation-weight: expected at least one above 0, "
+                "found 0 for all three"
+            )
+
+    def forget_samples(self, global_batch_size: int, *, train_global_batch_size: int) -> int:
+        """Forgotten samples of a batch whose size may differ from training's (in validation).
+
+        Args:
+            global_batch_size: samples of the batch at hand.
+            train_global_batch_size: samples of a training batch, to which ``forget_batch_size`` refers.
+
+        Returns:
+            The number of samples, in the proportion of training.
+
+        Raises:
+            ConfigError: the proportion gives no whole number of samples.
+        """
+        forget = self.forget_batch_size or train_global_batch_size // 2
+        samples, remainder = divmod(forget * global_batch_size, train_global_batch_size)
+        if remainder:
+            raise ConfigError(
+                f"--eval-global-batch-size: expected a size in which {forget} of every "
+                f"{train_global_batch_size} samples is a whole number, found {global_batch_size}"
+            )
+        return samples

@@ -1,0 +1,111 @@
+"""A microbatch on this rank: read once, used by the reference's pass and by the step itself."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.utils import get_batch_on_this_cp_rank, get_batch_on_this_tp_rank
+from megatron.training.utils import is_first_or_last_pipeline_stage
+
+from megatron_ext.exceptions import DataError
+
+_KEYS = ("tokens", "labels", "loss_mask", "position_ids", "attention_mask")
+
+
+@dataclass
+class MicroBatch:
+    """One microbatch; every tensor is ``None`` on a pipeline stage that does not use it.
+
+    Shapes: ``b`` sequences of the microbatch, ``s`` tokens of a sequence on this context-parallel rank.
+
+    Attributes:
+        tokens: int64 ``[b, s]``, on the first stage.
+        position_ids: int64 ``[b, s]``, on the first stage.
+        labels: int64 ``[b, s]``, on the last stage.
+        loss_mask: float ``[b, s]``, on the last stage; its sign is the role of the token.
+        attention_mask: bool ``[b, 1, s, s]`` if the loader builds one.
+        context: what the step attaches for the head of the last stage.
+    """
+
+    tokens: torch.Tensor | None = None
+    labels: torch.Tensor | None = None
+    loss_mask: torch.Tensor | None = None
+    position_ids: torch.Tensor | None = None
+    attention_mask: torch.Tensor | None = None
+    context: Any = field(default=None, repr=False)
+
+
+def read_micro_batch(
+    data_iterator: Iterator[dict[str, torch.Tensor]] | None,
+    *,
+    args: Namespace,
+    vp_stage: int | None,
+    micro_batch_size: int,
+    forget: bool | None = None,
+) -> MicroBatch:
+    """Read a microbatch from Megatron's loader and share it over the tensor-parallel ranks.
+
+    Args:
+        data_iterator: Megatron's iterator; ``None`` on ranks that receive the batch from another.
+        args: Megatron's validated arguments.
+        vp_stage: virtual pipeline stage of the model chunk, ``None`` without interleaving.
+        micro_batch_size: sequences of the microbatch.
+        forget: the role that the samples must have; not checked if ``None``.
+
+    Raises:
+        DataError: the samples have another role than the composition of the batch says.
+    """
+    if not is_first_or_last_pipeline_stage(vp_stage):
+        return MicroBatch()
+    tp_rank = parallel_state.get_tensor_model_parallel_rank()
+    batch: dict[str, Any] = {}
+    if tp_rank == 0:
+        assert data_iterator is not None
+        sample = next(data_iterator)
+        if forget is not None:
+            _check_role(sample["loss_mask"], forget)
+        batch = {
+            key: sample[key].cuda(non_blocking=True) if sample.get(key) is not None else None
+            for key in _KEYS
+        }
+    ignore_virtual = vp_stage is None
+    batch = get_batch_on_this_tp_rank(
+        batch,
+        has_cu_seqlens=False,
+        is_hybrid_cp=False,
+        create_attention_mask_in_dataloader=args.create_attention_mask_in_dataloader,
+        broadcast_src_rank=parallel_state.get_tensor_model_parallel_src_rank(),
+        broadcast_group=parallel_state.get_tensor_model_parallel_group(),
+        cp_size=args.context_parallel_size,
+        tp_rank=tp_rank,
+        micro_batch_size=micro_batch_size,
+        seq_length=args.seq_length,
+        mtp_on_this_rank=False,
+        pipeline_model_parallel_size=args.pipeline_model_parallel_size,
+        is_pipeline_first_stage=parallel_state.is_pipeline_first_stage(
+            ignore_virtual=ignore_virtual, vp_stage=vp_stage
+        ),
+        is_pipeline_last_stage=parallel_state.is_pipeline_last_stage(
+            ignore_virtual=ignore_virtual, vp_stage=vp_stage
+        ),
+    )
+    batch = get_batch_on_this_cp_rank(
+        batch, is_hybrid_cp=False, cp_group=parallel_state.get_context_parallel_group()
+    )
+    return MicroBatch(**{key: batch.get(key) for key in _KEYS})
+
+
+def _check_role(loss_mask: torch.Tensor, forget: bool) -> None:
+    """A microbatch has one role; a token of the other would be trained the wrong way round."""
+    wrong = loss_mask > 0 if forget else loss_mask < 0
+    if bool(wrong.any()):
+        role = "forgotten" if forget else "replayed"
+        raise DataError(
+            f"data: expected a microbatch of {role} samples, found {int(wrong.sum())} tokens of the other "
+            "role; the loader does not follow the composition of the batch"
+        )

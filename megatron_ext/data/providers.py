@@ -1,0 +1,191 @@
+"""Megatron's datasets from the command line: one blend for plain training, two for unlearning."""
+
+from __future__ import annotations
+
+import json
+from argparse import Namespace
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from megatron.core import parallel_state
+from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
+from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig, MockGPTDataset
+from megatron.core.datasets.utils import Split, get_blend_from_list
+from megatron.training import get_tokenizer
+from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_last_pipeline_stage
+
+from megatron_ext.config import UnlearnConfig
+from megatron_ext.data.composition import ComposedDataset
+from megatron_ext.data.manifest import check_prefix
+from megatron_ext.exceptions import ConfigError, DataError
+
+Blend = tuple[list[str], list[float] | None] | None
+Datasets = tuple[Any, Any, Any]
+
+
+def datasets_provider(args: Namespace, config: UnlearnConfig) -> Callable[..., Datasets]:
+    """The provider that Megatron's ``pretrain`` calls for the train, validation and test datasets.
+
+    Args:
+        args: Megatron's validated arguments.
+        config: the settings of unlearning.
+
+    Returns:
+        ``provider(num_samples, vp_stage=None)``; built on the ranks that read data, ``None`` elsewhere.
+    """
+
+    def provider(num_samples: Sequence[int], vp_stage: int | None = None) -> Datasets:
+        replay = get_blend_and_blend_per_split(args)
+        if not config.enabled:
+            return _build(args, *replay, num_samples, vp_stage)
+        return _composed(args, config, replay, num_samples, vp_stage)
+
+    provider.is_distributed = True  # type: ignore[attr-defined]  # read by Megatron's loop
+    return provider
+
+
+def _composed(
+    args: Namespace,
+    config: UnlearnConfig,
+    replay_blends: tuple[Blend, list[Blend] | None],
+    num_samples: Sequence[int],
+    vp_stage: int | None,
+) -> Datasets:
+    """Build both blends, sized for the number of batches that the run asks for, and compose them."""
+    train_batch, eval_batch = args.global_batch_size, args.eval_global_batch_size
+    batch_sizes = (train_batch, eval_batch, eval_batch)
+    forget_sizes = [
+        config.forget_samples(size, train_global_batch_size=train_batch) for size in batch_sizes
+    ]
+    batches = [-(-(n or 0) // size) for n, size in zip(num_samples, batch_sizes, strict=True)]
+    forget = _build(
+        args,
+        *forget_blends(config),
+        [n * f for n, f in zip(batches, forget_sizes, strict=True)],
+        vp_stage,
+    )
+    replay = _build(
+        args,
+        *replay_blends,
+        [n * (g - f) for n, g, f in zip(batches, batch_sizes, forget_sizes, strict=True)],
+        vp_stage,
+    )
+    composed = [
+        None
+        if forget_ds is None or replay_ds is None
+        else ComposedDataset(
+            forget_ds, replay_ds, forget_samples=f, global_batch_size=g, split=split
+        )
+        for forget_ds, replay_ds, f, g, split in zip(
+            forget, replay, forget_sizes, batch_sizes, Split, strict=True
+        )
+    ]
+    return composed[0], composed[1], composed[2]
+
+
+def forget_blends(config: UnlearnConfig) -> tuple[Blend, list[Blend] | None]:
+    """The blend to forget, over all splits or for each split, in Megatron's form."""
+    if config.forget_data_path is not None:
+        return get_blend_from_list(config.forget_data_path), None
+    return None, [
+        get_blend_from_list(paths)
+        for paths in (
+            config.forget_train_data_path,
+            config.forget_valid_data_path,
+            config.forget_test_data_path,
+        )
+    ]
+
+
+def _build(
+    args: Namespace,
+    blend: Blend,
+    blend_per_split: list[Blend] | None,
+    num_samples: Sequence[int],
+    vp_stage: int | None,
+) -> Datasets:
+    """Build one blend with Megatron's own builder."""
+    sequences = None
+    if args.per_dataset_sequences_path is not None:
+        sequences = json.loads(Path(args.per_dataset_sequences_path).read_text())
+    dataset_config = GPTDatasetConfig(
+        random_seed=args.seed,
+        sequence_length=args.seq_length,
+        blend=blend,
+        blend_per_split=blend_per_split,
+        split=args.split if blend_per_split is None else None,
+        multiple_validation_sets=args.multiple_validation_sets,
+        full_validation=args.full_validation,
+        num_dataset_builder_threads=args.num_dataset_builder_threads,
+        path_to_cache=args.data_cache_path,
+        mmap_bin_files=args.mmap_bin_files,
+        tokenizer=get_tokenizer(),
+        reset_position_ids=args.reset_position_ids,
+        reset_attention_mask=args.reset_attention_mask,
+        eod_mask_loss=args.eod_mask_loss,
+        create_attention_mask=args.create_attention_mask_in_dataloader,
+        object_storage_cache_path=args.object_storage_cache_path,
+        mid_level_dataset_surplus=args.mid_level_dataset_surplus,
+        allow_ambiguous_pad_tokens=args.allow_ambiguous_pad_tokens,
+        fast_cache_load=args.dataloader_fast_cache_load,
+        defer_npy_index_mmap=args.dataloader_defer_npy_index_mmap,
+        sequences_per_dataset=sequences,
+    )
+    dataset_type = MockGPTDataset if args.mock_data else GPTDataset
+    builder = BlendedMegatronDatasetBuilder(
+        dataset_type, list(num_samples), partial(_reads_data, vp_stage=vp_stage), dataset_config
+    )
+    train, valid, test = builder.build()
+    return train, valid, test
+
+
+def _reads_data(vp_stage: int | None = None) -> bool:
+    return (
+        is_first_or_last_pipeline_stage(vp_stage)
+        and parallel_state.get_tensor_model_parallel_rank() == 0
+    )
+
+
+def check_datasets(args: Namespace, config: UnlearnConfig) -> None:
+    """Check every dataset file that the run names, cheaply and before any expensive work.
+
+    Args:
+        args: Megatron's validated arguments; the tokenizer is built.
+        config: the settings of unlearning.
+
+    Raises:
+        ConfigError: no dataset is named, or a weight is not positive.
+        DataError: a file is missing, truncated, empty or of another tokenizer; the message names it.
+    """
+    blends = {"--data-path": get_blend_and_blend_per_split(args)}
+    if config.enabled:
+        blends["--forget-data-path"] = forget_blends(config)
+    if args.mock_data:
+        return
+    vocab_size = get_tokenizer().vocab_size
+    for flag, (blend, per_split) in blends.items():
+        prefixes = _prefixes(flag, [blend] if per_split is None else per_split)
+        if not prefixes:
+            raise ConfigError(f"{flag}: expected the prefix of a tokenised dataset, found none")
+        for prefix in prefixes:
+            try:
+                check_prefix(
+                    prefix, vocab_size=vocab_size, tokenizer_digest=args.tokenizer_digest
+                )
+            except DataError as error:
+                raise DataError(f"{flag}: {error}") from error
+
+
+def _prefixes(flag: str, blends: Sequence[Blend]) -> list[str]:
+    found: list[str] = []
+    for blend in blends:
+        if blend is None:
+            continue
+        paths, weights = blend
+        for path, weight in zip(paths, weights or [1.0] * len(paths), strict=True):
+            if not weight > 0:
+                raise ConfigError(f"{flag}: expected weights above 0, found {weight} for {path}")
+        found += paths
+    return list(dict.fromkeys(found))

@@ -1,0 +1,21 @@
+"""What a user of the product can cause, as a small tree of exceptions.
+
+A message names the flag or file, what was expected and what was found; the entry point and the tools
+print it without a traceback.
+"""
+
+
+class MegatronExtError(Exception):
+    """Base of everything that the product raises on purpose."""
+
+
+class ConfigError(MegatronExtError):
+    """A flag, or a combination of flags, that cannot work."""
+
+
+class DataError(MegatronExtError):
+    """Text, tokens or an index that is missing, broken or of another tokenizer."""
+
+
+class CheckpointError(MegatronExtError):
+    """A checkpoint that is missing, incomplete or of another model."""

@@ -1,0 +1,78 @@
+"""The forward step of plain pre-training and continued pre-training: Megatron's own, loss included."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import torch
+from megatron.core.rerun_state_machine import get_rerun_state_machine
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.utils import get_attr_wrapped_model
+from megatron.training import get_timers
+
+from megatron_ext.data.batch import read_micro_batch
+
+
+class PlainStep:
+    """Megatron's ``forward_step_func`` for next-token prediction.
+
+    Args:
+        args: Megatron's validated arguments.
+    """
+
+    def __init__(self, args: Namespace) -> None:
+        self.args = args
+
+    def forward_step(
+        self, data_iterator: Iterator[dict[str, torch.Tensor]] | None, model: MegatronModule
+    ) -> tuple[torch.Tensor, Callable[..., Any]]:
+        """Forward pass of one microbatch; the output is the loss of every token, ``[b, s]``."""
+        timer = get_timers()("batch-generator", log_level=2)
+        timer.start()
+        batch = read_micro_batch(
+            data_iterator,
+            args=self.args,
+            vp_stage=get_attr_wrapped_model(model, "vp_stage"),
+            # Validation may use another size; the schedule sees it in the tensors.
+            micro_batch_size=self._micro_batch_size(model),
+        )
+        timer.stop()
+        output = model(
+            batch.tokens, batch.position_ids, batch.attention_mask, labels=batch.labels
+        )
+        return output, partial(self.loss, batch.loss_mask)
+
+    def loss(
+        self, loss_mask: torch.Tensor, output: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
+        """Sum of the losses, number of tokens and report, as Megatron averages them.
+
+        Args:
+            loss_mask: ``[b, s]``, 1 where a token counts.
+            output: fp32 ``[b, s]``, cross-entropy of every token in nats.
+        """
+        mask = loss_mask.view(-1).float()
+        loss = (output.view(-1).float() * mask).sum()
+        tokens = mask.sum().to(torch.int)
+        if self.args.check_for_nan_in_loss_and_grad:
+            check_finite(loss)
+        report = torch.cat((loss.detach().view(1), tokens.view(1)))
+        return loss, tokens, {"lm loss": report}
+
+    def _micro_batch_size(self, model: MegatronModule) -> int:
+        return int(self.args.micro_batch_size if model.training else self.args.eval_micro_batch_size)
+
+
+def check_finite(loss: torch.Tensor) -> None:
+    """Megatron's own check of a rank's loss, before it reaches the other ranks."""
+    for rejects, what in ((torch.isnan, "NaN"), (torch.isinf, "Inf")):
+        get_rerun_state_machine().validate_result(
+            result=loss,
+            rejection_func=rejects,
+            message=f"found {what} in local forward loss calculation",
+            tolerance=0.0,  # the forward pass is deterministic
+            fatal=True,
+        )

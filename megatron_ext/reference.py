@@ -1,0 +1,289 @@
+"""The frozen reference model of the mitigation term, beside the model that learns.
+
+It is built by the same builder under the same parallel layout, from a hook that Megatron's model
+config offers (``post_wrap_hooks``), and kept outside the module tree: the optimizer, DDP and
+checkpoints never see it. Before each step it runs Megatron's own schedule, forward only, over the
+replay microbatches and keeps their final hidden states on the last stage: one hidden vector a token
+instead of a row of logits.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import logging
+from argparse import Namespace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.utils import unwrap_model
+
+from megatron_ext.checkpoint.digest import model_digest
+from megatron_ext.checkpoint.inspect import (
+    Checkpoint,
+    check_architecture,
+    has_checkpoint,
+    open_checkpoint,
+)
+from megatron_ext.config import UnlearnConfig
+from megatron_ext.data.batch import MicroBatch
+from megatron_ext.exceptions import CheckpointError
+
+logger = logging.getLogger(__name__)
+
+# The parts of a GPT model in a checkpoint; the rest is optimizer and random state.
+_MODEL_KEYS = ("embedding.", "decoder.", "output_layer.")
+
+
+@dataclass(frozen=True)
+class ReferenceSource:
+    """Which checkpoint the reference is, and what an earlier part of the run recorded of it.
+
+    Attributes:
+        checkpoint: the checkpoint to load.
+        recorded_digest: the digest that the resumed checkpoint recorded, ``None`` in a new run.
+    """
+
+    checkpoint: Checkpoint
+    recorded_digest: str | None
+
+
+def find_reference(args: Namespace, config: UnlearnConfig) -> ReferenceSource:
+    """Decide which checkpoint the reference is, before any process group exists.
+
+    A new run takes ``--reference-load``, or else the checkpoint that it starts from. A resumed run takes
+    the one that its checkpoint recorded; taking the resumed student instead would silently change the
+    objective.
+
+    Raises:
+        CheckpointError: the checkpoint is missing, unreadable or of another model.
+    """
+    recorded = _recorded_reference(args)
+    if recorded is None:
+        flag, directory = "--reference-load", config.reference_load
+        if directory is None:
+            flag = "--load" if has_checkpoint(args.load) else "--pretrained-checkpoint"
+            directory = args.load if has_checkpoint(args.load) else args.pretrained_checkpoint
+        # Without --pretrained-checkpoint an empty --load must be reported, not taken for a fresh start.
+        flag, directory = (flag, directory) if directory is not None else ("--load", args.load)
+        source = ReferenceSource(open_checkpoint(directory, flag=flag), None)
+    else:
+        flag = "--reference-load"
+        directory = config.reference_load or recorded["directory"]
+        if not Path(directory).is_dir():
+            raise CheckpointError(
+                f"{flag}: expected the reference that {args.load} was unlearned against, found nothing at "
+                f"{directory}; name its new place with {flag}"
+            )
+        opened = open_checkpoint(directory, flag=flag, iteration=recorded["iteration"])
+        source = ReferenceSource(opened, recorded["digest"])
+    check_architecture(source.checkpoint, args, flag=flag)
+    return source
+
+
+def _recorded_reference(args: Namespace) -> dict[str, Any] | None:
+    """What the checkpoint to be resumed recorded of its reference; ``None`` in a new run."""
+    if args.finetune or not has_checkpoint(args.load):
+        return None
+    return getattr(open_checkpoint(args.load, flag="--load").args, "unlearn_reference", None)
+
+
+class FrozenReference:
+    """The reference model's chunks on this rank.
+
+    Args:
+        model_config: the model config that the student is built from.
+        args: Megatron's validated arguments; ``unlearn_reference`` is recorded in them, and so in every
+            checkpoint of the run.
+        source: the checkpoint.
+
+    Raises:
+        CheckpointError: a tensor is missing, superfluous or of another shape; or the digest differs
+            from the one that the resumed checkpoint recorded.
+    """
+
+    def __init__(self, model_config: Any, *, args: Namespace, source: ReferenceSource) -> None:
+        self.source = source
+        self._vocab_size: int = args.unpadded_vocab_size
+        self.chunks = self._build(model_config)
+        self._load()
+        self.digest = self.compute_digest()
+        checkpoint = source.checkpoint
+        if source.recorded_digest not in (None, self.digest):
+            raise CheckpointError(
+                f"--reference-load: expected the reference with digest {source.recorded_digest}, which "
+                f"{args.load} was unlearned against, found {self.digest} in {checkpoint.path} "
+                "(other weights, or another precision)"
+            )
+        args.unlearn_reference = {
+            "directory": str(checkpoint.directory.resolve()),
+            "iteration": checkpoint.iteration,
+            "digest": self.digest,
+        }
+
+    @staticmethod
+    def _build(model_config: Any) -> list[MegatronModule]:
+        """Build the chunks with the student's builder, without gradients or random numbers."""
+        transformer = copy.deepcopy(model_config.transformer)
+        # Every weight is overwritten by the load; initialising would draw from the student's generators.
+        transformer.perform_initialization = False
+        transformer.recompute_granularity = None
+        transformer.gradient_accumulation_fusion = False
+        reference_config = dataclasses.replace(
+            model_config, transformer=transformer, pre_wrap_hooks=[], post_wrap_hooks=[]
+        )
+        builder = reference_config.get_builder_cls()(reference_config)
+        chunks: list[MegatronModule] = builder.build_distributed_models(
+            pg_collection=ProcessGroupCollection.use_mpu_process_groups(), wrap_with_ddp=False
+        )
+        for chunk in chunks:
+            chunk.requires_grad_(False)
+            chunk.eval()
+        return chunks
+
+    def _sharded_state(self) -> dict[str, Any]:
+        state = {
+            f"model{i}": chunk.sharded_state_dict() for i, chunk in enumerate(unwrap_model(self.chunks))
+        }
+        return state
+
+    def _shards(self) -> list[ShardedTensor]:
+        state = self._sharded_state()
+        apply_factories(state)
+        return [value for value in nested_values(state) if isinstance(value, ShardedTensor)]
+
+    def _load(self) -> None:
+        path = str(self.source.checkpoint.path)
+        self._check_keys(path)
+        loaded = dist_checkpointing.load(self._sharded_state(), path)
+        for i, chunk in enumerate(unwrap_model(self.chunks)):
+            chunk.load_state_dict(loaded[f"model{i}"], strict=True)
+
+    def _check_keys(self, path: str) -> None:
+        """Every tensor of the checkpoint is wanted by some rank, and every wanted one is there."""
+        shapes = {t.key: (tuple(t.global_shape), t.allow_shape_mismatch) for t in self._shards()}
+        gathered: list[Any] = [None] * torch.distributed.get_world_size()
+        torch.distributed.all_gather_object(gathered, shapes)
+        wanted = {key: value for part in gathered for key, value in part.items()}
+        found = {
+            key: tuple(tensor.global_shape)
+            for key, tensor in dist_checkpointing.load_tensors_metadata(path).items()
+            if key.startswith(_MODEL_KEYS)
+        }
+        for label, keys in (
+            ("lacks", wanted.keys() - found.keys()),
+            ("has, beyond this model,", found.keys() - wanted.keys()),
+        ):
+            if keys:
+                raise CheckpointError(
+                    f"reference {path} {label} {len(keys)} tensors, {min(keys)} among them: "
+                    "expected the architecture of this run"
+                )
+        for key, (shape, padded) in wanted.items():
+            # Rows of vocabulary-sized tensors are padded for the layout; the rest must agree.
+            skip = 1 if padded else 0
+            if shape[skip:] != found[key][skip:]:
+                raise CheckpointError(
+                    f"reference {path}: expected {key} of shape {shape}, found {found[key]}"
+                )
+
+    def compute_digest(self) -> str:
+        """Digest of the reference's weights as they are now, the same on every rank and layout."""
+        return model_digest(self._shards(), vocab_size=self._vocab_size)
+
+    def check_unchanged(self) -> None:
+        """Compare the weights with those that were loaded.
+
+        Raises:
+            CheckpointError: a weight changed during the run, so the objective did as well.
+        """
+        digest = self.compute_digest()
+        if digest != self.digest:
+            raise CheckpointError(
+                f"reference: expected digest {self.digest} after training, found {digest}; its weights "
+                "were changed during the run"
+            )
+
+    def output_weight(self) -> torch.Tensor:
+        """LM-head weight of the reference on the last stage, ``[V/tp, H]``."""
+        last = unwrap_model(self.chunks)[-1]
+        if last.share_embeddings_and_output_weights:
+            return last.shared_embedding_or_output_weight()
+        return last.output_layer.weight
+
+    @torch.no_grad()
+    def hidden_states(
+        self,
+        schedule: Callable[..., Any],
+        batches: Sequence[Sequence[MicroBatch]],
+        *,
+        seq_length: int,
+        micro_batch_size: int,
+        **schedule_arguments: Any,
+    ) -> list[torch.Tensor]:
+        """Run the reference over microbatches by Megatron's schedule.
+
+        Args:
+            schedule: Megatron's ``forward_backward_func``.
+            batches: for each model chunk of this rank its microbatches, in order.
+            seq_length: tokens of a sequence, before it is split for context parallelism.
+            micro_batch_size: sequences of a microbatch.
+            **schedule_arguments: passed on to the schedule.
+
+        Returns:
+            On the last stage the final hidden states of each microbatch, ``[s, b, H]`` in the model's
+            precision (``[s/tp, b, H]`` under sequence parallelism); an empty list on other stages.
+        """
+        wanted = len(batches[0])
+        iterators, count = self._fit_schedule(batches)
+        captured: list[torch.Tensor] = []
+
+        def keep(hidden_states: torch.Tensor, **_: Any) -> torch.Tensor:
+            captured.append(hidden_states.detach())
+            # The schedule passes an output on; a row of hidden states need not be upcast for it.
+            return hidden_states.new_zeros(1)
+
+        def forward_step(iterator: Iterator[MicroBatch], model: MegatronModule) -> tuple[Any, Any]:
+            batch = next(iterator)
+            output = model(
+                batch.tokens, batch.position_ids, batch.attention_mask, output_processor=keep
+            )
+            return output, lambda output_tensor, non_loss_data: None
+
+        schedule(
+            forward_step_func=forward_step,
+            data_iterator=iterators if len(iterators) > 1 else iterators[0],
+            model=self.chunks,
+            num_microbatches=count,
+            seq_length=seq_length,
+            micro_batch_size=micro_batch_size,
+            forward_only=True,
+            collect_non_loss_data=True,
+            **schedule_arguments,
+        )
+        return captured[:wanted]
+
+    def _fit_schedule(
+        self, batches: Sequence[Sequence[MicroBatch]]
+    ) -> tuple[list[Iterator[MicroBatch]], int]:
+        """Give the interleaved schedule at least as many microbatches as it has stages.
+
+        It also wants them in groups; one group of all is always allowed. Microbatches that only fill
+        the pipeline repeat the last one, and their hidden states are dropped.
+        """
+        count = len(batches[0])
+        if len(self.chunks) > 1:
+            config = unwrap_model(self.chunks)[0].config
+            count = max(count, config.pipeline_model_parallel_size)
+            for chunk in unwrap_model(self.chunks):
+                chunk.config.microbatch_group_size_per_vp_stage = count
+        padded = [[*chunk, *[chunk[-1]] * (count - len(chunk))] for chunk in batches]
+        return [iter(chunk) for chunk in padded], count

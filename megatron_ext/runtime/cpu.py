@@ -1,0 +1,257 @@
+"""Megatron's training loop on a machine without a CUDA device.
+
+Megatron asks ``torch.cuda`` for devices, streams, events and random states even where the arithmetic
+would run anywhere. :func:`enable` answers those calls on the CPU, and does nothing at all where a CUDA
+device exists, so nothing here can change a run on a GPU. Each answer is listed with the call that
+needs it; no other module of the product knows that this one exists, except the entry point and the tests.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+_enabled = False
+
+# Factories that Megatron calls with a literal device="cuda" or with torch.cuda.current_device().
+_FACTORIES = (
+    "arange as_tensor empty empty_like eye full full_like linspace ones ones_like rand randint randn "
+    "randperm tensor zeros zeros_like"
+).split()
+
+# The flags that a machine without CUDA, Transformer Engine and Apex needs; users do not type them.
+CPU_FLAGS: dict[str, Any] = {
+    "distributed_backend": "gloo",
+    "gradient_accumulation_fusion": False,
+    "masked_softmax_fusion": False,
+    "persist_layer_norm": False,
+    "apply_rope_fusion": False,
+    "num_workers": 0,
+    "barrier_with_L1_time": False,
+    "async_tensor_model_parallel_allreduce": False,
+}
+
+
+def is_enabled() -> bool:
+    """Whether the CPU answers for ``torch.cuda`` in this process."""
+    return _enabled
+
+
+def enable() -> bool:
+    """Let Megatron's loop run on the CPU if, and only if, this machine has no CUDA device.
+
+    Call it before anything of ``megatron`` is imported: modules of Megatron bind some of the functions
+    at import. A second call does nothing.
+
+    Returns:
+        Whether the CPU runtime is active.
+    """
+    global _enabled
+    if _enabled or torch.cuda.is_available():
+        return _enabled
+    # A jit warm-up would ask for a CUDA stream; dynamo reads the variable through torch's own config.
+    os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
+    torch._dynamo.config.disable = True
+    # Megatron checks this for GPUs of other generations; it means nothing without one.
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    _patch_devices()
+    _patch_streams()
+    _patch_memory()
+    _patch_random_states()
+    _patch_tensors()
+    _patch_factories()
+    _patch_megatron()
+    _enabled = True
+    return True
+
+
+def _on_cpu(device: Any) -> Any:
+    """The CPU for whatever names a CUDA device (a string, an index, a torch.device), else unchanged."""
+    if isinstance(device, bool):
+        return device
+    if isinstance(device, int) or (isinstance(device, str) and device.startswith("cuda")):
+        return "cpu"
+    if isinstance(device, torch.device) and device.type == "cuda":
+        return torch.device("cpu")
+    return device
+
+
+def _patch_devices() -> None:
+    cuda: Any = torch.cuda
+    cuda.current_device = lambda: 0
+    # Zero devices would make Megatron skip building its process groups.
+    cuda.device_count = lambda: int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    cuda.set_device = lambda device: None
+    cuda.synchronize = lambda device=None: None
+    cuda.get_device_name = lambda device=None: "cpu"
+    cuda.get_device_capability = lambda device=None: (0, 0)
+    cuda.get_device_properties = lambda device=None: SimpleNamespace(
+        name="cpu", major=0, minor=0, total_memory=0, multi_processor_count=os.cpu_count() or 1
+    )
+    cuda.device = lambda device: contextlib.nullcontext()
+
+
+class _Stream:
+    """Order on one stream is the order of the calls, so every wait has already happened."""
+
+    cuda_stream = 0
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+    def wait_stream(self, stream: Any) -> None:
+        pass
+
+    def wait_event(self, event: Any) -> None:
+        pass
+
+    def synchronize(self) -> None:
+        pass
+
+    def query(self) -> bool:
+        return True
+
+    def record_event(self, event: Any = None) -> Any:
+        event = event or _Event()
+        event.record()
+        return event
+
+
+class _Event:
+    """A point in wall-clock time."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self._seconds = 0.0
+
+    def record(self, stream: Any = None) -> None:
+        self._seconds = time.perf_counter()
+
+    def wait(self, stream: Any = None) -> None:
+        pass
+
+    def synchronize(self) -> None:
+        pass
+
+    def query(self) -> bool:
+        return True
+
+    def elapsed_time(self, end: _Event) -> float:
+        """Milliseconds, as CUDA's events give."""
+        return (end._seconds - self._seconds) * 1e3
+
+
+def _patch_streams() -> None:
+    cuda: Any = torch.cuda
+    stream = _Stream()
+
+    @contextlib.contextmanager
+    def use_stream(_: Any) -> Iterator[None]:
+        yield
+
+    cuda.Stream = _Stream
+    cuda.Event = _Event
+    cuda.current_stream = lambda device=None: stream
+    cuda.default_stream = lambda device=None: stream
+    cuda.set_stream = lambda stream: None
+    cuda.stream = use_stream
+    cuda.is_current_stream_capturing = lambda: False
+    cuda.nvtx = SimpleNamespace(
+        range_push=lambda message: None,
+        range_pop=lambda: None,
+        range=lambda message: contextlib.nullcontext(),
+    )
+
+
+def _patch_memory() -> None:
+    cuda: Any = torch.cuda
+    cuda.empty_cache = lambda: None
+    cuda.reset_peak_memory_stats = lambda device=None: None
+    cuda.memory_stats = lambda device=None: defaultdict(int)
+    for name in ("memory_allocated", "max_memory_allocated", "memory_reserved", "max_memory_reserved"):
+        setattr(cuda, name, lambda device=None: 0)
+    cuda.mem_get_info = lambda device=None: (0, 0)
+
+
+def _patch_random_states() -> None:
+    cuda: Any = torch.cuda
+    # torch.manual_seed itself seeds every CUDA device, so these go to the generator.
+    cuda.manual_seed = torch.default_generator.manual_seed
+    cuda.manual_seed_all = torch.default_generator.manual_seed
+    cuda.get_rng_state = lambda device="cuda": torch.get_rng_state()
+    cuda.set_rng_state = lambda state, device="cuda": torch.set_rng_state(state)
+    cuda.random.get_rng_state = cuda.get_rng_state
+    cuda.random.set_rng_state = cuda.set_rng_state
+
+
+def _patch_tensors() -> None:
+    original_to: Callable[..., Any] = torch.Tensor.to
+    original_type: Callable[..., Any] = torch.Tensor.type
+    original_module_to: Callable[..., Any] = torch.nn.Module.to
+
+    def to(self: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if "device" in kwargs:
+            kwargs["device"] = _on_cpu(kwargs["device"])
+        return original_to(self, *map(_on_cpu, args), **kwargs)
+
+    def module_to(self: torch.nn.Module, *args: Any, **kwargs: Any) -> torch.nn.Module:
+        if "device" in kwargs:
+            kwargs["device"] = _on_cpu(kwargs["device"])
+        return original_module_to(self, *map(_on_cpu, args), **kwargs)
+
+    def type_(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        # clip_grads and the mixed-precision optimizer compare the name with torch.cuda.FloatTensor.
+        if args or kwargs:
+            return original_type(self, *args, **kwargs)
+        return original_type(self).replace("torch.", "torch.cuda.", 1)
+
+    def pinned(self: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        return self
+
+    tensor: Any = torch.Tensor
+    module: Any = torch.nn.Module
+    tensor.to = to
+    tensor.type = type_
+    tensor.cuda = lambda self, *args, **kwargs: self
+    tensor.pin_memory = pinned
+    tensor.record_stream = lambda self, stream: None
+    module.cuda = lambda self, device=None: self
+    module.to = module_to
+
+
+def _patch_factories() -> None:
+    def on_cpu(factory: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(factory)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            if kwargs.get("device") is not None:
+                kwargs["device"] = _on_cpu(kwargs["device"])
+            kwargs.pop("pin_memory", None)
+            return factory(*args, **kwargs)
+
+        return call
+
+    for name in _FACTORIES:
+        setattr(torch, name, on_cpu(getattr(torch, name)))
+
+
+def _patch_megatron() -> None:
+    import megatron.core.tensor_parallel.random as random_states
+
+    random_states._get_cuda_rng_state = (  # bound to torch.cuda's own at import
+        lambda device="cuda", clone=False, graph_safe=False: torch.get_rng_state()
+    )
+    random_states._set_cuda_rng_state = (
+        lambda new_state, device=-1, graph_safe=False: torch.set_rng_state(new_state)
+    )
+    import megatron.training.training as training
+
+    training.initialize_megatron = functools.partial(
+        training.initialize_megatron, allow_no_cuda=True
+    )

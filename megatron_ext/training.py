@@ -1,0 +1,285 @@
+"""The training step: Megatron's schedule with the unlearning objective around and inside it.
+
+``train_step`` and ``evaluate`` of Megatron call whatever ``get_forward_backward_func`` returns. The
+wrapped schedule reads all microbatches of the step first, because two things need them before the
+student's first backward pass: the reference's hidden states, and the number of forgotten and replayed
+tokens in the whole global batch, by which each term is averaged.
+
+Source of the objective: arXiv 2406.12397. The paper sums over each text; here every term is the mean
+over its own tokens of the global batch, so the result does not depend on TP, PP, DP or the
+micro-batch size.
+"""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.utils import get_attr_wrapped_model
+from megatron.training import get_timers
+
+from megatron_ext.config import UnlearnConfig
+from megatron_ext.data.batch import MicroBatch, read_micro_batch
+from megatron_ext.head import head_terms
+from megatron_ext.losses import FORGET_LOSSES, cross_entropy
+from megatron_ext.plain import check_finite
+from megatron_ext.reference import FrozenReference
+
+# Denominator of a term without tokens: its mean is then 0 instead of 0/0, and adding it to the token
+# counts of other batches changes nothing.
+_NO_TOKENS = 1e-30
+
+
+@dataclass
+class StepContext:
+    """What a microbatch needs to know of its step.
+
+    Attributes:
+        tokens: fp64 ``[2]``, forgotten and replayed tokens of the whole global batch.
+        scale: what Megatron will divide the loss by on its way to the gradient: microbatches times
+            data-parallel ranks.
+        reference_hidden: the reference's final hidden states, ``[s, b, H]``; ``None`` without a reference
+            or for a forget microbatch.
+    """
+
+    tokens: torch.Tensor
+    scale: float
+    reference_hidden: torch.Tensor | None = None
+
+
+class UnlearnStep:
+    """One unlearning step, or validation step, around Megatron's own schedule.
+
+    Args:
+        args: Megatron's validated arguments.
+        config: the settings of unlearning.
+        reference: returns the frozen reference, built by then, or ``None`` where the objective has none.
+    """
+
+    def __init__(
+        self,
+        args: Namespace,
+        config: UnlearnConfig,
+        *,
+        reference: Callable[[], FrozenReference | None],
+    ) -> None:
+        self.args = args
+        self.config = config
+        self._reference = reference
+
+    def install(self) -> None:
+        """Put the step into Megatron's loop: its schedule getter and its ``evaluate``."""
+        import megatron.training.training as loop
+
+        get_schedule, evaluate = loop.get_forward_backward_func, loop.evaluate
+
+        def get_wrapped_schedule(*args: Any, **kwargs: Any) -> Callable[..., Any]:
+            return partial(self.forward_backward, get_schedule(*args, **kwargs))
+
+        def evaluate_and_derive(*args: Any, **kwargs: Any) -> Any:
+            totals, collected, out_of_time = evaluate(*args, **kwargs)
+            return (self.derive(totals) if totals else totals), collected, out_of_time
+
+        loop.get_forward_backward_func = get_wrapped_schedule
+        loop.evaluate = evaluate_and_derive
+
+    def forward_backward(
+        self,
+        schedule: Callable[..., Any],
+        *,
+        forward_step_func: Callable[..., Any],
+        data_iterator: Any,
+        model: list[MegatronModule],
+        num_microbatches: int,
+        seq_length: int,
+        micro_batch_size: int,
+        forward_only: bool = False,
+        **schedule_arguments: Any,
+    ) -> list[dict[str, torch.Tensor]]:
+        """Run a step; the signature is that of Megatron's schedules.
+
+        Returns:
+            On the last stage one dictionary of metrics, already reduced over the data-parallel ranks:
+            scalars in training; ``[sum, tokens]`` in validation, where Megatron adds batches up. An empty
+            list on other stages.
+        """
+        forget_count = self._forget_microbatches(num_microbatches, micro_batch_size)
+        batches = self._read(
+            data_iterator, model, num_microbatches, forget_count, micro_batch_size
+        )
+        reference = self._reference()
+        hidden: list[torch.Tensor] = []
+        if reference is not None:
+            hidden = reference.hidden_states(
+                schedule,
+                [chunk[forget_count:] for chunk in batches],
+                seq_length=seq_length,
+                micro_batch_size=micro_batch_size,
+                decoder_seq_length=schedule_arguments.get("decoder_seq_length"),
+            )
+        last = self._is_last_stage()
+        if last:
+            self._attach_context(batches[-1], forget_count, hidden)
+        iterators = [iter(chunk) for chunk in batches]
+        reports = schedule(
+            forward_step_func=forward_step_func,
+            data_iterator=iterators if len(iterators) > 1 else iterators[0],
+            model=model,
+            num_microbatches=num_microbatches,
+            seq_length=seq_length,
+            micro_batch_size=micro_batch_size,
+            forward_only=forward_only,
+            **schedule_arguments,
+        )
+        if not last:
+            return []
+        return [self._metrics(reports, batches[-1][0].context.tokens, forward_only)]
+
+    def forward_step(
+        self, data_iterator: Iterator[MicroBatch], model: MegatronModule
+    ) -> tuple[torch.Tensor, Callable[..., Any]]:
+        """Forward pass of one microbatch through one model chunk; Megatron's ``forward_step_func``."""
+        timer = get_timers()("batch-generator", log_level=2)
+        timer.start()
+        batch = next(data_iterator)
+        timer.stop()
+        head = partial(head_terms, batch=batch, step=self, reference=self._reference())
+        output = model(
+            batch.tokens, batch.position_ids, batch.attention_mask, output_processor=head
+        )
+        return output, partial(self.loss, batch)
+
+    def loss(
+        self, batch: MicroBatch, terms: torch.Tensor
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """A microbatch's part of the global batch's loss.
+
+        Args:
+            batch: the microbatch; its signed ``loss_mask`` ``[b, s]`` gives each token's role.
+            terms: fp32 ``[2, s * b]``, margin and KL of each token in the order of the head.
+
+        Returns:
+            The loss, scaled so that Megatron's averaging over microbatches and ranks makes it a sum; and
+            ``sums``, fp64 ``[4]``: forget, replay, KL and probability of the forgotten tokens.
+        """
+        assert batch.loss_mask is not None
+        margin, kl = terms.unbind(0)
+        mask = batch.loss_mask.transpose(0, 1).reshape(-1)
+        forget, replay = (-mask).clamp(min=0), mask.clamp(min=0)
+        forget_sum = (FORGET_LOSSES[self.config.forget_loss](margin) * forget).sum()
+        replay_sum = (cross_entropy(margin) * replay).sum()
+        kl_sum = (kl * replay).sum()
+        probability_sum = (torch.sigmoid(margin.detach()) * forget).sum()
+        context: StepContext = batch.context
+        means = torch.stack((forget_sum, replay_sum, kl_sum)).double() / self._per_term(
+            context.tokens
+        ).clamp(min=1)
+        loss = (means * means.new_tensor(self._weights())).sum().float()
+        if self.args.check_for_nan_in_loss_and_grad:
+            check_finite(loss)
+        sums = torch.stack((forget_sum, replay_sum, kl_sum, probability_sum)).detach().double()
+        return loss * context.scale, {"sums": sums}
+
+    def derive(self, means: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Add to the means of the terms what is a function of them.
+
+        Args:
+            means: ``forget loss``, ``replay loss``, ``forget token probability`` and, with a reference,
+                ``mitigation kl``, in nats a token.
+
+        Returns:
+            ``unlearn loss``, the means, and ``replay perplexity``.
+        """
+        names = ("forget loss", "replay loss", "mitigation kl")
+        loss = sum(
+            weight * means[name]
+            for weight, name in zip(self._weights(), names, strict=True)
+            if name in means
+        )
+        assert isinstance(loss, torch.Tensor)
+        return {"unlearn loss": loss, **means, "replay perplexity": torch.exp(means["replay loss"])}
+
+    def _forget_microbatches(self, num_microbatches: int, micro_batch_size: int) -> int:
+        """The first microbatches of a batch are forgotten, on every data-parallel rank alike."""
+        unit = micro_batch_size * self.args.data_parallel_size
+        samples = self.config.forget_samples(
+            num_microbatches * unit, train_global_batch_size=self.args.global_batch_size
+        )
+        assert samples % unit == 0, "checked when the arguments were parsed"
+        return samples // unit
+
+    def _read(
+        self,
+        data_iterator: Any,
+        model: list[MegatronModule],
+        num_microbatches: int,
+        forget_count: int,
+        micro_batch_size: int,
+    ) -> list[list[MicroBatch]]:
+        """All microbatches of the step for each model chunk of this rank."""
+        iterators = data_iterator if isinstance(data_iterator, list) else [data_iterator]
+        return [
+            [
+                read_micro_batch(
+                    iterator,
+                    args=self.args,
+                    vp_stage=get_attr_wrapped_model(chunk, "vp_stage"),
+                    micro_batch_size=micro_batch_size,
+                    forget=index < forget_count,
+                )
+                for index in range(num_microbatches)
+            ]
+            for iterator, chunk in zip(iterators, model, strict=True)
+        ]
+
+    def _attach_context(
+        self, batches: list[MicroBatch], forget_count: int, hidden: list[torch.Tensor]
+    ) -> None:
+        """Count the tokens of each role over the global batch and give every microbatch its context."""
+        masks = torch.stack([batch.loss_mask for batch in batches if batch.loss_mask is not None])
+        tokens = torch.stack(((-masks).clamp(min=0).sum(), masks.clamp(min=0).sum())).double()
+        torch.distributed.all_reduce(tokens, group=self._data_group())
+        scale = float(len(batches) * self.args.data_parallel_size)
+        for index, batch in enumerate(batches):
+            batch.context = StepContext(tokens=tokens, scale=scale)
+            if hidden and index >= forget_count:
+                batch.context.reference_hidden = hidden[index - forget_count]
+
+    def _metrics(
+        self, reports: list[dict[str, torch.Tensor]], tokens: torch.Tensor, forward_only: bool
+    ) -> dict[str, torch.Tensor]:
+        """Reduce the microbatches' sums over microbatches and data-parallel ranks."""
+        sums = torch.stack([report["sums"] for report in reports]).sum(dim=0)
+        group = self._data_group()
+        torch.distributed.all_reduce(sums, group=group)
+        counts = self._per_term(tokens, probability=True).clamp(min=_NO_TOKENS)
+        names = ["forget loss", "replay loss", "mitigation kl", "forget token probability"]
+        keep = [i for i, name in enumerate(names) if self.config.needs_reference or i != 2]
+        if forward_only:
+            # evaluate() sums what it is given over the data-parallel ranks, and then over batches.
+            ranks = group.size()
+            return {names[i]: torch.stack((sums[i], counts[i])).float() / ranks for i in keep}
+        return self.derive({names[i]: (sums[i] / counts[i]).float() for i in keep})
+
+    def _weights(self) -> tuple[float, float, float]:
+        config = self.config
+        return config.forget_weight, config.replay_weight, config.mitigation_weight
+
+    @staticmethod
+    def _per_term(tokens: torch.Tensor, *, probability: bool = False) -> torch.Tensor:
+        """Number of tokens of the forget, replay and KL terms, and of the forgotten probability."""
+        return tokens[[0, 1, 1, 0] if probability else [0, 1, 1]]
+
+    @staticmethod
+    def _is_last_stage() -> bool:
+        return parallel_state.is_pipeline_last_stage(ignore_virtual=True)
+
+    @staticmethod
+    def _data_group() -> torch.distributed.ProcessGroup:
+        return parallel_state.get_data_parallel_group(with_context_parallel=True)

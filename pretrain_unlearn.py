@@ -1,0 +1,90 @@
+#!/usr/bin/env python
+"""Pre-train, continue, or unlearn: Megatron's training loop with the objective of arXiv 2406.12397.
+
+One entry point for every stage. Without ``--forget-data-path`` it is plain Megatron pre-training; with it,
+``--forget-data-path`` is forgotten and ``--data-path`` replayed against a frozen reference. Every flag of
+Megatron-LM works as it does there; ``--help`` lists those of unlearning at its end.
+"""
+
+from __future__ import annotations
+
+import time
+
+_PROGRAM_START = time.time()
+
+import logging  # noqa: E402
+import os  # noqa: E402
+import sys  # noqa: E402
+import warnings  # noqa: E402
+
+warnings.filterwarnings("ignore", message=".*(Transformer Engine|Apex|transformer-engine).*")
+
+from megatron_ext.runtime import compat, cpu  # noqa: E402
+
+cpu.enable()  # before anything of Megatron is imported; does nothing where a CUDA device exists
+
+from megatron_ext.exceptions import MegatronExtError  # noqa: E402
+
+
+def main() -> None:
+    """Parse, check, build and train."""
+    from megatron.core.enums import ModelType
+    from megatron.training import pretrain, print_rank_0, set_startup_timestamps
+    from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_container_from_args
+
+    from megatron_ext import arguments
+    from megatron_ext.data.providers import check_datasets, datasets_provider
+    from megatron_ext.model.layer_spec import torch_native_spec_for_builder
+    from megatron_ext.plain import PlainStep
+    from megatron_ext.reference import FrozenReference, find_reference
+    from megatron_ext.training import UnlearnStep
+
+    compat.apply()
+    set_startup_timestamps(program_start=_PROGRAM_START, main_entry=time.time())
+    args, config = arguments.parse()
+    if args.rank == 0:
+        print(arguments.describe_runtime(), flush=True)
+    check_datasets(args, config)
+    arguments.check_checkpoints(args, config)
+    source = find_reference(args, config) if config.needs_reference else None
+
+    model_config = gpt_config_from_args(args)
+    if args.spec is None and args.transformer_impl == "local":
+        model_config.transformer_layer_spec = torch_native_spec_for_builder
+    container = pretrain_cfg_container_from_args(args, model_config)
+
+    built: list[FrozenReference] = []
+    forward_step = PlainStep(args).forward_step
+    if config.enabled:
+        if source is not None:
+
+            def build_reference(model: list) -> list:
+                built.append(FrozenReference(model_config, args=args, source=source))
+                print_rank_0(f"reference: {source.checkpoint.path}, digest {built[0].digest}")
+                return model
+
+            model_config.post_wrap_hooks.append(build_reference)
+        step = UnlearnStep(args, config, reference=lambda: built[0] if built else None)
+        step.install()
+        forward_step = step.forward_step
+
+    pretrain(
+        container,
+        datasets_provider(args, config),
+        ModelType.encoder_or_decoder,
+        forward_step,
+    )
+    for reference in built:
+        reference.check_unchanged()
+
+
+if __name__ == "__main__":
+    logging.basicConfig(level=logging.WARNING)
+    try:
+        main()
+    except MegatronExtError as error:
+        rank = os.environ.get("RANK", "0")
+        where = f" (rank {rank})" if rank != "0" else ""
+        print(f"{os.path.basename(sys.argv[0])}: error{where}: {error}", file=sys.stderr, flush=True)
+        # A rank that is waiting in a collective for this one is ended by torchrun, not by a shutdown here.
+        os._exit(2)
