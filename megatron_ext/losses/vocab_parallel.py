@@ -149,10 +149,9 @@ def shard_statistics(
         return stats
     work = _work_dtype(logits, has_reference)
     for rows in _row_blocks(logits):
-        # A copy of our own in any case: it is reduced in place below.
-        z = logits[rows, :valid_columns].to(work, copy=True)
+        z = _own_copy(logits[rows, :valid_columns], work)
         if reference_logits is not None:
-            t = reference_logits[rows, :valid_columns].to(work, copy=True)
+            t = _own_copy(reference_logits[rows, :valid_columns], work)
             stats[2, rows] = lse_z = torch.logsumexp(z, -1)
             stats[3, rows] = lse_t = torch.logsumexp(t, -1)
             log_ratio = (t - z).add_((lse_z - lse_t).unsqueeze(-1))
@@ -280,6 +279,11 @@ def _work_dtype(logits: Tensor, has_reference: bool) -> torch.dtype:
     return torch.float64 if has_reference else torch.promote_types(logits.dtype, torch.float32)
 
 
+def _own_copy(z: Tensor, work: torch.dtype) -> Tensor:
+    """A block that may be overwritten, contiguous whatever the strides of the logits are."""
+    return z.to(work, copy=True, memory_format=torch.contiguous_format)
+
+
 def _row_blocks(logits: Tensor) -> Iterator[slice]:
     """Slices of rows, so that temporaries are a block and not another `[N, V]`."""
     step = max(1, _BLOCK_ELEMENTS.get(logits.device.type, 2**24) // logits.shape[1])
@@ -309,4 +313,4 @@ def _exp_difference(z: Tensor, lse: Tensor, work: torch.dtype) -> Tensor:
     """
     coarse = lse.to(work)
     fine = (lse - coarse).to(work)
-    return z.to(work, copy=True).sub_(coarse.unsqueeze(-1)).sub_(fine.unsqueeze(-1)).exp_()
+    return _own_copy(z, work).sub_(coarse.unsqueeze(-1)).sub_(fine.unsqueeze(-1)).exp_()
