@@ -1,0 +1,236 @@
+"""The torch-native layers against Megatron's local ones: loss, gradients, checkpoints."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from tests.helpers.distributed import run_ranks
+
+# What a config may ask for; each is compared in loss and in every gradient.
+CASES = {
+    "grouped queries": {},
+    "one group a head": {"num_query_groups": 4},
+    "one group": {"num_query_groups": 1},
+    "query and key norm": {"qk_layernorm": True},
+    "query and key L2 norm": {"qk_l2_norm": True},
+    "LayerNorm, GELU, biases": {
+        "normalization": "LayerNorm",
+        "gated_linear_unit": False,
+        "activation_func": torch.nn.functional.gelu,
+        "add_bias_linear": True,
+        "bias_activation_fusion": False,
+    },
+    "SwiGLU with biases": {"add_bias_linear": True},
+    "query bias": {"add_qkv_bias": True},
+    "GEGLU": {"activation_func": torch.nn.functional.gelu},
+    "core attention recomputed": {
+        "recompute_granularity": "selective",
+        "recompute_modules": ["core_attn"],
+    },
+    "all recomputed": {
+        "recompute_granularity": "full",
+        "recompute_method": "uniform",
+        "recompute_num_layers": 1,
+    },
+    "head size not hidden / heads": {"kv_channels": 12},
+    "scores scaled by layer": {
+        "apply_query_key_layer_scaling": True,
+        "attention_softmax_in_fp32": True,
+    },
+    "layers without rotation": {"no_rope_freq": [1, 0]},
+}
+
+
+def _distance(ours: dict, theirs: dict) -> float:
+    assert ours.keys() == theirs.keys()
+    return max(float((ours[n] - theirs[n]).norm() / theirs[n].norm()) for n in theirs)
+
+
+def _compare(case: dict, *, tensor_parallel: int, sequence_parallel: bool) -> tuple[float, float]:
+    from tests.helpers import models
+
+    models.start(tensor_parallel)
+    # Megatron's gradient-sum over ranks is what sequence parallelism of ours must equal.
+    stock = models.gpt(models.config(**case), native=False)
+    ours = models.gpt(models.config(**case, sequence_parallel=sequence_parallel), native=True)
+    ours.load_state_dict(stock.state_dict())
+    loss, gradients = models.loss_and_gradients(ours)
+    expected_loss, expected = models.loss_and_gradients(stock)
+    return abs(loss - expected_loss), _distance(gradients, expected)
+
+
+# Megatron's own local attention cannot split one query group over two ranks.
+TP_CASES = [name for name in CASES if name not in ("one group", "all recomputed")]
+
+
+def _everything(directory: str) -> dict[str, Any]:
+    """All measurements of this file, since starting ranks costs more than any of them."""
+    results: dict[str, Any] = {
+        layout: {
+            name: _compare(CASES[name], tensor_parallel=tp, sequence_parallel=sp) for name in names
+        }
+        for layout, tp, sp, names in (
+            ("data parallel", 1, False, list(CASES)),
+            ("tensor parallel", 2, False, TP_CASES),
+            ("sequence parallel", 2, True, TP_CASES),
+        )
+    }
+    results["one group"] = _one_group_over_two_ranks()
+    results["unmarked norms"] = _unmarked_norms()
+    results["round trips"] = [
+        _round_trip(f"{directory}/{save_native}", save_native) for save_native in (False, True)
+    ]
+    results["keys"] = _keys()
+    results["dropout"] = _dropout()
+    return results
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("checkpoints")
+    for name in (False, True):
+        (directory / str(name)).mkdir()
+    return run_ranks(_everything, 2, str(directory), timeout=300.0)
+
+
+@pytest.mark.parametrize("layout", ["data parallel", "tensor parallel", "sequence parallel"])
+def test_loss_and_gradients_equal_those_of_the_local_spec(results, layout):
+    # fp32 sums in another order: a few units in the last place, times the depth of two layers.
+    bad = {
+        name: found
+        for rank in results
+        for name, found in rank[layout].items()
+        if found[0] > 2e-6 or found[1] > 1e-5
+    }
+    assert not bad, f"(loss difference, worst relative gradient difference): {bad}"
+
+
+def _one_group_over_two_ranks() -> list[float]:
+    from tests.helpers import models
+
+    results = []
+    for size in (1, 2):
+        models.start(size)
+        model = models.gpt(models.config(num_query_groups=1), native=True)
+        if size == 1:
+            whole = {n: p.detach().clone() for n, p in model.named_parameters()}
+        else:
+            rank = torch.distributed.get_rank()
+            with torch.no_grad():
+                for name, p in model.named_parameters():
+                    p.copy_(_shard(name, whole[name], p.shape, rank))
+        results.append(models.loss_and_gradients(model)[0])
+    return results
+
+
+def _shard(name: str, whole: torch.Tensor, shape: torch.Size, rank: int) -> torch.Tensor:
+    if whole.shape == shape:
+        return whole
+    if "linear_fc1" in name:  # gate and linear part are each split over the ranks
+        return torch.cat([half.chunk(2)[rank] for half in whole.chunk(2)])
+    dim = next(i for i, (a, b) in enumerate(zip(whole.shape, shape, strict=True)) if a != b)
+    return whole.chunk(2, dim=dim)[rank]
+
+
+def test_fewer_query_groups_than_ranks(results):
+    for whole, split in (rank["one group"] for rank in results):
+        assert split == pytest.approx(whole, abs=2e-6)
+
+
+def _unmarked_norms() -> float:
+    from tests.helpers import models
+
+    models.start(2)
+    ours = models.gpt(models.config(sequence_parallel=True), native=True)
+    _, expected = models.loss_and_gradients(ours)
+    wrong = models.gpt(models.config(sequence_parallel=True), native=True)
+    for name, parameter in wrong.named_parameters():
+        if "norm" in name:
+            parameter.sequence_parallel = False
+    return _distance(models.loss_and_gradients(wrong)[1], expected)
+
+
+def test_unmarked_norms_would_keep_partial_gradients(results):
+    assert min(rank["unmarked norms"] for rank in results) > 0.1
+
+
+ALL_PARAMETERS = {"qk_layernorm": True, "add_bias_linear": True, "normalization": "LayerNorm"}
+
+
+def _round_trip(directory: str, save_native: bool) -> int:
+    """Save with one spec at TP 2, load with the other at TP 1; returns the tensors compared."""
+    from megatron.core import dist_checkpointing
+
+    from tests.helpers import models
+
+    models.start(2)
+    rank = torch.distributed.get_rank()
+    saved = models.gpt(models.config(**ALL_PARAMETERS), native=save_native, seed=1 + rank)
+    for parameter in saved.parameters():  # what all ranks hold must agree
+        if not getattr(parameter, "tensor_model_parallel", False):
+            torch.distributed.broadcast(parameter.data, 0)
+    dist_checkpointing.save(saved.sharded_state_dict(), directory)
+    shards = dict(saved.named_parameters())
+    models.start(1)
+    loaded = models.gpt(models.config(**ALL_PARAMETERS), native=not save_native, seed=9)
+    state = dist_checkpointing.load(loaded.sharded_state_dict(), directory)
+    loaded.load_state_dict(state)
+    whole = dict(loaded.named_parameters())
+    ours = {n: _shard(n, whole[n], shard.shape, rank) for n, shard in shards.items()}
+    theirs = shards
+    assert ours.keys() == theirs.keys()
+    for name in theirs:
+        torch.testing.assert_close(ours[name], theirs[name], rtol=0, atol=0, msg=name)
+    return len(theirs)
+
+
+def test_checkpoints_of_the_local_spec_load_and_back(results):
+    assert [rank["round trips"] for rank in results] == [[36, 36], [36, 36]]
+
+
+def _keys() -> set[str]:
+    from tests.helpers import models
+
+    models.start()
+    state = models.gpt(models.config(**ALL_PARAMETERS), native=True).sharded_state_dict()
+    return {value.key for key, value in state.items() if "_extra_state" not in key}
+
+
+def test_checkpoint_keys_are_those_of_the_transformer_engine_spec(results):
+    """There TELayerNormColumnParallelLinear holds the norms as `layer_norm_weight` and `_bias`."""
+    affine = ("weight", "bias")
+    attention = {
+        f"{part}{name}"
+        for part in ("linear_qkv.layer_norm_", "linear_qkv.", "linear_proj.")
+        for name in affine
+    } | {f"{part}_layernorm.{name}" for part in "qk" for name in affine}
+    feed_forward = {
+        f"{part}{name}"
+        for part in ("linear_fc1.layer_norm_", "linear_fc1.", "linear_fc2.")
+        for name in affine
+    }
+    layer = {f"decoder.layers.self_attention.{name}" for name in attention}
+    layer |= {f"decoder.layers.mlp.{name}" for name in feed_forward}
+    model = {
+        "embedding.word_embeddings.weight",
+        "decoder.final_layernorm.weight",
+        "decoder.final_layernorm.bias",
+        "output_layer.weight",
+    }
+    assert results[0]["keys"] == layer | model
+
+
+def _dropout() -> tuple[bool, bool, bool]:
+    from tests.helpers import models
+
+    models.start()
+    model = models.gpt(models.config(attention_dropout=0.5), native=True)
+    first, second = (models.loss_and_gradients(model)[0] for _ in range(2))
+    model.eval()
+    third, fourth = (models.loss_and_gradients(model)[0] for _ in range(2))
+    return first != second, third == fourth, first != third
+
+
+def test_attention_dropout_acts_in_training_only(results):
+    assert [rank["dropout"] for rank in results] == [(True, True, True)] * 2

@@ -1,0 +1,50 @@
+"""What the torch-native layers refuse, before anything is built."""
+
+from argparse import Namespace
+from dataclasses import fields
+from types import SimpleNamespace
+
+import pytest
+from megatron.core.transformer import TransformerConfig
+
+from megatron_ext.exceptions import ConfigError
+from megatron_ext.model.layer_spec import _UNSUPPORTED, check_arguments, check_config
+
+
+def _config(**changes):
+    plain = {"context_parallel_size": 1, "softmax_type": "vanilla", "cuda_graph_impl": "none"}
+    return SimpleNamespace(**(plain | changes))
+
+
+def test_a_plain_config_passes():
+    check_config(_config())
+
+
+@pytest.mark.parametrize("field", _UNSUPPORTED)
+def test_each_unsupported_field_is_named_and_exists(field):
+    assert field in {f.name for f in fields(TransformerConfig)}
+    with pytest.raises(ConfigError) as error:
+        check_config(_config(**{field: True}))
+    assert _UNSUPPORTED[field] in str(error.value)
+
+
+def test_the_message_lists_all_problems():
+    cfg = _config(context_parallel_size=2, softmax_type="learnable", fp8="hybrid")
+    with pytest.raises(ConfigError, match=r"fp8; .*--context-parallel-size 2\); .* learnable"):
+        check_config(cfg)
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"reset_attention_mask": True}, "--reset-attention-mask"),
+        ({"attention_backend": "local"}, "--attention-backend local"),
+    ],
+)
+def test_another_mask_or_attention_is_refused(changes, named):
+    with pytest.raises(ConfigError, match=named):
+        check_arguments(Namespace(**changes))
+
+
+def test_flags_of_the_layers_own_attention_pass():
+    check_arguments(Namespace(attention_backend="flash", reset_attention_mask=False))
