@@ -1,0 +1,153 @@
+"""Files that appear under their final names complete, or not at all.
+
+Everything is written to `NAME.partial` beside its destination, flushed to the disk and renamed at
+the end. An exclusive lock on the partial file keeps a second run from writing to the same
+destination; a partial file that a killed run left behind is unlocked, and the next run simply takes
+it over.
+"""
+
+import contextlib
+import fcntl
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import BinaryIO, Self
+
+from megatron_ext.exceptions import ConfigError, DataError
+
+PARTIAL_SUFFIX = ".partial"
+
+
+class AtomicFiles:
+    """A set of files that is published together, in the given order.
+
+    Readers take the last path for the mark of a complete set: it is the last to appear, and the
+    first to go when an older set is replaced.
+
+    Args:
+        paths: Final paths, the most telling one last.
+        overwrite: Whether files that exist already may be replaced.
+
+    Raises:
+        ConfigError: A path exists and `overwrite` is false.
+        DataError: Another process is writing to the same destination.
+        OSError: The directory cannot be written.
+    """
+
+    def __init__(self, paths: Sequence[Path], *, overwrite: bool = False) -> None:
+        existing = [path for path in paths if path.exists()]
+        if existing and not overwrite:
+            raise ConfigError(
+                f"{existing[0]} exists: give --overwrite to replace it, or another output name"
+            )
+        self._paths = list(paths)
+        self._streams: dict[Path, BinaryIO] = {}
+        try:
+            for path in self._paths:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                self._streams[path] = _open_locked(path)
+        except BaseException:
+            self.discard()
+            raise
+
+    def __getitem__(self, path: Path) -> BinaryIO:
+        """The open stream whose content becomes `path`."""
+        return self._streams[path]
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        """Removes whatever was not published."""
+        self.discard()
+
+    def restart(self) -> None:
+        """Empties all files."""
+        for stream in self._streams.values():
+            stream.seek(0)
+            stream.truncate()
+
+    def commit(self) -> None:
+        """Publishes all files: afterwards they are on the disk under their final names.
+
+        Raises:
+            OSError: The disk is full or a rename failed; no file of the set is left then.
+        """
+        for stream in self._streams.values():
+            stream.flush()
+            os.fsync(stream.fileno())
+        # An old index beside new tokens would pass for a complete set: it goes before anything
+        # changes.
+        for path in reversed(self._paths):
+            path.unlink(missing_ok=True)
+        published: list[Path] = []
+        try:
+            for path in self._paths:
+                os.replace(_partial(path), path)
+                published.append(path)
+        except BaseException:
+            for path in reversed(published):
+                path.unlink(missing_ok=True)
+            raise
+        for directory in {path.parent for path in self._paths}:
+            _fsync_directory(directory)
+        self._close()
+
+    def discard(self) -> None:
+        """Removes the partial files that are still open; does nothing after `commit`."""
+        for path in self._streams:
+            # Removed before it is closed, which gives up the lock: nobody else's file can be hit.
+            _partial(path).unlink(missing_ok=True)
+        self._close()
+
+    def _close(self) -> None:
+        for stream in self._streams.values():
+            # A buffer that a full disk refused would raise a second time here.
+            with contextlib.suppress(OSError):
+                stream.close()
+        self._streams.clear()
+
+
+def write_atomically(path: Path, data: bytes, *, overwrite: bool = False) -> None:
+    """Writes one file through `AtomicFiles`."""
+    with AtomicFiles([path], overwrite=overwrite) as files:
+        files[path].write(data)
+        files.commit()
+
+
+def _partial(path: Path) -> Path:
+    return path.with_name(path.name + PARTIAL_SUFFIX)
+
+
+def _open_locked(path: Path) -> BinaryIO:
+    """Opens an empty partial file that this process alone holds."""
+    partial = _partial(path)
+    while True:
+        descriptor = os.open(partial, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # The holder may have renamed or removed the file between our open and our lock.
+            if partial.exists() and os.path.samestat(os.fstat(descriptor), partial.stat()):
+                os.ftruncate(descriptor, 0)
+                return os.fdopen(descriptor, "wb", buffering=1 << 20)
+        except BlockingIOError:
+            os.close(descriptor)
+            raise DataError(f"another run is writing {path} (it holds {partial})") from None
+        except BaseException:
+            os.close(descriptor)
+            raise
+        os.close(descriptor)
+
+
+def _fsync_directory(directory: Path) -> None:
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

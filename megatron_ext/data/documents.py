@@ -1,0 +1,298 @@
+"""Reading documents from JSON lines, Parquet and plain text, in blocks of bounded size.
+
+Reading is split in two, so that the reader never becomes the bottleneck of many workers:
+`read_blocks` cuts the inputs into raw blocks in one process, and `parse_block` turns a block into
+records in a worker. Order is that of the inputs throughout.
+"""
+
+import glob
+import json
+import zlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, BinaryIO, Literal
+
+from megatron_ext.data.compression import COMPRESSIONS, open_stream
+from megatron_ext.exceptions import ConfigError, DataError
+
+InputFormat = Literal["auto", "jsonl", "parquet", "text"]
+TextUnit = Literal["file", "line", "paragraph"]
+
+FORMATS: dict[str, InputFormat] = {
+    ".jsonl": "jsonl",
+    ".ndjson": "jsonl",
+    ".json": "jsonl",
+    ".parquet": "parquet",
+    ".txt": "text",
+    ".text": "text",
+    ".md": "text",
+}
+# Raw bytes of a block. From 0.25 to 4 MiB the speed is the same within 3%; memory grows with it.
+BLOCK_BYTES = 1 << 20
+_PARQUET_ROWS = 512
+
+
+@dataclass(frozen=True)
+class Block:
+    """A run of neighbouring raw records of one file.
+
+    Attributes:
+        path: The file.
+        kind: How to parse `payload`: complete JSON lines, a `pyarrow.RecordBatch`, or plain texts.
+        payload: The records.
+        first: Number of the first record, from 1: a line (JSON lines, text) or a row (Parquet).
+        consumed: Bytes of the file as stored that this block accounts for, for progress.
+        index: Number of the block over all inputs, from 0.
+        lines: Line of each text, for plain text only.
+    """
+
+    path: str
+    kind: Literal["jsonl", "parquet", "text"]
+    payload: Any
+    first: int
+    consumed: int
+    index: int = 0
+    lines: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class BadRecord:
+    """A record that yields no document: where, why in a few fixed words, and what was found."""
+
+    where: str
+    reason: str
+    detail: str
+
+    def __str__(self) -> str:
+        return f"{self.where}: {self.reason}" + (f" ({self.detail})" if self.detail else "")
+
+
+# A good record: for each key the sequences of the document, most often one.
+Record = list[list[str]]
+
+
+def find_inputs(patterns: Sequence[str], *, input_format: InputFormat = "auto") -> list[Path]:
+    """Resolves files, globs and directories to files, in the order given, sorted within each.
+
+    Raises:
+        ConfigError: Nothing matches, a file is named twice, or its format is not known by its name.
+    """
+    found: list[Path] = []
+    for pattern in patterns:
+        path = Path(pattern)
+        if path.is_dir():
+            matches = [p for p in sorted(path.rglob("*")) if p.is_file() and _known(p)]
+            if not matches:
+                raise ConfigError(f"--input {pattern}: no {_expected()} file in this directory")
+        elif path.exists():
+            matches = [path]
+        else:
+            matches = sorted(
+                Path(p) for p in glob.glob(pattern, recursive=True) if Path(p).is_file()
+            )
+            if not matches:
+                raise ConfigError(f"--input {pattern}: no such file")
+        found.extend(matches)
+    seen: set[Path] = set()
+    for path in found:
+        if path.resolve() in seen:
+            raise ConfigError(f"--input names {path} twice")
+        seen.add(path.resolve())
+        if input_format == "auto" and not _known(path):
+            raise ConfigError(
+                f"{path}: expected {_expected()}; give --input-format for another name"
+            )
+    return found
+
+
+def format_of(path: Path, *, input_format: InputFormat = "auto") -> InputFormat:
+    """The format of a file, by its name unless told."""
+    if input_format != "auto":
+        return input_format
+    name = path.with_suffix("") if path.suffix in COMPRESSIONS else path
+    return FORMATS.get(name.suffix, "auto")
+
+
+def read_blocks(
+    paths: Sequence[Path],
+    *,
+    keys: Sequence[str],
+    input_format: InputFormat = "auto",
+    text_unit: TextUnit = "file",
+) -> Iterator[Block]:
+    """Cuts files into blocks of about a MiB, holding one at a time.
+
+    Args:
+        paths: Files, from `find_inputs`.
+        keys: Columns to take from Parquet.
+        input_format: Format of all files, or by their names.
+        text_unit: What is one document of a plain text: the file, each non-blank line, or each run
+            of lines between blank ones.
+
+    Raises:
+        DataError: A file cannot be read or decompressed.
+    """
+    index = 0
+    for path in paths:
+        kind = format_of(path, input_format=input_format)
+        try:
+            if kind == "parquet":
+                blocks = _parquet_blocks(path, keys)
+            elif kind == "jsonl":
+                blocks = _jsonl_blocks(path)
+            else:
+                blocks = _text_blocks(path, text_unit)
+            for block in blocks:
+                yield replace(block, index=index)
+                index += 1
+        except (OSError, EOFError, zlib.error) as error:
+            raise DataError(f"{path} cannot be read: {error}") from error
+
+
+def parse_block(block: Block, keys: Sequence[str]) -> Iterator[Record | BadRecord]:
+    """Parses the records of a block, in order."""
+    if block.kind == "jsonl":
+        for number, line in enumerate(block.payload.split(b"\n"), start=block.first):
+            yield _parse_json(line, f"{block.path}:{number}", keys)
+    elif block.kind == "parquet":
+        columns = [block.payload.column(key).to_pylist() for key in keys]
+        for number, values in enumerate(zip(*columns, strict=True), start=block.first):
+            yield _take(dict(zip(keys, values, strict=True)), f"{block.path}: row {number}", keys)
+    else:
+        for number, raw in zip(block.lines, block.payload, strict=True):
+            where = f"{block.path}:{number}"
+            try:
+                yield _take({keys[0]: raw.decode()}, where, keys[:1])
+            except UnicodeDecodeError as error:
+                yield BadRecord(where, "not UTF-8", str(error))
+
+
+def _jsonl_blocks(path: Path) -> Iterator[Block]:
+    stream, raw = open_stream(path)
+    with raw, stream:
+        first, told = 1, 0
+        pending: list[bytes] = []  # the start of a line that is longer than what was read
+        while data := stream.read(BLOCK_BYTES):
+            end = data.rfind(b"\n")
+            if end < 0:
+                pending.append(data)
+                continue
+            payload = b"".join([*pending, data[:end]])
+            pending = [data[end + 1 :]]
+            position = raw.tell()
+            yield Block(str(path), "jsonl", payload, first, position - told)
+            first, told = first + payload.count(b"\n") + 1, position
+        if last := b"".join(pending):
+            yield Block(str(path), "jsonl", last, first, raw.tell() - told)
+
+
+def _parquet_blocks(path: Path, keys: Sequence[str]) -> Iterator[Block]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    size = path.stat().st_size
+    try:
+        with pq.ParquetFile(path) as table:
+            names = table.schema_arrow.names
+            for key in keys:
+                if key not in names:
+                    raise DataError(f"{path}: expected a column {key!r}, found {', '.join(names)}")
+            rows, first = max(table.metadata.num_rows, 1), 1
+            for batch in table.iter_batches(
+                batch_size=_PARQUET_ROWS, columns=list(keys), use_threads=False
+            ):
+                yield Block(str(path), "parquet", batch, first, size * batch.num_rows // rows)
+                first += batch.num_rows
+    except pa.ArrowException as error:
+        raise DataError(f"{path} cannot be read as Parquet: {error}") from error
+
+
+def _text_blocks(path: Path, unit: TextUnit) -> Iterator[Block]:
+    stream, raw = open_stream(path)
+    with raw, stream:
+        if unit == "file":
+            data = stream.read()
+            yield Block(str(path), "text", [data], 1, raw.tell(), lines=(1,))
+            return
+        told = size = 0
+        texts: list[bytes] = []
+        lines: list[int] = []
+        for number, text in _split_text(stream, unit):
+            texts.append(text)
+            lines.append(number)
+            size += len(text)
+            if size >= BLOCK_BYTES:
+                yield Block(
+                    str(path), "text", texts, lines[0], raw.tell() - told, lines=tuple(lines)
+                )
+                told, size, texts, lines = raw.tell(), 0, [], []
+        if texts:
+            yield Block(str(path), "text", texts, lines[0], raw.tell() - told, lines=tuple(lines))
+
+
+def _split_text(stream: BinaryIO, unit: TextUnit) -> Iterator[tuple[int, bytes]]:
+    """Yields the line number and the bytes of each unit, without its line end."""
+    paragraph: list[bytes] = []
+    number = 0
+    for number, line in enumerate(stream, start=1):
+        blank = not line.strip()
+        if unit == "line" and not blank:
+            yield number, line.rstrip(b"\r\n")
+        elif unit == "paragraph" and not blank:
+            paragraph.append(line)
+        elif paragraph:
+            yield number - len(paragraph), b"".join(paragraph).rstrip(b"\r\n")
+            paragraph = []
+    if paragraph:
+        yield number - len(paragraph) + 1, b"".join(paragraph).rstrip(b"\r\n")
+
+
+def _parse_json(line: bytes, where: str, keys: Sequence[str]) -> Record | BadRecord:
+    try:
+        value = json.loads(line.decode())
+    except UnicodeDecodeError as error:
+        return BadRecord(where, "not UTF-8", str(error))
+    except (ValueError, RecursionError) as error:
+        if not line.strip():
+            return BadRecord(where, "expected a JSON object, found a blank line", "")
+        return BadRecord(
+            where, "not valid JSON", f"{error}; the line starts {_excerpt(line.decode())}"
+        )
+    if not isinstance(value, dict):
+        return BadRecord(where, "expected a JSON object", f"found {_excerpt(line.decode())}")
+    return _take(value, where, keys)
+
+
+def _take(value: dict[str, Any], where: str, keys: Sequence[str]) -> Record | BadRecord:
+    """Takes the texts of the keys; as in Megatron, a list is a document of several sequences."""
+    record: Record = []
+    for key in keys:
+        if key not in value:
+            return BadRecord(
+                where, f"no key {key!r}", f"found {_excerpt(', '.join(map(str, value)))}"
+            )
+        texts = value[key] if isinstance(value[key], list) else [value[key]]
+        for text in texts:
+            if not isinstance(text, str):
+                return BadRecord(
+                    where, f"expected a string at {key!r}", f"found {type(text).__name__}"
+                )
+            try:
+                text.encode()
+            except UnicodeEncodeError as error:
+                return BadRecord(where, f"text at {key!r} is not valid Unicode", str(error))
+        record.append(texts)
+    return record
+
+
+def _excerpt(text: str) -> str:
+    return repr(text[:60]) + ("..." if len(text) > 60 else "")
+
+
+def _known(path: Path) -> bool:
+    return format_of(path) != "auto"
+
+
+def _expected() -> str:
+    return f"{', '.join(FORMATS)} (also with {', '.join(COMPRESSIONS)})"

@@ -1,0 +1,246 @@
+"""Text to Megatron's indexed data sets: many workers, one order, all files or none.
+
+The parent reads raw blocks and writes tokens; the workers parse and encode. At most two blocks a
+worker are on their way, so memory does not grow with the input, and results are taken in the order
+of the input.
+"""
+
+import logging
+import time
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from megatron_ext.data.atomic import AtomicFiles
+from megatron_ext.data.documents import (
+    Block,
+    InputFormat,
+    TextUnit,
+    find_inputs,
+    format_of,
+    read_blocks,
+)
+from megatron_ext.data.encode import BackendMismatchError, parse_texts
+from megatron_ext.data.fast_tokenizer import Backend, choose_tokenizer
+from megatron_ext.data.indexed import IndexedWriter, bin_path, idx_path, token_dtype
+from megatron_ext.data.manifest import Manifest, Source, manifest_path
+from megatron_ext.data.progress import Progress
+from megatron_ext.data.tokenizers import Tokenizer, TokenizerSpec, build_reference, tokenizer_digest
+from megatron_ext.data.workers import encode_in_order
+from megatron_ext.exceptions import ConfigError, DataError
+
+logger = logging.getLogger(__name__)
+
+# Of the input's start, what gigatoken has to prove itself on: about 0.3 s of the exact tokenizer.
+_SAMPLE_TEXTS = 1000
+_SAMPLE_CHARACTERS = 2_000_000
+
+
+@dataclass(frozen=True, kw_only=True)
+class PreprocessConfig:
+    """What to encode, how, and where to.
+
+    Attributes:
+        inputs: Files, directories and globs.
+        output_prefix: Outputs are `PREFIX_KEY_document.bin`, `.idx` and `.manifest.json`.
+        tokenizer: The tokenizer.
+        keys: Keys (JSON) or columns (Parquet) that hold text; each makes a data set.
+        append_eod: Whether to end each non-empty document with the end-of-document id.
+        workers: Encoding processes; 1 encodes in this process.
+        input_format: Format of all inputs, or by their names.
+        text_unit: What is one document of plain text.
+        on_error: Whether a bad record stops the run or is left out and counted.
+        backend: Whether gigatoken encodes where it is exact.
+        overwrite: Whether existing outputs may be replaced.
+        log_interval: Documents between two lines of progress where there is no terminal for a bar.
+    """
+
+    inputs: list[str]
+    output_prefix: str
+    tokenizer: TokenizerSpec
+    keys: list[str] = field(default_factory=lambda: ["text"])
+    append_eod: bool = False
+    workers: int = 1
+    input_format: InputFormat = "auto"
+    text_unit: TextUnit = "file"
+    on_error: Literal["fail", "skip"] = "fail"
+    backend: Backend = "auto"
+    overwrite: bool = False
+    log_interval: int = 10000
+
+    def __post_init__(self) -> None:
+        if self.workers < 1:
+            raise ConfigError(f"--workers: expected at least 1, found {self.workers}")
+        if self.log_interval < 1:
+            raise ConfigError(f"--log-interval: expected at least 1, found {self.log_interval}")
+        if not self.keys or len(set(self.keys)) != len(self.keys):
+            raise ConfigError(f"--json-keys: expected distinct names, found {self.keys}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PreprocessResult:
+    """What a run wrote.
+
+    Attributes:
+        prefixes: Prefix of each key's data set, as for `--data-path`.
+        manifests: Manifest of each data set.
+        skipped: Bad records left out, by reason.
+        text_bytes: UTF-8 bytes of text encoded, all keys.
+        seconds: From the start of encoding to the last file in place.
+    """
+
+    prefixes: list[str]
+    manifests: list[Manifest]
+    skipped: dict[str, int]
+    text_bytes: int
+    seconds: float
+
+
+def preprocess(config: PreprocessConfig) -> PreprocessResult:
+    """Encodes text into Megatron's indexed data sets.
+
+    The files are, byte for byte, those of Megatron-LM's `tools/preprocess_data.py`. If gigatoken
+    turns out not to be exact after the run has begun, `auto` starts over with the exact tokenizer.
+
+    Raises:
+        ConfigError: Settings that cannot work, or outputs that exist.
+        DataError: Inputs that cannot be read, a bad record, or no tokens at all. Nothing is written
+            then.
+    """
+    paths = find_inputs(config.inputs, input_format=config.input_format)
+    if config.keys != ["text"] and any(
+        format_of(p, input_format=config.input_format) == "text" for p in paths
+    ):
+        raise ConfigError(
+            "--json-keys: plain text has no keys; leave it out, or name no text files"
+        )
+    prefixes = [f"{config.output_prefix}_{key}_document" for key in config.keys]
+    outputs = [path for prefix in prefixes for path in _outputs(prefix)]
+    with AtomicFiles(outputs, overwrite=config.overwrite) as files:
+        sample = _sample(_blocks(config, paths), config.keys)
+        tokenizer, message = choose_tokenizer(config.tokenizer, config.backend, sample)
+        logger.info("%s", message)
+        if config.append_eod and tokenizer.eod_id is None:
+            raise ConfigError("--append-eod: the tokenizer has no end-of-document (EOS) piece")
+        try:
+            return _run(config, paths, prefixes, files, tokenizer)
+        except BackendMismatchError as error:
+            if config.backend == "gigatoken":
+                raise DataError(f"--tokenizer-backend gigatoken: {error}") from error
+            logger.warning("%s; starting over with the reference tokenizer", error)
+            files.restart()
+            return _run(config, paths, prefixes, files, build_reference(config.tokenizer))
+
+
+def _run(
+    config: PreprocessConfig,
+    paths: list[Path],
+    prefixes: list[str],
+    files: AtomicFiles,
+    tokenizer: Tokenizer,
+) -> PreprocessResult:
+    """Encodes everything with one tokenizer and publishes the files."""
+    start = time.monotonic()
+    dtype = token_dtype(tokenizer.vocab_size)
+    writers = [IndexedWriter(files[bin_path(p)], files[idx_path(p)], dtype) for p in prefixes]
+    largest = [0] * len(prefixes)
+    skipped: Counter[str] = Counter()
+    text_bytes = 0
+    encoded = encode_in_order(
+        _blocks(config, paths),
+        tokenizer,
+        config.tokenizer,
+        keys=config.keys,
+        append_eod=config.append_eod,
+        workers=config.workers,
+    )
+    with Progress(sum(path.stat().st_size for path in paths), config.log_interval) as progress:
+        for block in encoded:
+            if block.bad and config.on_error == "fail":
+                raise DataError(f"{block.bad[0]}; --on-error skip leaves such records out")
+            for record in block.bad:
+                skipped[record.reason] += 1
+                if skipped[record.reason] <= 3:
+                    logger.warning("skipped %s", record)
+            for i, (writer, key) in enumerate(zip(writers, block.keys, strict=True)):
+                writer.append(
+                    key.tokens,
+                    sequence_lengths=key.sequence_lengths,
+                    document_sequences=key.document_sequences,
+                )
+                largest[i] = max(largest[i], key.max_token)
+            text_bytes += block.text_bytes
+            progress.update(block.consumed, writers[0].documents, writers[0].tokens)
+    for key_name, writer in zip(config.keys, writers, strict=True):
+        if writer.tokens == 0:
+            left_out = f", {skipped.total()} bad records left out" if skipped else ""
+            raise DataError(
+                f"no tokens for key {key_name!r}: {writer.documents} documents{left_out}"
+            )
+        writer.finish()
+    manifests = [
+        _manifest(config, paths, tokenizer, writer, max_token, skipped)
+        for writer, max_token in zip(writers, largest, strict=True)
+    ]
+    for prefix, manifest in zip(prefixes, manifests, strict=True):
+        files[manifest_path(prefix)].write(manifest.to_json())
+    files.commit()
+    return PreprocessResult(
+        prefixes=prefixes,
+        manifests=manifests,
+        skipped=dict(skipped),
+        text_bytes=text_bytes,
+        seconds=time.monotonic() - start,
+    )
+
+
+def _outputs(prefix: str) -> list[Path]:
+    """The files of a data set in the order of their publication; readers look for the index."""
+    return [bin_path(prefix), manifest_path(prefix), idx_path(prefix)]
+
+
+def _blocks(config: PreprocessConfig, paths: list[Path]) -> Iterator[Block]:
+    return read_blocks(
+        paths, keys=config.keys, input_format=config.input_format, text_unit=config.text_unit
+    )
+
+
+def _sample(blocks: Iterable[Block], keys: list[str]) -> list[str]:
+    """The first texts of the input."""
+    texts: list[str] = []
+    left = _SAMPLE_CHARACTERS
+    for block in blocks:
+        for text in parse_texts(block, keys):
+            texts.append(text[:left])
+            left -= len(texts[-1])
+            if left <= 0 or len(texts) >= _SAMPLE_TEXTS:
+                return texts
+    return texts
+
+
+def _manifest(
+    config: PreprocessConfig,
+    paths: list[Path],
+    tokenizer: Tokenizer,
+    writer: IndexedWriter,
+    max_token: int,
+    skipped: Counter[str],
+) -> Manifest:
+    return Manifest(
+        tokenizer_type=config.tokenizer.tokenizer_type,
+        tokenizer_model=Path(config.tokenizer.tokenizer_model).name,
+        tokenizer_digest=tokenizer_digest(config.tokenizer),
+        vocab_size=tokenizer.vocab_size,
+        eod_id=tokenizer.eod_id,
+        append_eod=config.append_eod,
+        dtype=token_dtype(tokenizer.vocab_size).name,
+        documents=writer.documents,
+        sequences=writer.sequences,
+        tokens=writer.tokens,
+        max_token_id=max_token,
+        skipped=dict(skipped),
+        backend=tokenizer.backend_name,
+        sources=[Source(path=str(path), bytes=path.stat().st_size) for path in paths],
+    )

@@ -1,0 +1,170 @@
+"""Exact tokenizers for preprocessing, and the digest by which training recognises them.
+
+They call `sentencepiece` and `transformers` as Megatron's own wrappers do with their
+default settings (a test compares them), without the 3 s that importing `megatron.core` takes in
+each worker.
+"""
+
+import hashlib
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megatron_ext.exceptions import ConfigError
+
+SENTENCEPIECE_TYPES = ("SentencePieceTokenizer", "GPTSentencePieceTokenizer", "Llama2Tokenizer")
+TOKENIZER_TYPES = (*SENTENCEPIECE_TYPES, "HuggingFaceTokenizer")
+# Flat ids `[tokens]` and int64 bounds `[texts + 1]` of each text in them.
+Encoded = tuple[NDArray[Any], NDArray[np.int64]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenizerSpec:
+    """A tokenizer, in Megatron's terms.
+
+    Attributes:
+        tokenizer_type: One of `TOKENIZER_TYPES`.
+        tokenizer_model: SentencePiece file; Hugging Face directory or hub name.
+        include_special_tokens: Hugging Face only: whether its template may add tokens such as BOS.
+        use_fast: Hugging Face only: whether to prefer its fast implementation.
+        trust_remote_code: Hugging Face only: whether code from the hub may run.
+    """
+
+    tokenizer_type: str
+    tokenizer_model: str
+    include_special_tokens: bool = True
+    use_fast: bool = True
+    trust_remote_code: bool = False
+
+    def __post_init__(self) -> None:
+        if self.tokenizer_type not in TOKENIZER_TYPES:
+            raise ConfigError(
+                f"--tokenizer-type: expected one of {', '.join(TOKENIZER_TYPES)}, "
+                f"found {self.tokenizer_type!r}"
+            )
+
+
+class Tokenizer(Protocol):
+    """What encoding needs of a tokenizer."""
+
+    backend_name: str
+    vocab_size: int
+    eod_id: int | None
+
+    def encode_batch(self, texts: Sequence[str]) -> Encoded:
+        """Encodes texts one by one; returns flat ids and bounds."""
+
+
+class SentencePieceReference:
+    """SentencePiece itself, as `megatron.core` calls it with its legacy mode off."""
+
+    backend_name = "reference"
+
+    def __init__(self, spec: TokenizerSpec) -> None:
+        import sentencepiece
+
+        path = Path(spec.tokenizer_model)
+        if not path.is_file():
+            raise ConfigError(f"--tokenizer-model {path}: no such file")
+        try:
+            self.processor = sentencepiece.SentencePieceProcessor(model_file=str(path))
+        except (RuntimeError, OSError) as error:
+            raise ConfigError(
+                f"--tokenizer-model {path} is not a SentencePiece model: {error}"
+            ) from error
+        self.vocab_size = int(self.processor.vocab_size())
+        eos = int(self.processor.eos_id())
+        self.eod_id = eos if eos >= 0 else None
+
+    def encode_batch(self, texts: Sequence[str]) -> Encoded:
+        """Encodes texts one by one."""
+        return flatten([self.processor.encode(text) for text in texts])
+
+
+class HuggingFaceReference:
+    """`transformers`, as `megatron.core`'s HuggingFaceTokenizer calls it."""
+
+    backend_name = "reference"
+
+    def __init__(self, spec: TokenizerSpec) -> None:
+        from transformers import AutoTokenizer
+        from transformers.utils import logging as transformers_logging
+
+        # Documents are longer than any model's context: its warning about that says nothing here.
+        transformers_logging.set_verbosity_error()
+        try:
+            self.tokenizer: Any = AutoTokenizer.from_pretrained(
+                spec.tokenizer_model,
+                use_fast=spec.use_fast,
+                trust_remote_code=spec.trust_remote_code,
+            )
+        except Exception as error:
+            raise ConfigError(
+                f"--tokenizer-model {spec.tokenizer_model} cannot be loaded: {error}"
+            ) from error
+        self.include_special_tokens = spec.include_special_tokens
+        self.vocab_size = len(self.tokenizer)
+        # Megatron takes the separator for the end of a document where no end token is named.
+        token = self.tokenizer.eos_token or self.tokenizer.sep_token
+        eod: Any = None if token is None else self.tokenizer.convert_tokens_to_ids(str(token))
+        self.eod_id: int | None = eod
+
+    def encode_batch(self, texts: Sequence[str]) -> Encoded:
+        """Encodes texts one by one."""
+        if self.include_special_tokens:
+            return flatten([self.tokenizer(text).input_ids for text in texts])
+        tokenize, to_ids = self.tokenizer.tokenize, self.tokenizer.convert_tokens_to_ids
+        return flatten([to_ids(tokenize(text)) for text in texts])
+
+
+def build_reference(spec: TokenizerSpec) -> SentencePieceReference | HuggingFaceReference:
+    """Loads the exact tokenizer.
+
+    Raises:
+        ConfigError: The model is missing or is no model of this type.
+    """
+    if spec.tokenizer_type in SENTENCEPIECE_TYPES:
+        return SentencePieceReference(spec)
+    return HuggingFaceReference(spec)
+
+
+def tokenizer_digest(spec: TokenizerSpec) -> str:
+    """SHA-256 of a tokenizer's model: its file, or the files of a Hugging Face vocabulary."""
+    if spec.tokenizer_type in SENTENCEPIECE_TYPES:
+        return hashlib.sha256(Path(spec.tokenizer_model).read_bytes()).hexdigest()
+    from transformers.utils import cached_file
+
+    digest = hashlib.sha256()
+    for names in (
+        ("tokenizer.json",),
+        ("tokenizer.model",),
+        ("vocab.json", "merges.txt"),
+        ("vocab.txt",),
+    ):
+        paths = [
+            cached_file(spec.tokenizer_model, name, _raise_exceptions_for_missing_entries=False)
+            for name in names
+        ]
+        if all(paths):
+            for path in paths:
+                digest.update(Path(str(path)).read_bytes())
+            return digest.hexdigest()
+    raise ConfigError(
+        f"--tokenizer-model {spec.tokenizer_model}: no tokenizer.json or vocabulary file"
+    )
+
+
+def bounds_of(lengths: Sequence[int]) -> NDArray[np.int64]:
+    """int64 `[texts + 1]` bounds of texts of these lengths."""
+    return np.concatenate(([0], np.cumsum(lengths, dtype=np.int64)))
+
+
+def flatten(rows: Sequence[Sequence[int]]) -> Encoded:
+    """Joins lists of ids."""
+    bounds = bounds_of([len(row) for row in rows])
+    return np.fromiter(itertools.chain.from_iterable(rows), np.int64, count=int(bounds[-1])), bounds

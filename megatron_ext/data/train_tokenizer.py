@@ -1,0 +1,185 @@
+"""Training of a SentencePiece BPE tokenizer on the inputs of preprocessing."""
+
+import io
+import logging
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import sentencepiece
+from tqdm import tqdm
+
+from megatron_ext.data.atomic import AtomicFiles
+from megatron_ext.data.documents import (
+    BadRecord,
+    InputFormat,
+    find_inputs,
+    parse_block,
+    read_blocks,
+)
+from megatron_ext.exceptions import ConfigError, DataError
+
+logger = logging.getLogger(__name__)
+
+# SentencePiece drops longer sentences; they are cut instead, so that no text is lost.
+_SENTENCE_CHARACTERS = 1000
+_PROBE_BYTES = 1_000_000
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainTokenizerConfig:
+    """What to train on, and what to train.
+
+    Attributes:
+        inputs: Files, directories and globs.
+        output: The model file.
+        vocab_size: Pieces, all kinds together: 4 control pieces, 256 bytes, characters and merges.
+        keys: Keys or columns that hold text.
+        input_format: Format of all inputs, or by their names.
+        split_digits: Whether each digit is a piece of its own.
+        max_bytes: Text to train on, from the start of the input; all of it is held in memory.
+        threads: Threads of the trainer; the result does not depend on them.
+        overwrite: Whether an existing model may be replaced.
+    """
+
+    inputs: list[str]
+    output: str
+    vocab_size: int
+    keys: list[str] = field(default_factory=lambda: ["text"])
+    input_format: InputFormat = "auto"
+    split_digits: bool = True
+    max_bytes: int = 1_000_000_000
+    threads: int = 1
+    overwrite: bool = False
+
+    def __post_init__(self) -> None:
+        if self.vocab_size < 300:
+            raise ConfigError(
+                f"--vocab-size: expected at least 300 (256 bytes, 4 control pieces, characters), "
+                f"found {self.vocab_size}"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainTokenizerResult:
+    """What came out.
+
+    Attributes:
+        vocab_size: Pieces.
+        text_bytes: UTF-8 bytes of text learned from.
+        probe_bytes: Bytes of the text, its end, on which `bytes_per_token` was measured.
+        bytes_per_token: Mean bytes of a token.
+    """
+
+    vocab_size: int
+    text_bytes: int
+    probe_bytes: int
+    bytes_per_token: float
+
+
+class _Lines:
+    """The lines of the input, cut to length, counted as they pass."""
+
+    def __init__(self, config: TrainTokenizerConfig) -> None:
+        self._config = config
+        self._paths = find_inputs(config.inputs, input_format=config.input_format)
+        self.text_bytes = 0
+        self.probe: list[str] = []
+
+    def __iter__(self) -> Iterator[str]:
+        total = min(sum(path.stat().st_size for path in self._paths), self._config.max_bytes)
+        kept = 0
+        with tqdm(total=total, unit="B", unit_scale=True, desc="reading", disable=None) as bar:
+            for text in self._texts():
+                # Newlines stay out of the pieces: each is a byte piece of its own when encoded.
+                for line in text.split("\n"):
+                    for start in range(0, len(line), _SENTENCE_CHARACTERS):
+                        yield line[start : start + _SENTENCE_CHARACTERS]
+                size = len(text.encode())
+                self.text_bytes += size
+                bar.update(size)
+                self.probe.append(text)
+                kept += size
+                while kept - len(self.probe[0].encode()) >= _PROBE_BYTES:
+                    kept -= len(self.probe.pop(0).encode())
+                if self.text_bytes >= self._config.max_bytes:
+                    logger.info("stopped reading at %.1f MB (--max-bytes)", self.text_bytes / 1e6)
+                    return
+
+    def _texts(self) -> Iterator[str]:
+        config = self._config
+        for block in read_blocks(self._paths, keys=config.keys, input_format=config.input_format):
+            for record in parse_block(block, config.keys):
+                if isinstance(record, BadRecord):
+                    raise DataError(str(record))
+                for texts in record:
+                    yield from texts
+
+
+def train_tokenizer(config: TrainTokenizerConfig) -> TrainTokenizerResult:
+    """Trains a tokenizer and writes its model.
+
+    Raises:
+        ConfigError: The output exists, no input matches, or the vocabulary is too small for the
+            text.
+        DataError: The input cannot be read, or is too small for the vocabulary.
+    """
+    lines = _Lines(config)
+    output = Path(config.output)
+    model = io.BytesIO()
+    with AtomicFiles([output], overwrite=config.overwrite) as files:
+        try:
+            sentencepiece.SentencePieceTrainer.train(
+                sentence_iterator=iter(lines),
+                model_writer=model,
+                model_type="bpe",
+                vocab_size=config.vocab_size,
+                byte_fallback=True,
+                split_digits=config.split_digits,
+                # Nothing is normalised, added or removed, so that encoding can be undone.
+                normalization_rule_name="identity",
+                remove_extra_whitespaces=False,
+                add_dummy_prefix=False,
+                allow_whitespace_only_pieces=True,
+                # The rarest characters, together 0.05% of the text, are left to the bytes.
+                character_coverage=0.9995,
+                unk_id=0,
+                bos_id=1,
+                eos_id=2,
+                pad_id=3,
+                num_threads=config.threads,
+                minloglevel=2,
+            )
+        except RuntimeError as error:
+            raise _explain(error, config.vocab_size, lines.text_bytes) from error
+        processor = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
+        files[output].write(model.getvalue())
+        files.commit()
+    probe_bytes = sum(len(text.encode()) for text in lines.probe)
+    probe_tokens = sum(len(processor.encode(text)) for text in lines.probe)
+    return TrainTokenizerResult(
+        vocab_size=processor.vocab_size(),
+        text_bytes=lines.text_bytes,
+        probe_bytes=probe_bytes,
+        bytes_per_token=probe_bytes / max(probe_tokens, 1),
+    )
+
+
+def _explain(error: RuntimeError, vocab_size: int, text_bytes: int) -> Exception:
+    """Turns SentencePiece's error into the setting to change."""
+    message = " ".join(str(error).split())
+    if text_bytes == 0:
+        return DataError("the input holds no text to train a tokenizer on")
+    if "Please set it to a value <=" in message:
+        limit = message.rpartition("<=")[2].strip(" .")
+        return DataError(
+            f"--vocab-size {vocab_size}: {text_bytes} bytes of text are too few for it, "
+            f"at most {limit} pieces"
+        )
+    if needed := re.search(r"smaller than required_chars\D*\d+ vs (\d+)", message):
+        return ConfigError(
+            f"--vocab-size {vocab_size}: the text has so many characters that at least "
+            f"{needed[1]} pieces are needed"
+        )
+    return DataError(f"SentencePiece: {message}")

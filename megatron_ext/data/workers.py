@@ -1,0 +1,95 @@
+"""Encoding blocks in many processes, with results in the order of the input."""
+
+import multiprocessing
+import os
+import signal
+import threading
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from multiprocessing.process import BaseProcess
+
+from megatron_ext.data.documents import Block
+from megatron_ext.data.encode import BlockEncoder, EncodedBlock
+from megatron_ext.data.fast_tokenizer import FastTokenizer, build_fast
+from megatron_ext.data.tokenizers import Tokenizer, TokenizerSpec, build_reference
+from megatron_ext.exceptions import DataError
+
+# Blocks on their way for each worker: one in work, one waiting, so that none idles while results
+# are written.
+_BLOCKS_PER_WORKER = 2
+
+_encoder: BlockEncoder | None = None  # of a worker process
+
+
+def encode_in_order(
+    blocks: Iterable[Block],
+    tokenizer: Tokenizer,
+    spec: TokenizerSpec,
+    *,
+    keys: Sequence[str],
+    append_eod: bool,
+    workers: int,
+) -> Iterator[EncodedBlock]:
+    """Encodes blocks, yielding the results in the order of the blocks.
+
+    Args:
+        blocks: Read no faster than they are encoded.
+        tokenizer: Used in this process if `workers` is 1.
+        spec: What each worker process loads the same tokenizer from.
+        keys: Keys of a record.
+        append_eod: As in `BlockEncoder`.
+        workers: Processes; 1 means this one.
+
+    Raises:
+        DataError: A worker died.
+        BackendMismatchError: From the encoder.
+    """
+    if workers == 1:
+        yield from map(BlockEncoder(tokenizer, keys=keys, append_eod=append_eod), blocks)
+        return
+    pool = ProcessPoolExecutor(
+        workers,
+        # Not fork: the parent may hold threads (a progress bar's, a tokenizer's).
+        mp_context=multiprocessing.get_context("spawn"),
+        initializer=_start_worker,
+        initargs=(spec, isinstance(tokenizer, FastTokenizer), list(keys), append_eod),
+    )
+    waiting: deque[Future[EncodedBlock]] = deque()
+    try:
+        for block in blocks:
+            waiting.append(pool.submit(_encode, block))
+            if len(waiting) >= workers * _BLOCKS_PER_WORKER:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    except BrokenProcessPool as error:
+        raise DataError(
+            "a worker process died, most often for lack of memory: try fewer --workers"
+        ) from error
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _start_worker(spec: TokenizerSpec, fast: bool, keys: list[str], append_eod: bool) -> None:
+    """Loads the tokenizer into a new worker process."""
+    global _encoder
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent alone answers Ctrl-C
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    # A worker whose parent was killed would wait for work for ever.
+    threading.Thread(target=_exit_with, args=(parent,), daemon=True).start()
+    reference = build_reference(spec)
+    tokenizer = build_fast(spec, reference) if fast else reference
+    _encoder = BlockEncoder(tokenizer, keys=keys, append_eod=append_eod)
+
+
+def _exit_with(parent: BaseProcess) -> None:
+    parent.join()
+    os._exit(1)
+
+
+def _encode(block: Block) -> EncodedBlock:
+    assert _encoder is not None
+    return _encoder(block)

@@ -1,0 +1,35 @@
+"""What all tools share: how they log, and how they end."""
+
+import logging
+import signal
+import sys
+from collections.abc import Callable
+from types import FrameType
+from typing import NoReturn
+
+from megatron_ext.exceptions import MegatronExtError
+
+
+def run_tool(main: Callable[[], None]) -> NoReturn:
+    """Runs a tool: log lines to standard error, a user's error as one line and exit code 2."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    signal.signal(signal.SIGTERM, _interrupt)
+    name = sys.argv[0].rpartition("/")[2]
+    try:
+        main()
+    except (MegatronExtError, OSError) as error:
+        message = " ".join(str(error).split())
+        sys.exit(_fail(f"{name}: error: {message}", 2))
+    except KeyboardInterrupt:
+        sys.exit(_fail(f"{name}: interrupted, nothing was written", 130))
+    sys.exit(0)
+
+
+def _fail(message: str, code: int) -> int:
+    print(message, file=sys.stderr)
+    return code
+
+
+def _interrupt(signum: int, frame: FrameType | None) -> None:
+    """Ends like Ctrl-C, so that what was begun is cleaned up."""
+    raise KeyboardInterrupt
