@@ -56,9 +56,9 @@ def _groups() -> Iterable[tuple[str, list[Any]]]:
         ]
     full = {"native": True, "fused_head": True}
     return [
-        ("full depth, stock", [Variant("stock layers, stock head", native=False)]),
+        ("plain step, stock", [Variant("stock layers, stock head", native=False)]),
         (
-            "8 of 32 layers",
+            "plain step, 8 of 32 layers",
             [
                 Variant("stock layers, stock head, 8 layers", native=False, layers=8),
                 Variant("our layers, stock head, 8 layers", native=True, layers=8),
@@ -66,23 +66,25 @@ def _groups() -> Iterable[tuple[str, list[Any]]]:
         ),
         ("stock optimizer", [Variant("our layers", native=True, accelerated=False)]),
         ("our optimizer", [Variant("our layers and optimizer", native=True)]),
-        ("head", [Variant("our layers, optimizer and head", **full)]),
-        ("micro-batch 2", [Variant("all ours, micro-batch 2", micro_batch=2, **full)]),
+        ("micro-batch 1", [Variant("all ours", **full)]),
+        (
+            "unlearning, half forget, half replay",
+            [
+                Variant("all ours, micro-batch 2", micro_batch=2, **full),
+                Variant("unlearn, micro-batch 2", micro_batch=2, unlearn=True, **full),
+            ],
+        ),
         ("micro-batch 4", [Variant("all ours, micro-batch 4", micro_batch=4, **full)]),
         (
             "distributed optimizer",
             [
                 Variant(
-                    "all ours, micro-batch 2, distributed optimizer",
-                    micro_batch=2,
+                    "all ours, micro-batch 4, distributed optimizer",
+                    micro_batch=4,
                     distributed_optimizer=True,
                     **full,
                 )
             ],
-        ),
-        (
-            "unlearning",
-            [Variant("unlearn, micro-batch 2", micro_batch=2, unlearn=True, **full)],
         ),
     ]
 

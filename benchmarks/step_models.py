@@ -203,7 +203,7 @@ class Trainer:
 
     def _head(self, role: int, reference_hidden: Tensor | None) -> Callable[..., Tensor]:
         """Output processor: the mean loss of the microbatch through the fused head."""
-        from megatron_ext.losses import unlearning_head
+        from megatron_ext.losses.head import unlearning_head
 
         def process(
             *, hidden_states: Tensor, output_layer: Any, labels: Tensor, **_: Any
@@ -217,6 +217,7 @@ class Trainer:
                 torch.full((s * b,), role, dtype=torch.int64, device=labels.device),
                 reference_hidden=reference_hidden.reshape(s * b, width) if has_reference else None,
                 reference_weight=self._reference_weight() if has_reference else None,
+                fuse_weight_gradient=output_layer.config.gradient_accumulation_fusion,
             )
             if role == ROLE_FORGET:
                 return FORGET_WEIGHT * functional.softplus(out.margin).mean()
