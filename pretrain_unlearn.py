@@ -28,6 +28,7 @@ from megatron_ext.exceptions import MegatronExtError  # noqa: E402
 
 def main() -> None:
     """Parse, check, build and train."""
+    import torch
     from megatron.core.enums import ModelType
     from megatron.training import pretrain, print_rank_0, set_startup_timestamps
     from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_container_from_args
@@ -76,6 +77,9 @@ def main() -> None:
     )
     for reference in built:
         reference.check_unchanged()
+    # Leaving with live gloo threads aborts the process now and then ("terminate called ...").
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":

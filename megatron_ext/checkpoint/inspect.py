@@ -23,7 +23,6 @@ ARCHITECTURE = (
     "hidden_size",
     "ffn_hidden_size",
     "num_attention_heads",
-    "num_query_groups",
     "kv_channels",
     "swiglu",
     "normalization",
@@ -112,10 +111,9 @@ def check_architecture(checkpoint: Checkpoint, args: Namespace, *, flag: str) ->
         CheckpointError: another architecture, vocabulary or tokenizer, or a longer sequence.
     """
     saved = checkpoint.args
-    for name in ARCHITECTURE:
-        if not hasattr(saved, name) or not hasattr(args, name):
-            continue
-        expected, found = getattr(args, name), getattr(saved, name)
+    wanted, present = _architecture(args), _architecture(saved)
+    for name in wanted.keys() & present.keys():
+        expected, found = wanted[name], present[name]
         if expected != found:
             raise CheckpointError(
                 f"{flag}: expected --{name.replace('_', '-')} {expected}, as this run has, "
@@ -128,6 +126,15 @@ def check_architecture(checkpoint: Checkpoint, args: Namespace, *, flag: str) ->
             f"found {args.seq_length}"
         )
     _check_vocabulary(checkpoint, args, flag)
+
+
+def _architecture(args: Namespace) -> dict[str, object]:
+    values = {name: getattr(args, name) for name in ARCHITECTURE if hasattr(args, name)}
+    if hasattr(args, "num_attention_heads"):
+        # Megatron fills num_query_groups in during a run; the flag alone says nothing without the switch.
+        grouped = getattr(args, "group_query_attention", False)
+        values["num_query_groups"] = args.num_query_groups if grouped else args.num_attention_heads
+    return values
 
 
 def _check_vocabulary(checkpoint: Checkpoint, args: Namespace, flag: str) -> None:

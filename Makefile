@@ -1,0 +1,42 @@
+# make demo    pre-train, continue on synthetic text, unlearn it; prints a table and draws the curves
+# make test    all tests
+# make check   format, lint, types and all tests (what CI runs)
+# make bench   the benchmarks that this machine can run
+# make setup   the virtual environment; the others make it when it is needed
+
+VENV   := .venv
+PYTHON := $(VENV)/bin/python
+READY  := $(VENV)/.ready
+DEMO   ?= runs/demo
+
+.PHONY: setup demo test check lint bench clean-demo
+
+setup: $(READY)
+
+$(READY): requirements.txt tools/find_python.sh
+	@python=$$(PYTHON_3_12="$(PYTHON_3_12)" sh tools/find_python.sh) && { test -x $(PYTHON) || "$$python" -m venv $(VENV); }
+	$(PYTHON) -m pip install --quiet --upgrade pip
+	$(PYTHON) -m pip install --quiet --requirement requirements.txt
+	@touch $@
+
+demo: $(READY)
+	$(PYTHON) examples/demo/run.py --output-dir $(DEMO)
+
+test: $(READY)
+	$(PYTHON) -m pytest
+
+lint: $(READY)
+	$(PYTHON) -m ruff format --check .
+	$(PYTHON) -m ruff check .
+	$(PYTHON) -m mypy
+
+check: lint test
+
+bench: $(READY)
+	$(PYTHON) -m pip install --quiet --requirement requirements-bench.txt
+	$(PYTHON) -m benchmarks.head
+	$(PYTHON) -m benchmarks.step
+	$(PYTHON) -m benchmarks.preprocess
+
+clean-demo:
+	rm -rf $(DEMO)
