@@ -23,7 +23,8 @@ matters. A divergence, and its gradient `p_z - p_t`, subtract numbers that are n
 student is near the reference; with a reference the arithmetic is fp64, block by block, so that
 neither cancels. (On a CPU an fp64 exp takes 1.25 ns against 0.6 ns, less than the extra passes of
 the compensated fp32 forms.) What is kept for each row is always fp64: it is a few numbers a token,
-and `z - lse` then loses nothing to an offset of the logits, however large.
+and `z - lse` then loses nothing to an offset of the logits up to 1e10. (Beyond, the log of the sum
+drowns in the maximum: results stay finite, but a tie of such logits is not resolved.)
 """
 
 import math
@@ -34,9 +35,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-# Elements of a block of rows. CPU: the temporaries stay in cache (2 MiB in fp64). CUDA: kernels are
+# Elements of a block of rows. CPU: the temporaries stay in cache (1 MiB in fp64). CUDA: kernels are
 # long enough to hide their launches, and a temporary takes 128 MiB at most for V <= 131,072.
-_BLOCK_ELEMENTS = {"cpu": 2**18, "cuda": 2**24}
+_BLOCK_ELEMENTS = {"cpu": 2**17, "cuda": 2**24}
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,22 +148,24 @@ def shard_statistics(
         stats[4] = 0.0
     if valid_columns == 0:
         return stats
+    if labels is not None:
+        column, inside = _label_columns(labels, vocab_start, valid_columns)
     work = _work_dtype(logits, has_reference)
     for rows in _row_blocks(logits):
         z = _own_copy(logits[rows, :valid_columns], work)
         if reference_logits is not None:
             t = _own_copy(reference_logits[rows, :valid_columns], work)
-            stats[2, rows] = lse_z = torch.logsumexp(z, -1)
-            stats[3, rows] = lse_t = torch.logsumexp(t, -1)
-            log_ratio = (t - z).add_((lse_z - lse_t).unsqueeze(-1))
-            p_t = t.sub_(lse_t.unsqueeze(-1)).exp_()
-            stats[4, rows] = p_t.mul_(log_ratio).sum(-1)
+            difference = t - z
+            stats[3, rows], exp_t, total_t = _logsumexp_(t)
+            mean_difference = exp_t.mul_(difference).sum(-1) / total_t
         if labels is not None:
-            column, inside = _label_columns(labels[rows], vocab_start, valid_columns)
-            z_y = z.gather(-1, column)
-            stats[0, rows] = torch.where(inside, z_y, -math.inf).squeeze(-1).double()
-            z.scatter_(-1, column, torch.where(inside, -math.inf, z_y))
-        stats[1, rows] = _logsumexp_(z)
+            z_y = z.gather(-1, column[rows])
+            stats[0, rows] = torch.where(inside[rows], z_y, -math.inf).squeeze(-1).double()
+            z.scatter_(-1, column[rows], torch.where(inside[rows], -math.inf, z_y))
+        stats[1, rows] = _logsumexp_(z)[0]
+        if reference_logits is not None:
+            stats[2, rows] = torch.logaddexp(stats[0, rows], stats[1, rows])
+            stats[4, rows] = mean_difference - stats[3, rows] + stats[2, rows]
     return stats
 
 
@@ -248,29 +251,34 @@ def logits_gradient(
     out[:, valid_columns:] = 0
     if valid_columns == 0:
         return out
+    # d/dz_j is at_rest * softmax_rest(j) - grad_kl * p_t(j), but at the label at_label instead of
+    # the first product: elsewhere p_z is softmax_rest, scaled to the mass of the rest.
+    at_rest = at_label = torch.zeros_like(rows.lse_rest)
+    if labels is not None:
+        column, inside = _label_columns(labels, vocab_start, valid_columns)
+    if grad_margin is not None:
+        at_rest, at_label = at_rest - grad_margin, at_label + grad_margin
+    if grad_kl is not None:
+        assert rows.lse_z is not None
+        at_rest = at_rest + grad_kl * (rows.lse_rest - rows.lse_z).exp()
+        if labels is not None:
+            z_y = logits.gather(-1, column).squeeze(-1)
+            at_label = at_label + grad_kl * (z_y - rows.lse_z).exp()
     work = _work_dtype(logits, grad_kl is not None)
     for block in _row_blocks(logits):
-        z = logits[block, :valid_columns]
-        gradient: Tensor | None = None
+        gradient = _exp_difference(logits[block, :valid_columns], rows.lse_rest[block], work)
+        gradient *= at_rest[block, None].to(work)
+        if labels is not None:
+            # Replaced, not adjusted: the exponential of the label is exp(margin), perhaps inf.
+            other = gradient.gather(-1, column[block])
+            label = torch.where(inside[block], at_label[block, None].to(work), other)
+            gradient.scatter_(-1, column[block], label)
         if grad_kl is not None:
             assert reference_logits is not None
-            assert rows.lse_z is not None
             assert rows.lse_t is not None
-            t = reference_logits[block, :valid_columns]
-            gradient = _exp_difference(z, rows.lse_z[block], work)
-            gradient -= _exp_difference(t, rows.lse_t[block], work)
-            gradient *= grad_kl[block, None]
-        if grad_margin is not None:
-            assert labels is not None
-            softmax_rest = _exp_difference(z, rows.lse_rest[block], work)
-            column, inside = _label_columns(labels[block], vocab_start, valid_columns)
-            # Set, not added: at the label the exponential is exp(margin), which may be inf.
-            softmax_rest.scatter_(
-                -1, column, torch.where(inside, -1.0, softmax_rest.gather(-1, column))
-            )
-            softmax_rest *= -grad_margin[block, None].to(work)
-            gradient = softmax_rest if gradient is None else gradient.add_(softmax_rest)
-        out[block, :valid_columns] = 0.0 if gradient is None else gradient
+            p_t = _exp_difference(reference_logits[block, :valid_columns], rows.lse_t[block], work)
+            gradient.addcmul_(p_t, grad_kl[block, None].to(work), value=-1)
+        out[block, :valid_columns] = gradient
     return out
 
 
@@ -297,12 +305,16 @@ def _label_columns(labels: Tensor, vocab_start: int, valid_columns: int) -> tupl
     return torch.where(inside, column, 0), inside
 
 
-def _logsumexp_(z: Tensor) -> Tensor:
-    """Log-sum-exp of each row in fp64, overwriting `z`; -inf for a row that is all -inf."""
+def _logsumexp_(z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Log-sum-exp of each row in fp64 (-inf for a row that is all -inf), and what it is made of.
+
+    Returns:
+        `[N]`; `exp(z - max)`, written to `z`; and the sum of that, `[N]`.
+    """
     largest = z.amax(-1, keepdim=True)
     largest = torch.where(largest == -math.inf, 0.0, largest)
     total = z.sub_(largest).exp_().sum(-1)
-    return largest.squeeze(-1).double() + total.double().log()
+    return largest.squeeze(-1).double() + total.double().log(), z, total
 
 
 def _exp_difference(z: Tensor, lse: Tensor, work: torch.dtype) -> Tensor:
@@ -312,5 +324,7 @@ def _exp_difference(z: Tensor, lse: Tensor, work: torch.dtype) -> Tensor:
     5e-4 at an offset of 1e4.
     """
     coarse = lse.to(work)
-    fine = (lse - coarse).to(work)
-    return _own_copy(z, work).sub_(coarse.unsqueeze(-1)).sub_(fine.unsqueeze(-1)).exp_()
+    difference = _own_copy(z, work).sub_(coarse.unsqueeze(-1))
+    if work != torch.float64:
+        difference.sub_((lse - coarse).to(work).unsqueeze(-1))
+    return difference.exp_()

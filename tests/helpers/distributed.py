@@ -4,6 +4,7 @@ import os
 import pickle
 import tempfile
 import time
+import traceback
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
@@ -13,6 +14,10 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+
+
+class RankError(Exception):
+    """What a rank raised, as text."""
 
 
 def run_ranks(
@@ -33,8 +38,9 @@ def run_ranks(
         The results in the order of the ranks; they must be picklable.
 
     Raises:
-        torch.multiprocessing.ProcessRaisedException: A rank raised. Carries the traceback of the
-            first that did; the others are ended.
+        RankError: A rank raised. Carries the traceback of the first that did, not of a peer that
+            lost its connection to it; the others are ended.
+        torch.multiprocessing.ProcessExitedException: A rank died without raising.
         TimeoutError: The ranks did not end in time; they are ended.
     """
     deadline = time.monotonic() + timeout
@@ -56,6 +62,8 @@ def run_ranks(
                         f"{fn.__qualname__}: ranks {running} of {world_size} still run "
                         f"after {timeout} s"
                     )
+        except mp.ProcessRaisedException as error:
+            raise RankError(_first_error(Path(directory))) from error
         finally:
             for process in context.processes:
                 if process.is_alive():
@@ -65,6 +73,15 @@ def run_ranks(
             pickle.loads((Path(directory) / f"result{rank}").read_bytes())
             for rank in range(world_size)
         ]
+
+
+def _first_error(directory: Path) -> str:
+    # What a rank raised is written before its connections close, so before its peers can notice.
+    return min((file.read_text() for file in directory.glob("error*")), key=_time_of)
+
+
+def _time_of(error: str) -> float:
+    return float(error.split(maxsplit=1)[0])
 
 
 def _rank_main(
@@ -89,5 +106,12 @@ def _rank_main(
         # Plain pickle, not a queue: torch would share tensors through files of a rank that is gone.
         (Path(directory) / f"result{rank}").write_bytes(pickle.dumps(result))
         dist.barrier()
+    except BaseException:
+        text = f"{time.monotonic():.6f} s: rank {rank} of {world_size}\n{traceback.format_exc()}"
+        # Renamed into place: the parent never reads half of it.
+        partial = Path(directory) / f"writing{rank}"
+        partial.write_text(text)
+        partial.rename(Path(directory) / f"error{rank}")
+        raise
     finally:
         dist.destroy_process_group()

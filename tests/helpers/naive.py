@@ -40,13 +40,18 @@ OBJECTIVES: dict[str, Callable[[Tensor], Tensor]] = {
 # The step between neighbouring numbers at the bottom of fp32. What lies below 1e-38, such as the
 # cross-entropy of a margin of 100, cannot be had more exactly in fp32.
 SMALLEST = 2.0**-149
-# What rounding leaves in the fp64 truth of `p_z - p_t` and of a KL when they are all but 0.
+# What fp64 leaves of `p_z - p_t`, and of a KL, when they are 0.
 TRUTH_NOISE = 2e-15
 
 
 def tolerance(margin: Tensor) -> Tensor:
     """Promised relative error of values and gradients for true margins `[...]`."""
     return torch.where(margin.abs() <= 20, 1e-5, 1e-4).double()
+
+
+def divergence_noise(logits: Tensor) -> float:
+    """What fp64 leaves of a row of `p_z - p_t` when it is 0: it grows with the logits' offset."""
+    return TRUTH_NOISE * float(logits.abs().max().clamp(1.0, 1e4))
 
 
 def assert_values(

@@ -67,6 +67,7 @@ def test_reference_gets_no_gradient(logits, labels) -> None:
     losses.reference_kl(logits, reference).sum().backward()
     assert logits.grad is not None
     assert reference.grad is None
+    assert not losses.reference_kl(logits.detach(), reference).requires_grad
 
 
 def test_no_reference_gives_kl_of_zero_without_gradient(logits, labels) -> None:
@@ -96,6 +97,25 @@ def test_label_in_the_padding_is_out_of_range(logits, labels) -> None:
     losses.target_margin(logits, labels, vocab_size=13)
     with pytest.raises(ValueError, match=r"0\.\.11, got 12 at position \(1,\)"):
         losses.target_margin(logits, labels, vocab_size=12)
+
+
+BAD_LABEL_ON_DEVICE = """
+import torch
+from megatron_ext import losses
+losses.target_margin(torch.zeros(2, 8, device="cuda"), torch.tensor([0, 8], device="cuda"))
+torch.cuda.synchronize()
+"""
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_label_out_of_range_fails_an_assertion_on_the_device() -> None:
+    # In a process of its own: a failed assertion leaves the device's context unusable.
+    done = subprocess.run(
+        [sys.executable, "-c", BAD_LABEL_ON_DEVICE], capture_output=True, text=True, check=False
+    )
+    assert done.returncode != 0
+    assert "device-side assert" in done.stderr
 
 
 @pytest.mark.parametrize(
