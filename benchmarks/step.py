@@ -139,9 +139,10 @@ def _measure(
             trainer = Trainer(shape, variant)
             losses.append(trainer.step())
             trainers.append(trainer)
-        except (torch.OutOfMemoryError, ImportError, NotImplementedError) as error:
+        except Exception as error:  # one peer that cannot run must not take the others' rows
             reason = f"{type(error).__name__}: {str(error).splitlines()[0]}"
-            logging.debug("%s: %s", variant.name, traceback.format_exc())
+            if not isinstance(error, torch.OutOfMemoryError):
+                traceback.print_exc()
             rows.append({"group": group, "variant": variant.name, "failed": reason})
     for _ in range(warmup - 1):
         for trainer in trainers:

@@ -19,7 +19,10 @@ def use_fused_adam(optimizer: torch.optim.Optimizer) -> bool:
     """Switch a torch Adam or AdamW over to its single-kernel step.
 
     Safe at any time, also after a checkpoint of an unfused run was loaded: the moments are the
-    same, only the step counter moves to the parameter's device.
+    same, only the step counter moves to the parameter's device. Each parameter gets a counter of
+    its own on the way: on resume, Megatron's distributed optimizer gives one tensor to all of them
+    (`load_state_dict`, where neither Transformer Engine nor Apex is installed), which then counts
+    every parameter as a step.
 
     Args:
         optimizer: Any optimizer; others than torch's own Adam and AdamW are left alone.
@@ -29,16 +32,17 @@ def use_fused_adam(optimizer: torch.optim.Optimizer) -> bool:
     """
     if type(optimizer) not in (torch.optim.Adam, torch.optim.AdamW):
         return False
+    seen: set[int] = set()
     for group in optimizer.param_groups:
-        if group.get("fused") or not all(p.is_floating_point() for p in group["params"]):
-            continue
         group["fused"], group["foreach"] = True, False
         for parameter in group["params"]:
-            step = optimizer.state.get(parameter, {}).get("step")
-            if step is not None:
-                step = torch.as_tensor(step, dtype=torch.float32, device=parameter.device)
-                optimizer.state[parameter]["step"] = step
-    return all(group.get("fused") for group in optimizer.param_groups)
+            state = optimizer.state.get(parameter, {})
+            if "step" not in state:
+                continue
+            step = torch.as_tensor(state["step"], dtype=torch.float32, device=parameter.device)
+            state["step"] = step.clone() if id(step) in seen else step
+            seen.add(id(state["step"]))
+    return True
 
 
 def l2_norm(

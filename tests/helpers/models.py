@@ -76,8 +76,8 @@ def gpt(cfg: Any, *, native: bool, seed: int = 0) -> Any:
     return model
 
 
-def loss_and_gradients(model: Any) -> tuple[float, dict[str, torch.Tensor]]:
-    """One pass through Megatron's own wrapper, schedule and gradient reduction."""
+def loss_and_gradients(model: Any, wrapped: Any = None) -> tuple[float, dict[str, torch.Tensor]]:
+    """One pass through Megatron's own wrapper (given or made), schedule and gradient reduction."""
     from megatron.core.distributed import (
         DistributedDataParallel,
         DistributedDataParallelConfig,
@@ -86,7 +86,9 @@ def loss_and_gradients(model: Any) -> tuple[float, dict[str, torch.Tensor]]:
     from megatron.core.pipeline_parallel import get_forward_backward_func
 
     model.config.finalize_model_grads_func = finalize_model_grads
-    wrapped = DistributedDataParallel(model.config, DistributedDataParallelConfig(), model)
+    if wrapped is None:
+        wrapped = DistributedDataParallel(model.config, DistributedDataParallelConfig(), model)
+    wrapped.zero_grad_buffer()
     generator = torch.Generator().manual_seed(7)
     tokens = torch.randint(0, VOCAB, (BATCH, SEQUENCE + 1), generator=generator)
     positions = torch.arange(SEQUENCE).expand(BATCH, -1)
