@@ -31,7 +31,10 @@ def main() -> None:
     import torch
     from megatron.core.enums import ModelType
     from megatron.training import pretrain, print_rank_0, set_startup_timestamps
-    from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_container_from_args
+    from megatron.training.argument_utils import (
+        gpt_config_from_args,
+        pretrain_cfg_container_from_args,
+    )
 
     from megatron_ext import arguments
     from megatron_ext.data.providers import check_datasets, datasets_provider
@@ -89,6 +92,8 @@ if __name__ == "__main__":
     except MegatronExtError as error:
         rank = os.environ.get("RANK", "0")
         where = f" (rank {rank})" if rank != "0" else ""
-        print(f"{os.path.basename(sys.argv[0])}: error{where}: {error}", file=sys.stderr, flush=True)
+        print(
+            f"{os.path.basename(sys.argv[0])}: error{where}: {error}", file=sys.stderr, flush=True
+        )
         # A rank that is waiting in a collective for this one is ended by torchrun, not by a shutdown here.
         os._exit(2)

@@ -2,9 +2,9 @@
 
     python -m benchmarks.head [--device cuda|cpu] [--out FOLDER]
 
-Prints a table, writes `head_<device>.json` and `head_<device>.png`. A peer that cannot run
-is listed with the reason. On a GPU: median of CUDA events, and the allocator's peak above the inputs. On a
-CPU: each measurement in a process of its own, the peak of its resident memory above the inputs.
+Prints a table, writes `head_<device>.json` and `head_<device>.png`. A peer that cannot run is
+listed with the reason. On a GPU: median of CUDA events, and the allocator's peak above the inputs.
+On a CPU: each measurement in a process of its own, its peak of resident memory above the inputs.
 """
 
 import argparse

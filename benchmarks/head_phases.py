@@ -149,6 +149,7 @@ def tune(tokens: int, vocab: int) -> list[dict]:
             t,
             out,
             labels,
+            rows.margin,
             rows.lse_rest,
             rows.lse_z,
             rows.lse_t,

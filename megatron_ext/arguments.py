@@ -1,5 +1,6 @@
-"""The product's flags beside Megatron's, what a machine without CUDA or Transformer Engine sets by
-itself, and every check that can be made before torch.distributed starts.
+"""The product's flags beside Megatron's, and their checks before torch.distributed starts.
+
+What a machine without CUDA or without Transformer Engine needs is set here by itself.
 """
 
 from __future__ import annotations
@@ -19,8 +20,8 @@ from megatron.training.arguments import parse_and_validate_args, parse_args
 from megatron_ext.checkpoint.inspect import check_architecture, has_checkpoint, open_checkpoint
 from megatron_ext.config import UnlearnConfig
 from megatron_ext.data.tokenizers import TOKENIZER_TYPES, TokenizerSpec, tokenizer_digest
-from megatron_ext.model.layer_spec import check_arguments as check_layer_arguments
 from megatron_ext.exceptions import ConfigError
+from megatron_ext.model.layer_spec import check_arguments as check_layer_arguments
 from megatron_ext.runtime import cpu
 
 logger = logging.getLogger(__name__)
@@ -32,6 +33,7 @@ _NEVER: tuple[tuple[str, str], ...] = (
     ("yaml_cfg", "settings are given as flags"),
     ("use_torch_fsdp2", "the model is sharded by tensor and pipeline parallelism"),
     ("use_megatron_fsdp", "the model is sharded by tensor and pipeline parallelism"),
+    ("use_mup", "the head does not scale logits by width"),
     ("modelopt_enabled", "ModelOpt replaces the loss"),
     ("fim_data", "fill-in-the-middle samples are not built here"),
 )
@@ -41,7 +43,10 @@ _NEVER_WITH_UNLEARNING: tuple[tuple[str, str], ...] = (
     ("decrease_batch_size_if_needed", "the composition of a batch is fixed for the whole run"),
     ("phase_transition_iterations", "the composition of a batch is fixed for the whole run"),
     ("mtp_num_layers", "multi-token prediction adds a loss that unlearning does not define"),
-    ("calculate_per_token_loss", "each term is already averaged over its tokens of the global batch"),
+    (
+        "calculate_per_token_loss",
+        "each term is already averaged over its tokens of the global batch",
+    ),
     ("multiple_validation_sets", "forget and replay validation losses are reported apart already"),
     ("full_validation", "validation batches are composed of forget and replay samples"),
     ("overlap_moe_expert_parallel_comm", "it replaces the schedule that runs the reference"),
@@ -170,7 +175,9 @@ def check_before_megatron(args: Namespace, config: UnlearnConfig) -> None:
                 "the order of forgotten and replayed samples is fixed"
             )
         if args.cuda_graph_impl == "full_iteration":
-            raise ConfigError("--cuda-graph-impl full_iteration cannot capture the reference's pass")
+            raise ConfigError(
+                "--cuda-graph-impl full_iteration cannot capture the reference's pass"
+            )
         _check_start(args)
     elif config.reference_load is not None:
         raise ConfigError("--reference-load: expected --forget-data-path beside it, found none")

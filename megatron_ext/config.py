@@ -9,9 +9,7 @@ from typing import Any, Literal
 
 from megatron_ext.exceptions import ConfigError
 
-
-def _list() -> Any:
-    return field(default=None, metadata={"argparse_meta": {"nargs": "+", "type": str}})
+_LIST: dict[str, Any] = {"argparse_meta": {"nargs": "+", "type": str}}
 
 
 @dataclass(kw_only=True)
@@ -22,17 +20,17 @@ class UnlearnConfig:
         ConfigError: a value that no run could use; the message names the flag.
     """
 
-    forget_data_path: list[str] | None = _list()
+    forget_data_path: list[str] | None = field(default=None, metadata=_LIST)
     """Text to forget, as weights and prefixes in the syntax of --data-path. Naming it turns unlearning
     on; --data-path then names the text that is replayed. Split by --split."""
 
-    forget_train_data_path: list[str] | None = _list()
+    forget_train_data_path: list[str] | None = field(default=None, metadata=_LIST)
     """Like --forget-data-path for the training split alone; goes with --train-data-path."""
 
-    forget_valid_data_path: list[str] | None = _list()
+    forget_valid_data_path: list[str] | None = field(default=None, metadata=_LIST)
     """Like --forget-data-path for the validation split alone; goes with --valid-data-path."""
 
-    forget_test_data_path: list[str] | None = _list()
+    forget_test_data_path: list[str] | None = field(default=None, metadata=_LIST)
     """Like --forget-data-path for the test split alone; goes with --test-data-path."""
 
     forget_batch_size: int | None = None
@@ -56,6 +54,10 @@ class UnlearnConfig:
     reference_load: str | None = None
     """Checkpoint directory of the frozen reference model. Default: the checkpoint that the run starts
     from."""
+
+    fp32_logits: bool = False
+    """Leave the logits of the unlearning objective unrounded. bf16 logits carry a noise that drowns a KL
+    below about 1e-4 and its gradient; costs twice the head's memory traffic. No effect in fp32 runs."""
 
     @property
     def enabled(self) -> bool:
@@ -95,7 +97,9 @@ class UnlearnConfig:
                 "--forget-data-path: expected either it or --forget-(train|valid|test)-data-path, "
                 "found both"
             )
-        if self.enabled and not any((self.forget_weight, self.replay_weight, self.mitigation_weight)):
+        if self.enabled and not any(
+            (self.forget_weight, self.replay_weight, self.mitigation_weight)
+        ):
             raise ConfigError(
                 "--forget-weight, --replay-weight, --mitigation-weight: expected at least one above 0, "
                 "found 0 for all three"

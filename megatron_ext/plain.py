@@ -14,6 +14,7 @@ from megatron.core.utils import get_attr_wrapped_model
 from megatron.training import get_timers
 
 from megatron_ext.data.batch import read_micro_batch
+from megatron_ext.head import token_losses
 
 
 class PlainStep:
@@ -41,12 +42,16 @@ class PlainStep:
         )
         timer.stop()
         output = model(
-            batch.tokens, batch.position_ids, batch.attention_mask, labels=batch.labels
+            batch.tokens,
+            batch.position_ids,
+            batch.attention_mask,
+            labels=batch.labels,
+            output_processor=token_losses,
         )
         return output, partial(self.loss, batch.loss_mask)
 
     def loss(
-        self, loss_mask: torch.Tensor, output: torch.Tensor
+        self, loss_mask: torch.Tensor | None, output: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
         """Sum of the losses, number of tokens and report, as Megatron averages them.
 
@@ -54,6 +59,7 @@ class PlainStep:
             loss_mask: ``[b, s]``, 1 where a token counts.
             output: fp32 ``[b, s]``, cross-entropy of every token in nats.
         """
+        assert loss_mask is not None
         mask = loss_mask.view(-1).float()
         loss = (output.view(-1).float() * mask).sum()
         tokens = mask.sum().to(torch.int)
@@ -63,7 +69,9 @@ class PlainStep:
         return loss, tokens, {"lm loss": report}
 
     def _micro_batch_size(self, model: MegatronModule) -> int:
-        return int(self.args.micro_batch_size if model.training else self.args.eval_micro_batch_size)
+        return int(
+            self.args.micro_batch_size if model.training else self.args.eval_micro_batch_size
+        )
 
 
 def check_finite(loss: torch.Tensor) -> None:

@@ -150,10 +150,10 @@ class FrozenReference:
         return chunks
 
     def _sharded_state(self) -> dict[str, Any]:
-        state = {
-            f"model{i}": chunk.sharded_state_dict() for i, chunk in enumerate(unwrap_model(self.chunks))
+        return {
+            f"model{i}": chunk.sharded_state_dict()
+            for i, chunk in enumerate(unwrap_model(self.chunks))
         }
-        return state
 
     def _shards(self) -> list[ShardedTensor]:
         state = self._sharded_state()

@@ -110,9 +110,7 @@ class UnlearnStep:
             list on other stages.
         """
         forget_count = self._forget_microbatches(num_microbatches, micro_batch_size)
-        batches = self._read(
-            data_iterator, model, num_microbatches, forget_count, micro_batch_size
-        )
+        batches = self._read(data_iterator, model, num_microbatches, forget_count, micro_batch_size)
         reference = self._reference()
         hidden: list[torch.Tensor] = []
         if reference is not None:
@@ -149,11 +147,39 @@ class UnlearnStep:
         timer.start()
         batch = next(data_iterator)
         timer.stop()
-        head = partial(head_terms, batch=batch, step=self, reference=self._reference())
         output = model(
-            batch.tokens, batch.position_ids, batch.attention_mask, output_processor=head
+            batch.tokens,
+            batch.position_ids,
+            batch.attention_mask,
+            output_processor=partial(self._head, batch),
         )
         return output, partial(self.loss, batch)
+
+    def _head(
+        self,
+        batch: MicroBatch,
+        *,
+        hidden_states: torch.Tensor,
+        output_layer: torch.nn.Module,
+        output_weight: torch.Tensor | None,
+        **_: Any,
+    ) -> torch.Tensor:
+        """Megatron's ``output_processor`` on the last stage; see ``head_terms``."""
+        assert batch.labels is not None
+        hidden, batch.context.reference_hidden = batch.context.reference_hidden, None
+        reference = self._reference()
+        return head_terms(
+            hidden_states,
+            output_layer=output_layer,
+            output_weight=output_weight,
+            labels=batch.labels,
+            vocab_size=self.args.unpadded_vocab_size,
+            reference_hidden=hidden,
+            reference_weight=None
+            if hidden is None or reference is None
+            else reference.output_weight(),
+            fp32_logits=self.config.fp32_logits,
+        )
 
     def loss(
         self, batch: MicroBatch, terms: torch.Tensor

@@ -62,7 +62,9 @@ def _shard_sum(tensor: ShardedTensor, vocab_size: int) -> torch.Tensor:
     columns = torch.zeros((1,), dtype=torch.int64, device=data.device)
     for axis in range(1, data.dim()):
         size = data.shape[axis]
-        steps = torch.arange(size, dtype=torch.int64, device=data.device) + offsets[prepended + axis]
+        steps = (
+            torch.arange(size, dtype=torch.int64, device=data.device) + offsets[prepended + axis]
+        )
         columns = (columns[:, None] + steps * _signed(seeds[prepended + axis])).flatten()
     total = torch.zeros((), dtype=torch.int64, device=data.device)
     block = max(1, _BLOCK_ELEMENTS // max(1, rows.shape[1]))

@@ -75,13 +75,17 @@ def open_checkpoint(
     """
     directory = Path(directory)
     if not directory.is_dir():
-        raise CheckpointError(f"{flag}: expected a checkpoint directory, found nothing at {directory}")
+        raise CheckpointError(
+            f"{flag}: expected a checkpoint directory, found nothing at {directory}"
+        )
     tracker = directory / TRACKER
     if not tracker.is_file():
         raise CheckpointError(f"{flag}: expected a finished checkpoint, found no {tracker}")
     text = tracker.read_text().strip()
     if iteration is None and not text.isdecimal() and text != "release":
-        raise CheckpointError(f"{tracker}: expected an iteration number or 'release', found {text!r}")
+        raise CheckpointError(
+            f"{tracker}: expected an iteration number or 'release', found {text!r}"
+        )
     release = iteration is None and text == "release"
     number = iteration if iteration is not None else 0 if release else int(text)
     path = directory / ("release" if release else f"iter_{number:07d}")

@@ -39,7 +39,8 @@ def datasets_provider(args: Namespace, config: UnlearnConfig) -> Callable[..., D
     def provider(num_samples: Sequence[int], vp_stage: int | None = None) -> Datasets:
         replay = get_blend_and_blend_per_split(args)
         if not config.enabled:
-            return _build(args, *replay, num_samples, vp_stage)
+            blend, per_split = replay
+            return _build(args, blend, per_split, num_samples, vp_stage)
         return _composed(args, config, replay, num_samples, vp_stage)
 
     provider.is_distributed = True  # type: ignore[attr-defined]  # read by Megatron's loop
@@ -171,9 +172,7 @@ def check_datasets(args: Namespace, config: UnlearnConfig) -> None:
             raise ConfigError(f"{flag}: expected the prefix of a tokenised dataset, found none")
         for prefix in prefixes:
             try:
-                check_prefix(
-                    prefix, vocab_size=vocab_size, tokenizer_digest=args.tokenizer_digest
-                )
+                check_prefix(prefix, vocab_size=vocab_size, tokenizer_digest=args.tokenizer_digest)
             except DataError as error:
                 raise DataError(f"{flag}: {error}") from error
 

@@ -1,6 +1,7 @@
 """The unlearning objective in plain torch. Process groups are arguments; Megatron is not needed."""
 
 from megatron_ext.losses.divergence import reference_kl
+from megatron_ext.losses.head import HeadOutput, unlearning_head
 from megatron_ext.losses.margin import target_margin
 from megatron_ext.losses.objectives import (
     FORGET_LOSSES,
@@ -12,11 +13,13 @@ from megatron_ext.losses.terms import Terms, unlearning_terms
 
 __all__ = [
     "FORGET_LOSSES",
+    "HeadOutput",
     "Terms",
     "bounded_forgetting",
     "cross_entropy",
     "gradient_ascent",
     "reference_kl",
     "target_margin",
+    "unlearning_head",
     "unlearning_terms",
 ]

@@ -1,17 +1,18 @@
 """Triton kernels of the unlearning head: one read of the logits forward, one read and write back.
 
-Legend: N tokens, V columns of this shard; z the logits, t the reference's, p and q the
-probabilities that t and z give, x = ln p - ln q.
+Legend: N tokens, V columns of this shard; z the logits, t the reference's, q and p the
+probabilities that z and t give.
 
-The statistics kernel reads a row once. Within a block of columns it forms the maxima, the sums of
-exponentials and the KL divergence of the block's own two distributions, then merges the block into
-what it has by the chain rule of KL, as `vocab_parallel` merges the shards of tensor parallelism:
-no term is a difference of large numbers, and no second sweep is needed to know the normaliser
-first. The label's column is a block of one, merged last, because the margin excludes it.
+The statistics kernels read a row once. Where there is a reference, a set of columns is known by the
+log-sum-exp of z, the difference `delta = lse_t - lse_z`, and the KL of its two distributions. Sets
+are joined by the chain rule of KL, as `vocab_parallel` joins the shards of tensor parallelism: block
+by block along the row, and last the label, a set of one, because the margin leaves it out.
 
 Arithmetic over columns is fp32, whatever the logits are: fp64 exponentials would take longer than
-the memory traffic. What is kept of a row is fp64, and a log-sum-exp is taken away from a logit in
-two fp32 parts, so that an offset of the logits costs no digits.
+the memory traffic. So that a student near its reference keeps its digits, everything is taken from
+t - z, which is exact where the two are near, and `delta` from e^(t-z) - 1, never from the two
+log-sum-exps. What is kept of a row is fp64; a log-sum-exp is taken away in two fp32 parts, so that
+an offset of the logits costs no digits.
 """
 
 # Triton reads the signatures itself; annotations other than constexpr mean something else to it.
@@ -23,59 +24,73 @@ import triton.language as tl
 
 # Finite stand-in for -inf: differences of two of them are 0 and never NaN.
 _EMPTY = tl.constexpr(-1.0e38)
-# Below this |x| the series is used; above it the direct form has lost at most one digit.
-_SERIES = tl.constexpr(0.5)
-
-
-@triton.jit
-def _kl_term(p, q, x):
-    """Elementwise p (e^-x - 1 + x), never negative; truncation costs 4e-8 of it at most."""
-    series = 1.0 / 5040.0 - x * (1.0 / 40320.0)
-    series = 1.0 / 720.0 - x * series
-    series = 1.0 / 120.0 - x * series
-    series = 1.0 / 24.0 - x * series
-    series = 1.0 / 6.0 - x * series
-    series = 0.5 - x * series
-    return tl.where(tl.abs(x) < _SERIES, p * (x * x) * series, q - p + p * x)
+# Below this |x| series are used; above it the direct forms have lost two bits at most.
+_NEAR = tl.constexpr(0.25)
+# Offsets between z and t beyond this are taken away from each before they are subtracted.
+_APART = tl.constexpr(64.0)
 
 
 @triton.jit
 def _expm1_series(x):
-    """Elementwise e^x - 1 for |x| below _SERIES, accurate relative to itself."""
-    series = 1.0 / 5040.0 + x * (1.0 / 40320.0)
-    series = 1.0 / 720.0 + x * series
-    series = 1.0 / 120.0 + x * series
+    """Elementwise e^x - 1 for |x| below _NEAR, to 5e-8 of itself."""
+    series = 1.0 / 120.0 + x * (1.0 / 720.0)
     series = 1.0 / 24.0 + x * series
     series = 1.0 / 6.0 + x * series
     series = 0.5 + x * series
-    series = 1.0 + x * series
-    return x * series
+    return x + (x * x) * series
 
 
 @triton.jit
-def _merge(z_max, z_sum, t_max, t_sum, kl, z_max_b, z_sum_b, t_max_b, t_sum_b, kl_b):
-    """Join two disjoint sets of columns (scalars). An empty set has maximum _EMPTY and sum 0."""
+def _log1p_series(x):
+    """Scalar ln(1 + x) for |x| below 0.3, to 3e-9 of itself."""
+    r = x / (2.0 + x)
+    square = r * r
+    series = 1.0 / 7.0 + square * (1.0 / 9.0)
+    series = 1.0 / 5.0 + square * series
+    series = 1.0 / 3.0 + square * series
+    return 2.0 * (r + r * square * series)
+
+
+@triton.jit
+def _kl_term(p, q, x):
+    """Scalar p (e^-x - 1 + x) for x = ln p/q: one set's share of a KL, never negative."""
+    series = 1.0 / 120.0 - x * (1.0 / 720.0)
+    series = 1.0 / 24.0 - x * series
+    series = 1.0 / 6.0 - x * series
+    series = 0.5 - x * series
+    return tl.where(tl.abs(x) < _NEAR, p * (x * x) * series, q - p + p * x)
+
+
+@triton.jit
+def _merge(z_max, z_sum, delta, kl, z_max_b, z_sum_b, delta_b, kl_b):
+    """Joins two disjoint sets of columns (scalars). An empty set has maximum _EMPTY and sum 0."""
     z_new = tl.maximum(z_max, z_max_b)
-    t_new = tl.maximum(t_max, t_max_b)
-    q_a = z_sum * tl.exp(z_max - z_new)
-    q_b = z_sum_b * tl.exp(z_max_b - z_new)
-    p_a = t_sum * tl.exp(t_max - t_new)
-    p_b = t_sum_b * tl.exp(t_max_b - t_new)
-    z_total = q_a + q_b
-    t_total = p_a + p_b
-    z_norm = 1.0 / tl.where(z_total > 0.0, z_total, 1.0)
-    t_norm = 1.0 / tl.where(t_total > 0.0, t_total, 1.0)
-    # ln(P/Q) of each part; from the logarithms, since P and Q themselves may underflow.
-    shift = tl.log(t_total) - tl.log(z_total)
-    x_a = ((t_max - t_new) - (z_max - z_new)) + (tl.log(t_sum) - tl.log(z_sum)) - shift
-    x_b = ((t_max_b - t_new) - (z_max_b - z_new)) + (tl.log(t_sum_b) - tl.log(z_sum_b)) - shift
-    x_a = tl.where(t_sum > 0.0, x_a, 0.0)
-    x_b = tl.where(t_sum_b > 0.0, x_b, 0.0)
-    p_a = p_a * t_norm
-    p_b = p_b * t_norm
-    joined = p_a * kl + p_b * kl_b
-    joined += _kl_term(p_a, q_a * z_norm, x_a) + _kl_term(p_b, q_b * z_norm, x_b)
-    return z_new, z_total, t_new, t_total, joined
+    a = z_sum * tl.exp(z_max - z_new)
+    b = z_sum_b * tl.exp(z_max_b - z_new)
+    total = a + b
+    norm = 1.0 / tl.where(total > 0.0, total, 1.0)
+    q_a = a * norm
+    q_b = b * norm
+    # Logarithms of the masses, since the masses themselves may underflow.
+    log_total = tl.log(total)
+    log_a = (z_max - z_new) + tl.log(z_sum) - log_total + delta
+    log_b = (z_max_b - z_new) + tl.log(z_sum_b) - log_total + delta_b
+    largest = tl.maximum(log_a, log_b)
+    far = largest + tl.log(tl.exp(log_a - largest) + tl.exp(log_b - largest))
+    apart = delta_b - delta
+    step = _log1p_series(q_b * _expm1_series(apart))
+    near = tl.abs(apart) < _NEAR
+    joined = tl.where(near, delta + step, far)
+    x_a = tl.where(near, -step, delta - far)
+    x_b = tl.where(near, apart - step, delta_b - far)
+    p_a = tl.exp(log_a - joined)
+    p_b = tl.exp(log_b - joined)
+    kl_joined = p_a * kl + p_b * kl_b + _kl_term(p_a, q_a, x_a) + _kl_term(p_b, q_b, x_b)
+    empty_a = z_sum == 0.0
+    empty_b = z_sum_b == 0.0
+    joined = tl.where(empty_a, delta_b, tl.where(empty_b, delta, joined))
+    kl_joined = tl.where(empty_a, kl_b, tl.where(empty_b, kl, kl_joined))
+    return z_new, total, joined, kl_joined
 
 
 @triton.jit
@@ -84,8 +99,8 @@ def _maxima(a0, b0, a1, b1):
 
 
 @triton.jit
-def _sums(a0, b0, a1, b1):
-    return a0 + a1, b0 + b1
+def _sums(a0, b0, c0, d0, a1, b1, c1, d1):
+    return a0 + a1, b0 + b1, c0 + c1, d0 + d1
 
 
 @triton.jit
@@ -155,45 +170,43 @@ def divergence_kernel(
     present = (label >= 0) & (label < valid)
     z_max = _EMPTY + 0.0
     z_sum = 0.0
-    t_max = _EMPTY + 0.0
-    t_sum = 0.0
+    delta = 0.0
     kl = 0.0
     offsets = tl.arange(0, BLOCK)
     for start in range(0, valid, BLOCK):
         columns = start + offsets
-        inside = columns < valid
-        rest = inside & (columns != label)
-        z = tl.load(z_row + columns, mask=inside, other=float("-inf")).to(tl.float32)
-        t = tl.load(t_row + columns, mask=inside, other=float("-inf")).to(tl.float32)
-        z = tl.where(rest, z, float("-inf"))
-        t = tl.where(rest, t, float("-inf"))
-        z_max_b, t_max_b = tl.reduce((z, t), 0, _maxima)
-        z_max_b = tl.maximum(z_max_b, _EMPTY)
-        t_max_b = tl.maximum(t_max_b, _EMPTY)
-        z -= z_max_b
-        t -= t_max_b
-        q = tl.exp(z)
-        p = tl.exp(t)
-        z_sum_b, t_sum_b = tl.reduce((q, p), 0, _sums)
-        q *= 1.0 / tl.where(z_sum_b > 0.0, z_sum_b, 1.0)
-        p *= 1.0 / tl.where(t_sum_b > 0.0, t_sum_b, 1.0)
-        x = (t - z) - (tl.log(t_sum_b) - tl.log(z_sum_b))
-        kl_b = tl.sum(tl.where(rest, _kl_term(p, q, x), 0.0), 0)
-        z_max, z_sum, t_max, t_sum, kl = _merge(
-            z_max, z_sum, t_max, t_sum, kl, z_max_b, z_sum_b, t_max_b, t_sum_b, kl_b
+        rest = (columns < valid) & (columns != label)
+        z = tl.load(z_row + columns, mask=columns < valid, other=0.0).to(tl.float32)
+        t = tl.load(t_row + columns, mask=columns < valid, other=0.0).to(tl.float32)
+        z_max_b, t_max_b = tl.reduce(
+            (tl.where(rest, z, _EMPTY), tl.where(rest, t, _EMPTY)), 0, _maxima
         )
-    z_label = tl.load(z_row + label, mask=present, other=float("-inf")).to(tl.float32)
-    t_label = tl.load(t_row + label, mask=present, other=float("-inf")).to(tl.float32)
-    tl.store(out_ptr + row, z_label.to(tl.float64))
+        shift = t_max_b - z_max_b
+        q = tl.where(rest, tl.exp(z - z_max_b), 0.0)
+        p = tl.where(rest, tl.exp(t - t_max_b), 0.0)
+        # ln(p/q), but for a constant.
+        apart = tl.abs(shift) > _APART
+        x = tl.where(apart, (t - t_max_b) - (z - z_max_b), (t - z) - shift)
+        gain = tl.where(tl.abs(x) < _NEAR, q * _expm1_series(x), p - q)
+        z_sum_b, t_sum_b, gain_b, mean_b = tl.reduce((q, p, gain, p * x), 0, _sums)
+        safe = tl.where(z_sum_b > 0.0, z_sum_b, 1.0)
+        growth = gain_b / safe
+        small = tl.abs(growth) < 0.3
+        change = tl.where(small, _log1p_series(growth), tl.log(t_sum_b) - tl.log(z_sum_b))
+        kl_b = mean_b / tl.where(t_sum_b > 0.0, t_sum_b, 1.0) - change
+        z_max, z_sum, delta, kl = _merge(
+            z_max, z_sum, delta, kl, z_max_b, z_sum_b, shift + change, tl.maximum(kl_b, 0.0)
+        )
+    z_label = tl.load(z_row + label, mask=present, other=_EMPTY).to(tl.float32)
+    t_label = tl.load(t_row + label, mask=present, other=_EMPTY).to(tl.float32)
+    tl.store(out_ptr + row, tl.where(present, z_label.to(tl.float64), float("-inf")))
     _store_lse(out_ptr + out_stride + row, z_max, z_sum)
     one = tl.where(present, 1.0, 0.0)
-    z_label = tl.maximum(z_label, _EMPTY)
-    t_label = tl.maximum(t_label, _EMPTY)
-    z_max, z_sum, t_max, t_sum, kl = _merge(
-        z_max, z_sum, t_max, t_sum, kl, z_label, one, t_label, one, 0.0
-    )
-    _store_lse(out_ptr + 2 * out_stride + row, z_max, z_sum)
-    _store_lse(out_ptr + 3 * out_stride + row, t_max, t_sum)
+    z_max, z_sum, delta, kl = _merge(z_max, z_sum, delta, kl, z_label, one, t_label - z_label, 0.0)
+    lse_z = z_max.to(tl.float64) + tl.log(z_sum).to(tl.float64)
+    lse_z = tl.where(z_sum > 0.0, lse_z, float("-inf"))
+    tl.store(out_ptr + 2 * out_stride + row, lse_z)
+    tl.store(out_ptr + 3 * out_stride + row, lse_z + delta.to(tl.float64))
     tl.store(out_ptr + 4 * out_stride + row, kl.to(tl.float64))
 
 
@@ -203,6 +216,7 @@ def gradient_kernel(
     t_ptr,  # unused without KL
     out_ptr,  # may be z_ptr: a program reads its block before it writes it
     label_ptr,
+    margin_ptr,  # [N] fp32
     lse_rest_ptr,  # [N] fp64, and so the two below
     lse_z_ptr,
     lse_t_ptr,
@@ -232,12 +246,22 @@ def gradient_kernel(
         gradient = grad_margin * tl.where(columns == label, 1.0, -rest)
     if WITH_KL:
         t = tl.load(t_ptr + row * t_stride + columns, mask=inside, other=0.0).to(tl.float32)
-        log_q = _subtract_lse(z, tl.load(lse_z_ptr + row))
-        log_p = _subtract_lse(t, tl.load(lse_t_ptr + row))
-        q = tl.exp(log_q)
-        x = log_p - log_q
+        lse_z = tl.load(lse_z_ptr + row)
+        lse_t = tl.load(lse_t_ptr + row)
+        log_p = _subtract_lse(t, lse_t)
+        if WITH_MARGIN:
+            # One exponential fewer a column: its units are what this kernel fills next to memory.
+            inner = tl.load(lse_rest_ptr + row) - lse_z
+            label_q = tl.exp((tl.load(margin_ptr + row) + inner).to(tl.float32))
+            q = tl.where(columns == label, label_q, rest * tl.exp(inner.to(tl.float32)))
+        else:
+            q = tl.exp(_subtract_lse(z, lse_z))
+        delta = lse_t - lse_z
+        apart = tl.abs(delta) > _APART
+        x = tl.where(apart, log_p - _subtract_lse(z, lse_z), _subtract_lse(t - z, delta))
         # q - p = -q (e^x - 1): near x = 0 the plain difference has no correct digits left.
-        difference = tl.where(tl.abs(x) < _SERIES, -q * _expm1_series(x), q - tl.exp(log_p))
+        near = tl.abs(x) < _NEAR
+        difference = tl.where(near, -q * _expm1_series(x), q - tl.exp(log_p))
         gradient += tl.load(grad_kl_ptr + row) * difference
     gradient = tl.where(inside, gradient, 0.0)
     out = out_ptr + row * out_stride + columns

@@ -87,6 +87,7 @@ def logits_gradient(
         reference,
         out,
         labels,
+        rows.margin,
         rows.lse_rest,
         rows.lse_z if with_kl else unused,
         rows.lse_t if with_kl else unused,

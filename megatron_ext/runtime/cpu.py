@@ -23,9 +23,9 @@ _enabled = False
 
 # Factories that Megatron calls with a literal device="cuda" or with torch.cuda.current_device().
 _FACTORIES = (
-    "arange as_tensor empty empty_like eye full full_like linspace ones ones_like rand randint randn "
-    "randperm tensor zeros zeros_like"
-).split()
+    *("arange", "as_tensor", "empty", "empty_like", "eye", "full", "full_like", "linspace", "ones"),
+    *("ones_like", "rand", "randint", "randn", "randperm", "tensor", "zeros", "zeros_like"),
+)
 
 # The flags that a machine without CUDA, Transformer Engine and Apex needs; users do not type them.
 CPU_FLAGS: dict[str, Any] = {
@@ -175,7 +175,12 @@ def _patch_memory() -> None:
     cuda.empty_cache = lambda: None
     cuda.reset_peak_memory_stats = lambda device=None: None
     cuda.memory_stats = lambda device=None: defaultdict(int)
-    for name in ("memory_allocated", "max_memory_allocated", "memory_reserved", "max_memory_reserved"):
+    for name in (
+        "memory_allocated",
+        "max_memory_allocated",
+        "memory_reserved",
+        "max_memory_reserved",
+    ):
         setattr(cuda, name, lambda device=None: 0)
     cuda.mem_get_info = lambda device=None: (0, 0)
 
@@ -247,8 +252,8 @@ def _patch_megatron() -> None:
     random_states._get_cuda_rng_state = (  # bound to torch.cuda's own at import
         lambda device="cuda", clone=False, graph_safe=False: torch.get_rng_state()
     )
-    random_states._set_cuda_rng_state = (
-        lambda new_state, device=-1, graph_safe=False: torch.set_rng_state(new_state)
+    random_states._set_cuda_rng_state = lambda new_state, device=-1, graph_safe=False: (
+        torch.set_rng_state(new_state)
     )
     import megatron.training.training as training
 
