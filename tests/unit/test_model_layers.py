@@ -119,6 +119,21 @@ def test_the_triton_kernel_equals_the_eager_rotation():
     subprocess.run([sys.executable, "-c", KERNEL], check=True, env=environment)
 
 
+def test_the_triton_kernel_compiles_for_hopper():
+    """The interpreter accepts code that the compiler refuses; this needs no GPU."""
+    triton = pytest.importorskip("triton")
+    from triton.backends.compiler import GPUTarget
+
+    from megatron_ext.model.rope_kernel import _rotate_kernel
+
+    constants = {"HALF": 32, "ROWS": 64, "COLUMNS": 32, "TOTAL_HEADS": 64}
+    types = {name: "constexpr" if name in constants else "i32" for name in _rotate_kernel.arg_names}
+    types |= {"t_ptr": "*bf16", "cos_ptr": "*fp32", "sin_ptr": "*fp32"}
+    source = triton.compiler.ASTSource(fn=_rotate_kernel, signature=types, constexprs=constants)
+    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32))
+    assert compiled.asm["cubin"]
+
+
 def _norm_config(**changes):
     plain = {
         "normalization": "RMSNorm",
