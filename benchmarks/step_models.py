@@ -4,9 +4,11 @@ Everything but the variant's own part is Megatron's: GPTModel, DistributedDataPa
 schedule, the optimizer, gradient norm and clipping.
 """
 
+from argparse import Namespace
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,9 +28,6 @@ from torch.nn import functional
 
 from megatron_ext.model.layer_spec import torch_native_layer_spec
 from megatron_ext.runtime.optimizer import enable
-
-ROLE_FORGET, ROLE_LEARN = -1, 1
-FORGET_WEIGHT = 0.01
 
 
 @dataclass(frozen=True)
@@ -79,7 +78,6 @@ class Variant:
     distributed_optimizer: bool = False
     accelerated: bool = True  # megatron_ext.runtime.optimizer, where the layers are ours
     layers: int | None = None  # the shape's where None
-    tags: tuple[str, ...] = field(default=())
 
 
 def _config(shape: Shape, variant: Variant) -> TransformerConfig:
@@ -127,8 +125,34 @@ def _gpt(config: TransformerConfig, shape: Shape, native: bool) -> torch.nn.Modu
     return Float16Module(config, model) if config.bf16 else model
 
 
-def _final_hidden(*, hidden_states: Tensor, **_: Any) -> Tensor:
-    return hidden_states
+def unlearn_step(shape: Shape, variant: Variant, reference: torch.nn.Module) -> Any:
+    """The product's own unlearning step, with a reference in memory instead of in a checkpoint."""
+    from megatron.training import global_vars
+
+    from megatron_ext.config import UnlearnConfig
+    from megatron_ext.reference import FrozenReference
+    from megatron_ext.training import UnlearnStep
+
+    class RandomReference(FrozenReference):
+        def __init__(self) -> None:
+            self.chunks = [reference.eval().requires_grad_(False)]
+
+    if global_vars._GLOBAL_TIMERS is None:
+        global_vars._set_timers(Namespace(timing_log_level=0, timing_log_option="minmax"))
+    args = Namespace(
+        global_batch_size=shape.batch,
+        micro_batch_size=variant.micro_batch,
+        data_parallel_size=1,
+        context_parallel_size=1,
+        pipeline_model_parallel_size=1,
+        seq_length=shape.sequence,
+        unpadded_vocab_size=shape.vocab,
+        create_attention_mask_in_dataloader=False,
+        check_for_nan_in_loss_and_grad=False,
+    )
+    config = UnlearnConfig(forget_data_path=["random"])
+    frozen = RandomReference()
+    return UnlearnStep(args, config, reference=lambda: frozen)
 
 
 class Trainer:
@@ -172,11 +196,7 @@ class Trainer:
         )
         config.finalize_model_grads_func = finalize_model_grads
         config.grad_scale_func = self.optimizer.scale_loss
-        self.reference: torch.nn.Module | None = None
-        if variant.unlearn:
-            self.reference = _gpt(config, shape, variant.native).eval().requires_grad_(False)
         self.batches = list(self._batches())
-        self.positions = torch.arange(shape.sequence, device=self.device).unsqueeze(0)
         # Megatron's local attention reads the mask; ours does not need it.
         size = (1, 1, shape.sequence, shape.sequence)
         self.mask = (
@@ -184,71 +204,47 @@ class Trainer:
             if variant.native
             else torch.ones(size, dtype=torch.bool, device=self.device).triu(1)
         )
+        self.run_schedule = get_forward_backward_func()
+        self.forward_step: Callable[..., Any] = self._plain_forward_step
+        if variant.unlearn:
+            unlearn = unlearn_step(shape, variant, _gpt(config, shape, variant.native))
+            self.forward_step = unlearn.forward_step
+            self.run_schedule = partial(unlearn.forward_backward, self.run_schedule)
 
     @property
     def device(self) -> torch.device:
         return next(self.model.parameters()).device
 
-    def _batches(self) -> Iterator[tuple[Tensor, Tensor, int]]:
+    def _batches(self) -> Iterator[dict[str, Tensor]]:
+        """Random microbatches as Megatron's loader gives them; the sign of the mask is the role."""
         generator = torch.Generator().manual_seed(1)
-        count = self.shape.batch // self.variant.micro_batch
+        shape, size = self.shape, self.variant.micro_batch
+        count = shape.batch // size
         for index in range(count):
-            size = (self.variant.micro_batch, self.shape.sequence + 1)
-            text = torch.randint(0, self.shape.vocab, size, generator=generator).to(self.device)
-            forget = self.variant.unlearn and index < count // 2
-            yield (
-                text[:, :-1].contiguous(),
-                text[:, 1:].contiguous(),
-                (ROLE_FORGET if forget else ROLE_LEARN),
-            )
+            text = torch.randint(
+                0, shape.vocab, (size, shape.sequence + 1), generator=generator
+            ).to(self.device)
+            role = -1.0 if self.variant.unlearn and index < count // 2 else 1.0
+            yield {
+                "tokens": text[:, :-1].contiguous(),
+                "labels": text[:, 1:].contiguous(),
+                "loss_mask": torch.full((size, shape.sequence), role, device=self.device),
+                "position_ids": torch.arange(shape.sequence, device=self.device).repeat(size, 1),
+            }
 
-    def _head(self, role: int, reference_hidden: Tensor | None) -> Callable[..., Tensor]:
-        """Output processor: the mean loss of the microbatch through the fused head."""
-        from megatron_ext.losses.head import unlearning_head
-
-        def process(
-            *, hidden_states: Tensor, output_layer: Any, labels: Tensor, **_: Any
-        ) -> Tensor:
-            s, b, width = hidden_states.shape
-            has_reference = reference_hidden is not None
-            out = unlearning_head(
-                hidden_states.reshape(s * b, width),
-                output_layer.weight,
-                labels.t().reshape(-1),
-                torch.full((s * b,), role, dtype=torch.int64, device=labels.device),
-                reference_hidden=reference_hidden.reshape(s * b, width) if has_reference else None,
-                reference_weight=self._reference_weight() if has_reference else None,
-                fuse_weight_gradient=output_layer.config.gradient_accumulation_fusion,
-            )
-            if role == ROLE_FORGET:
-                return FORGET_WEIGHT * functional.softplus(out.margin).mean()
-            return (functional.softplus(-out.margin) + out.kl).mean()
-
-        return process
-
-    def _reference_weight(self) -> Tensor:
-        reference: Any = self.reference
-        return getattr(reference, "module", reference).output_layer.weight
-
-    @torch.no_grad()
-    def _reference_hidden(self, tokens: Tensor) -> Tensor:
-        """Final hidden states `[s, b, hidden]` of the reference, in its own precision."""
-        keep = {"fp32_output": False} if isinstance(self.reference, Float16Module) else {}
-        assert self.reference is not None
-        return self.reference(
-            tokens, self.positions, self.mask, output_processor=_final_hidden, **keep
-        )
-
-    def _forward_step(self, batches: Iterator[Any], model: torch.nn.Module) -> tuple[Tensor, Any]:
-        tokens, labels, role = next(batches)
+    def _plain_forward_step(
+        self, batches: Iterator[dict[str, Tensor]], model: torch.nn.Module
+    ) -> tuple[Tensor, Any]:
+        batch = next(batches)
         kwargs: dict[str, Any] = {}
         if self.variant.fused_head:
-            hidden = None
-            if self.reference is not None and role == ROLE_LEARN:
-                hidden = self._reference_hidden(tokens)
-            kwargs = {"output_processor": self._head(role, hidden)}
-        out = model(tokens, self.positions, self.mask, labels=labels, **kwargs)
-        return out, lambda losses: (losses.float().mean(), {"loss": losses.detach().float().mean()})
+            from megatron_ext.head import token_losses
+
+            kwargs["output_processor"] = token_losses
+        out = model(
+            batch["tokens"], batch["position_ids"], self.mask, labels=batch["labels"], **kwargs
+        )
+        return out, lambda losses: (losses.mean(), {"loss": losses.detach().mean()})
 
     def step(self) -> float:
         """One optimizer step over the whole batch; returns the mean loss."""
@@ -258,8 +254,8 @@ class Trainer:
     def _step(self) -> float:
         self.model.zero_grad_buffer()
         self.optimizer.zero_grad()
-        terms = get_forward_backward_func()(
-            forward_step_func=self._forward_step,
+        reports = self.run_schedule(
+            forward_step_func=self.forward_step,
             data_iterator=iter(self.batches),
             model=[self.model],
             num_microbatches=len(self.batches),
@@ -269,4 +265,5 @@ class Trainer:
         )
         updated, _, _ = self.optimizer.step()
         assert updated, "the optimizer skipped the step"
-        return float(torch.stack([term["loss"] for term in terms]).mean())
+        name = "unlearn loss" if self.variant.unlearn else "loss"
+        return float(torch.stack([report[name] for report in reports]).mean())
