@@ -15,7 +15,8 @@ def reference_kl(
 ) -> Tensor:
     """`KL(p_reference || p) = sum_j p_t(j) (ln p_t(j) - ln p_z(j))`, with gradient `p_z - p_t`.
 
-    Accurate down to 1e-12 nats, also where student and reference all but agree.
+    Accurate also where student and reference all but agree: before its rounding to fp32 the error is
+    about 1e-15 nats, or 1e-16 of the largest logit where that is more.
 
     Args:
         logits: `[..., V / tp]` of any float type, finite. Not changed.

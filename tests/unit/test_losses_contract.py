@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_ext import losses
-from megatron_ext.losses import vocab_parallel
+from megatron_ext.losses import blocks, vocab_parallel
 from tests.helpers import naive
 
 N, V = 6, 13
@@ -174,7 +174,7 @@ def test_blocks_of_rows_do_not_show(logits, labels, monkeypatch, elements: int) 
         return [margin, kl, z.grad]
 
     whole = run()
-    monkeypatch.setitem(vocab_parallel._BLOCK_ELEMENTS, "cpu", elements)
+    monkeypatch.setitem(blocks.BLOCK_ELEMENTS, "cpu", elements)
     for actual, expected in zip(run(), whole, strict=True):
         torch.testing.assert_close(actual, expected, rtol=1e-6, atol=1e-6)
 
@@ -200,7 +200,7 @@ def test_logits_are_never_whole_in_a_wider_type() -> None:
     with LargestTensor(torch.bfloat16) as seen:
         margin, kl = losses.unlearning_terms(z, y, reference_logits=t)
         (margin + kl).sum().backward()
-    assert seen.nbytes == 8 * vocab_parallel._BLOCK_ELEMENTS["cpu"]
+    assert seen.nbytes == 8 * blocks.BLOCK_ELEMENTS["cpu"]
     assert seen.nbytes < 8 * z.numel()
 
 
