@@ -154,10 +154,11 @@ def _measure(
             seconds[index].append(_timed(trainers[index].step))
     measured = zip(trainers, seconds, losses, strict=True)
     rows += [_row(group, *values) for values in measured]
-    base = next((row["seconds"] for row in rows if "seconds" in row), None)
-    for row in rows:
-        if "seconds" in row and len(variants) > 1:
-            row["speedup_in_group"] = base / row["seconds"]
+    comparable = len(variants) > 1 and bool(trainers) and trainers[0].variant is variants[0]
+    for row, times in zip([row for row in rows if "seconds" in row], seconds, strict=True):
+        if comparable:  # of the steps next to each other, so that slow drift cancels
+            pairs = [a / b for a, b in zip(times, seconds[0], strict=True)]
+            row["time_of_first"] = statistics.median(pairs)
     return rows
 
 
@@ -181,6 +182,7 @@ def _profile(shape: Any, variant: Any, path: Path) -> None:
 def _table(rows: list[dict[str, Any]]) -> str:
     lines = [
         f"{'variant':<50} {'s/step':>8} {'tok/s':>9} {'MFU causal':>10} {'full':>6} {'GiB':>6}"
+        f" {'of first':>8} {'speed':>7}"
     ]
     for row in rows:
         if "failed" in row:
@@ -188,10 +190,11 @@ def _table(rows: list[dict[str, Any]]) -> str:
             continue
         mfu = [f"{row[k]:.3f}" if k in row else "-" for k in ("mfu_causal", "mfu_full")]
         peak = f"{row['peak_gib']:.1f}" if "peak_gib" in row else "-"
-        ratio = f"  {row['speedup_in_group']:.3f}x" if "speedup_in_group" in row else ""
+        ratio = row.get("time_of_first")
+        comparison = f"{ratio:>9.3f} {1 / ratio:>6.3f}x" if ratio else ""
         lines.append(
             f"{row['variant']:<50} {row['seconds']:>8.3f} {row['tokens_per_second']:>9.0f} "
-            f"{mfu[0]:>10} {mfu[1]:>6} {peak:>6}{ratio}"
+            f"{mfu[0]:>10} {mfu[1]:>6} {peak:>6}{comparison}"
         )
     return "\n".join(lines)
 

@@ -5,10 +5,16 @@ from dataclasses import fields
 from types import SimpleNamespace
 
 import pytest
+import torch
 from megatron.core.transformer import TransformerConfig
 
 from megatron_ext.exceptions import ConfigError
-from megatron_ext.model.layer_spec import _UNSUPPORTED, check_arguments, check_config
+from megatron_ext.model.layer_spec import (
+    _UNSUPPORTED,
+    check_arguments,
+    check_config,
+    torch_native_layer_spec,
+)
 
 
 def _config(**changes):
@@ -48,3 +54,17 @@ def test_another_mask_or_attention_is_refused(changes, named):
 
 def test_flags_of_the_layers_own_attention_pass():
     check_arguments(Namespace(attention_backend="flash", reset_attention_mask=False))
+
+
+def test_a_stage_builds_its_own_layers_only():
+    cfg = TransformerConfig(
+        num_layers=8,
+        hidden_size=8,
+        num_attention_heads=2,
+        pipeline_model_parallel_size=2,
+        virtual_pipeline_model_parallel_size=2,
+        pipeline_dtype=torch.float32,
+    )
+    for stage in (0, 1):
+        spec = torch_native_layer_spec(cfg, vp_stage=stage, pp_rank=1)
+        assert len(spec.submodules.layer_specs) == 2
