@@ -3,9 +3,9 @@
 Legend: N tokens, V columns of this shard; z the logits, t the reference's, q and p the
 probabilities that z and t give.
 
-The statistics kernels read a row once. Where there is a reference, a set of columns is known by the
+The statistics kernels read a row once. With a reference, a set of columns is known by the
 log-sum-exp of z, the difference `delta = lse_t - lse_z`, and the KL of its two distributions. Sets
-are joined by the chain rule of KL, as `vocab_parallel` joins the shards of tensor parallelism: block
+are joined by the chain rule of KL, as `vocab_parallel` joins tensor-parallel shards: block
 by block along the row, and last the label, a set of one, because the margin leaves it out.
 
 Arithmetic over columns is fp32, whatever the logits are: fp64 exponentials would take longer than

@@ -1,0 +1,139 @@
+"""The Triton kernels against the torch functions that they stand in for, and against fp64.
+
+On a CPU they run under Triton's interpreter, in a process of its own, because Triton decides at
+import. The interpreter cuts fp32 to bf16 where a GPU rounds, so gradients are written in fp32.
+"""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from tests.helpers.loss_cases import accuracy_case, hostile_cases
+from tests.helpers.naive import (
+    TRUTH_NOISE,
+    assert_gradient,
+    assert_values,
+    reference_kl,
+    target_margin,
+    tolerance,
+)
+
+pytest.importorskip("triton")
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
+runs = pytest.mark.skipif(
+    DEVICE == "cpu" and not INTERPRETED, reason="needs a GPU or the interpreter"
+)
+
+
+@pytest.mark.skipif(DEVICE == "cuda" or INTERPRETED, reason="runs the others, interpreted")
+def test_kernels_under_the_interpreter():
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
+    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert " passed" in done.stdout
+    assert "failed" not in done.stdout
+
+
+def shards(columns, tp):
+    """Start and width of each of `tp` shards."""
+    width = columns // tp
+    return [(rank * width, width) for rank in range(tp)]
+
+
+def evaluate(case, tp=1):
+    """Margin, KL and both gradients of a case (fp32), through the kernels, shard by shard."""
+    from megatron_ext.losses import head_triton
+    from megatron_ext.losses.vocab_parallel import combine_statistics
+
+    z, t, labels = (x.to(DEVICE) for x in (case.logits, case.reference, case.labels))
+    before = z.clone()
+    parts = []
+    for start, width in shards(z.shape[1], tp):
+        columns = {
+            "vocab_start": start,
+            "valid_columns": min(max(case.vocab_size - start, 0), width),
+        }
+        parts.append((z[:, start : start + width], t[:, start : start + width], columns))
+    stats = [
+        head_triton.shard_statistics(zs, labels, reference_logits=ts, **columns)
+        for zs, ts, columns in parts
+    ]
+    alone = [head_triton.shard_statistics(zs, labels, **columns) for zs, _, columns in parts]
+    for with_reference, without in zip(stats, alone, strict=True):
+        torch.testing.assert_close(with_reference[:2], without, rtol=2e-6, atol=2e-6)
+    rows = combine_statistics(torch.stack(stats))
+    ones = torch.ones(len(labels), device=DEVICE)
+    gradients = []
+    for a, b in ((1.0, None), (None, 1.0), (0.75, -2.0)):
+        found = []
+        for zs, ts, columns in parts:
+            out = torch.full(zs.shape, torch.nan, device=DEVICE)
+            head_triton.logits_gradient(
+                zs,
+                labels,
+                rows,
+                None if a is None else a * ones,
+                None if b is None else b * ones,
+                reference_logits=ts,
+                out=out,
+                **columns,
+            )
+            found.append(out)
+        gradients.append(torch.cat(found, 1).cpu())
+    assert torch.equal(z, before)
+    return rows, gradients
+
+
+def check(case, tp=1):
+    valid = case.vocab_size
+    z = case.logits.double().requires_grad_()
+    margin = target_margin(z, case.labels, vocab_size=valid)
+    kl = reference_kl(z, case.reference, vocab_size=valid)
+    (d_margin,) = torch.autograd.grad(margin.sum(), z)
+    (d_kl,) = torch.autograd.grad(kl.sum(), z)
+    margin, kl = margin.detach(), kl.detach()
+    rows, (got_margin, got_kl, got_both) = evaluate(case, tp)
+    bound = tolerance(margin)
+    assert_values(rows.margin.cpu(), margin, bound, floor=0.1)
+    assert_values(rows.kl.cpu(), kl, bound, floor=1e-3)
+    assert (rows.kl >= 0).all()
+    assert_gradient(got_margin, d_margin, bound)
+    assert_gradient(got_kl, d_kl, bound, noise=TRUTH_NOISE)
+    assert_gradient(got_both, 0.75 * d_margin - 2.0 * d_kl, bound)
+    assert (got_both[:, valid:] == 0).all()
+
+
+@runs
+@pytest.mark.gpu if DEVICE == "cuda" else pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.parametrize("tp", [1, 2, 4])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("vocab_size", [11, 1000, 9001])
+def test_accuracy(vocab_size, dtype, tp):
+    check(accuracy_case(vocab_size, dtype), tp)
+
+
+@runs
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.parametrize("case", hostile_cases(), ids=lambda case: case.name)
+def test_hostile(case):
+    check(case, tp=4)
+
+
+@runs
+def test_gradient_may_overwrite_the_logits():
+    from megatron_ext.losses import head_triton
+    from megatron_ext.losses.vocab_parallel import combine_statistics
+
+    case = accuracy_case(1000, torch.bfloat16)
+    z, t, labels = (x.to(DEVICE) for x in (case.logits, case.reference, case.labels))
+    columns = {"vocab_start": 0, "valid_columns": 1000}
+    stats = head_triton.shard_statistics(z, labels, reference_logits=t, **columns)
+    rows, ones = combine_statistics(stats[None]), torch.ones(len(labels), device=DEVICE)
+    apart = head_triton.logits_gradient(z, labels, rows, ones, ones, reference_logits=t, **columns)
+    head_triton.logits_gradient(z, labels, rows, ones, ones, reference_logits=t, out=z, **columns)
+    assert torch.equal(apart, z)
