@@ -251,6 +251,7 @@ def main(argv: list[str] | None = None) -> None:
         if args.only not in group:
             continue
         start = time.perf_counter()
+        torch._dynamo.reset()  # or another micro-batch size would meet kernels for dynamic shapes
         rows += _measure(group, shape, variants, warmup=2, repeats=repeats)
         gc.collect()
         torch.cuda.empty_cache()

@@ -17,7 +17,7 @@ from torch import Tensor
 from megatron_ext.model import rope_kernel
 
 
-@lru_cache(maxsize=2)
+@lru_cache(maxsize=8)
 def _cached_cos_sin(freqs: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     half = freqs.float().flatten(1)[:, : freqs.shape[-1] // 2]
     return half.cos() * scale, half.sin() * scale
