@@ -88,11 +88,7 @@ def check_arguments(args: Namespace) -> None:
     Raises:
         ConfigError: A flag asks for another mask or another attention.
     """
-    for name in (
-        "reset_attention_mask",
-        "use_packed_sequences",
-        "dataloader_inter_document_masking",
-    ):
+    for name in ("reset_attention_mask", "dataloader_inter_document_masking"):
         if getattr(args, name, False):
             raise ConfigError(
                 f"--{name.replace('_', '-')}: the torch-native layers attend causally over the "

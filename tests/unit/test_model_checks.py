@@ -44,6 +44,7 @@ def test_the_message_lists_all_problems():
     ("changes", "named"),
     [
         ({"reset_attention_mask": True}, "--reset-attention-mask"),
+        ({"dataloader_inter_document_masking": True}, "--dataloader-inter-document-masking"),
         ({"attention_backend": "local"}, "--attention-backend local"),
     ],
 )
