@@ -62,35 +62,43 @@ def _kl_term(p, q, x):
 
 
 @triton.jit
-def _merge(z_max, z_sum, delta, kl, z_max_b, z_sum_b, delta_b, kl_b):
-    """Joins two disjoint sets of columns (scalars). An empty set has maximum _EMPTY and sum 0."""
+def _merge(z_max, z_sum, anchor, delta, kl, z_max_b, z_sum_b, anchor_b, delta_b, kl_b):
+    """Joins two disjoint sets of columns (scalars). An empty set has maximum _EMPTY and sum 0.
+
+    `lse_t - lse_z` of a set is `anchor + delta`: the anchor, in fp64, is the difference t - z at
+    what weighs most, so that `delta` is small, and exact, where one column holds nearly all mass.
+    """
     z_new = tl.maximum(z_max, z_max_b)
     a = z_sum * tl.exp(z_max - z_new)
     b = z_sum_b * tl.exp(z_max_b - z_new)
     total = a + b
     norm = 1.0 / tl.where(total > 0.0, total, 1.0)
-    q_a = a * norm
-    q_b = b * norm
     # Logarithms of the masses, since the masses themselves may underflow.
     log_total = tl.log(total)
-    log_a = (z_max - z_new) + tl.log(z_sum) - log_total + delta
-    log_b = (z_max_b - z_new) + tl.log(z_sum_b) - log_total + delta_b
-    largest = tl.maximum(log_a, log_b)
-    far = largest + tl.log(tl.exp(log_a - largest) + tl.exp(log_b - largest))
-    apart = delta_b - delta
-    step = _log1p_series(q_b * _expm1_series(apart))
+    log_a = (z_max - z_new) + tl.log(z_sum) - log_total
+    log_b = (z_max_b - z_new) + tl.log(z_sum_b) - log_total
+    apart = ((anchor_b - anchor) + (delta_b - delta).to(tl.float64)).to(tl.float32)
+    # Seen from the set with the larger mass under z.
+    swap = b > a
+    apart = tl.where(swap, -apart, apart)
+    q_more = tl.where(swap, b, a) * norm
+    q_less = tl.where(swap, a, b) * norm
+    log_more = tl.where(swap, log_b, log_a)
+    log_less = tl.where(swap, log_a, log_b) + apart
     near = tl.abs(apart) < _NEAR
-    joined = tl.where(near, delta + step, far)
-    x_a = tl.where(near, -step, delta - far)
-    x_b = tl.where(near, apart - step, delta_b - far)
-    p_a = tl.exp(log_a - joined)
-    p_b = tl.exp(log_b - joined)
-    kl_joined = p_a * kl + p_b * kl_b + _kl_term(p_a, q_a, x_a) + _kl_term(p_b, q_b, x_b)
-    empty_a = z_sum == 0.0
-    empty_b = z_sum_b == 0.0
-    joined = tl.where(empty_a, delta_b, tl.where(empty_b, delta, joined))
-    kl_joined = tl.where(empty_a, kl_b, tl.where(empty_b, kl, kl_joined))
-    return z_new, total, joined, kl_joined
+    gain = tl.where(near, q_less * _expm1_series(apart), tl.exp(log_less) - q_less)
+    largest = tl.maximum(log_more, log_less)
+    far = largest + tl.log(tl.exp(log_more - largest) + tl.exp(log_less - largest))
+    step = tl.where(tl.abs(gain) < 0.3, _log1p_series(gain), far)
+    p_more = tl.exp(log_more - step)
+    p_less = tl.exp(log_less - step)
+    joined = p_more * tl.where(swap, kl_b, kl) + p_less * tl.where(swap, kl, kl_b)
+    joined += _kl_term(p_more, q_more, -step) + _kl_term(p_less, q_less, apart - step)
+    alone = (z_sum == 0.0) | (z_sum_b == 0.0)
+    joined = tl.where(alone, tl.where(swap, kl_b, kl), joined)
+    anchor = tl.where(swap, anchor_b, anchor)
+    delta = tl.where(swap, delta_b, delta) + tl.where(alone, 0.0, step)
+    return z_new, total, anchor, delta, joined
 
 
 @triton.jit
@@ -170,6 +178,7 @@ def divergence_kernel(
     present = (label >= 0) & (label < valid)
     z_max = _EMPTY + 0.0
     z_sum = 0.0
+    anchor = tl.zeros([], tl.float64)
     delta = 0.0
     kl = 0.0
     offsets = tl.arange(0, BLOCK)
@@ -194,19 +203,24 @@ def divergence_kernel(
         small = tl.abs(growth) < 0.3
         change = tl.where(small, _log1p_series(growth), tl.log(t_sum_b) - tl.log(z_sum_b))
         kl_b = mean_b / tl.where(t_sum_b > 0.0, t_sum_b, 1.0) - change
-        z_max, z_sum, delta, kl = _merge(
-            z_max, z_sum, delta, kl, z_max_b, z_sum_b, shift + change, tl.maximum(kl_b, 0.0)
+        anchor_b = t_max_b.to(tl.float64) - z_max_b.to(tl.float64)
+        kl_b = tl.maximum(kl_b, 0.0)
+        z_max, z_sum, anchor, delta, kl = _merge(
+            z_max, z_sum, anchor, delta, kl, z_max_b, z_sum_b, anchor_b, change, kl_b
         )
     z_label = tl.load(z_row + label, mask=present, other=_EMPTY).to(tl.float32)
     t_label = tl.load(t_row + label, mask=present, other=_EMPTY).to(tl.float32)
     tl.store(out_ptr + row, tl.where(present, z_label.to(tl.float64), float("-inf")))
     _store_lse(out_ptr + out_stride + row, z_max, z_sum)
     one = tl.where(present, 1.0, 0.0)
-    z_max, z_sum, delta, kl = _merge(z_max, z_sum, delta, kl, z_label, one, t_label - z_label, 0.0)
+    anchor_b = t_label.to(tl.float64) - z_label.to(tl.float64)
+    z_max, z_sum, anchor, delta, kl = _merge(
+        z_max, z_sum, anchor, delta, kl, z_label, one, anchor_b, 0.0, 0.0
+    )
     lse_z = z_max.to(tl.float64) + tl.log(z_sum).to(tl.float64)
     lse_z = tl.where(z_sum > 0.0, lse_z, float("-inf"))
     tl.store(out_ptr + 2 * out_stride + row, lse_z)
-    tl.store(out_ptr + 3 * out_stride + row, lse_z + delta.to(tl.float64))
+    tl.store(out_ptr + 3 * out_stride + row, lse_z + (anchor + delta.to(tl.float64)))
     tl.store(out_ptr + 4 * out_stride + row, kl.to(tl.float64))
 
 
