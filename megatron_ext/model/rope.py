@@ -41,45 +41,59 @@ def cos_sin(freqs: Tensor, *, scale: float = 1.0) -> tuple[Tensor, Tensor]:
     return _cached_cos_sin(freqs, scale)
 
 
-def _rotate_eager(t: Tensor, cos: Tensor, sin: Tensor) -> None:
+def _rotate_eager(t: Tensor, out: Tensor, cos: Tensor, sin: Tensor) -> None:
     half = cos.shape[-1]
-    first, second = t[..., :half], t[..., half : 2 * half]
     cos, sin = cos[:, None, None, None], sin[:, None, None, None]
-    if t.dtype != cos.dtype:
+    first, second = t[..., :half], t[..., half : 2 * half]
+    out_first, out_second = out[..., :half], out[..., half : 2 * half]
+    if t.dtype != cos.dtype:  # half precision is rounded once, at the end
         a, b = first.to(cos.dtype), second.to(cos.dtype)
-        first.copy_(a * cos - b * sin)
-        second.copy_(b * cos + a * sin)
+        out_first.copy_(a * cos - b * sin)
+        out_second.copy_(b * cos + a * sin)
         return
-    carried = first * sin
-    first.mul_(cos).addcmul_(second, sin, value=-1)
-    second.mul_(cos).add_(carried)
+    if t is out:
+        first = first.clone()
+    torch.mul(first, cos, out=out_first).addcmul_(second, sin, value=-1)
+    torch.mul(second, cos, out=out_second).addcmul_(first, sin)
 
 
-def rotate_(t: Tensor, cos: Tensor, sin: Tensor) -> None:
-    """Rotate `t` `[s, b, g, heads, d]` in place, in fp32; `d` beyond `rot` is left as it is.
+def rotate_into(t: Tensor, out: Tensor, cos: Tensor, sin: Tensor) -> None:
+    """Write the rotation of `t` into `out`; autograd does not see it.
 
-    `t` may be any view whose last dimension is contiguous. Autograd does not see it.
+    Args:
+        t: `[s, b, g, n, d]`, n heads of each group; the last dimension contiguous, any view.
+        out: As `t`, or `t` itself.
+        cos: `[s, rot / 2]` fp32, see `cos_sin`. What lies beyond `rot` is copied.
+        sin: As `cos`.
     """
     if rope_kernel.usable(t):
-        rope_kernel.rotate_(t, cos, sin)
+        rope_kernel.rotate_into(t, out, cos, sin)
     else:
-        _rotate_eager(t, cos, sin)
+        _rotate_eager(t, out, cos, sin)
+    rotated = 2 * cos.shape[-1]
+    if out is not t and rotated < t.shape[-1]:
+        out[..., rotated:].copy_(t[..., rotated:])
 
 
 class _Rotate(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, t: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         ctx.save_for_backward(cos, sin)
-        out = t.clone(memory_format=torch.contiguous_format)
-        rotate_(out[:, :, None], cos, sin)
+        out = torch.empty_like(t, memory_format=torch.contiguous_format)
+        rotate_into(t[:, :, None], out[:, :, None], cos, sin)
         return out
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
         cos, sin = ctx.saved_tensors
-        out = grads[0].clone(memory_format=torch.contiguous_format)
-        rotate_(out[:, :, None], cos, -sin)
+        out = torch.empty_like(grads[0], memory_format=torch.contiguous_format)
+        rotate_into(_last_contiguous(grads[0])[:, :, None], out[:, :, None], cos, -sin)
         return out, None, None
+
+
+def _last_contiguous(t: Tensor) -> Tensor:
+    """A gradient may come expanded, with strides of zero."""
+    return t if t.stride(-1) == 1 else t.contiguous()
 
 
 def rotate(t: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -107,19 +121,20 @@ class _SplitRotate(torch.autograd.Function):
         # In place: nothing else reads the projection's output (its backward keeps its input and
         # its weight), so queries, keys and values stay in the one buffer that it already is.
         buffer = mixed.detach().unflatten(-1, (groups, heads + 2, head_size))
-        rotate_(buffer[..., : heads + 1, :], cos, sin)
+        turned = buffer[..., : heads + 1, :]
+        rotate_into(turned, turned, cos, sin)
         query, key, value = buffer.split((heads, 1, 1), dim=3)
         return query.flatten(2, 3), key.flatten(2, 3), value.flatten(2, 3)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
         cos, sin = ctx.saved_tensors
-        groups, heads, _ = ctx.dims
-        parts = [
-            grad.unflatten(2, (groups, n)) for grad, n in zip(grads, (heads, 1, 1), strict=True)
-        ]
-        out = torch.cat(parts, dim=3)
-        rotate_(out[..., : heads + 1, :], cos, -sin)
+        groups, heads, head_size = ctx.dims
+        d_query, d_key, d_value = (_last_contiguous(grad) for grad in grads)
+        out = d_value.new_empty(*d_value.shape[:2], groups, heads + 2, head_size)
+        for grad, part in ((d_query, out[..., :heads, :]), (d_key, out[..., heads:-1, :])):
+            rotate_into(grad.unflatten(2, (groups, -1)), part, cos, -sin)
+        out[..., -1, :].copy_(d_value)
         return out.flatten(2), None, None, None
 
 

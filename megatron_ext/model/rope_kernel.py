@@ -29,14 +29,19 @@ if triton is not None:
     @triton.jit
     def _rotate_kernel(  # type: ignore[no-untyped-def]  # Triton's types are not Python's
         t_ptr,
+        out_ptr,
         cos_ptr,
         sin_ptr,
         batch,
         heads,
-        stride_s,
-        stride_b,
-        stride_g,
-        stride_h,
+        t_stride_s,
+        t_stride_b,
+        t_stride_g,
+        t_stride_h,
+        out_stride_s,
+        out_stride_b,
+        out_stride_g,
+        out_stride_h,
         HALF: tl.constexpr,
         ROWS: tl.constexpr,
         COLUMNS: tl.constexpr,
@@ -48,23 +53,27 @@ if triton is not None:
         inside = column < HALF
         cos = tl.load(cos_ptr + position * HALF + column, mask=inside, other=0.0)[None, :]
         sin = tl.load(sin_ptr + position * HALF + column, mask=inside, other=0.0)[None, :]
-        start = t_ptr + position * stride_s + (token % batch).to(tl.int64) * stride_b
+        sample = (token % batch).to(tl.int64)
+        t_start = t_ptr + position * t_stride_s + sample * t_stride_b + column[None, :]
+        out_start = out_ptr + position * out_stride_s + sample * out_stride_b + column[None, :]
         for first_row in range(0, TOTAL_HEADS, ROWS):
             row = first_row + tl.arange(0, ROWS)
-            offset = (row // heads) * stride_g + (row % heads) * stride_h
-            pointer = start + offset[:, None] + column[None, :]
             mask = (row < TOTAL_HEADS)[:, None] & inside[None, :]
-            a = tl.load(pointer, mask=mask, other=0.0).to(tl.float32)
-            b = tl.load(pointer + HALF, mask=mask, other=0.0).to(tl.float32)
-            dtype = t_ptr.dtype.element_ty
-            tl.store(pointer, (a * cos - b * sin).to(dtype), mask=mask)
-            tl.store(pointer + HALF, (b * cos + a * sin).to(dtype), mask=mask)
+            group, head = row // heads, row % heads
+            source = t_start + (group * t_stride_g + head * t_stride_h)[:, None]
+            target = out_start + (group * out_stride_g + head * out_stride_h)[:, None]
+            a = tl.load(source, mask=mask, other=0.0).to(tl.float32)
+            b = tl.load(source + HALF, mask=mask, other=0.0).to(tl.float32)
+            dtype = out_ptr.dtype.element_ty
+            tl.store(target, (a * cos - b * sin).to(dtype), mask=mask)
+            tl.store(target + HALF, (b * cos + a * sin).to(dtype), mask=mask)
 
 
-def rotate_(t: Tensor, cos: Tensor, sin: Tensor) -> None:
-    """Rotate `t` `[s, b, g, heads, d]` in place; see `megatron_ext.model.rope.rotate_`."""
-    assert t.dim() == 5, "expected [s, b, g, heads, d]"
-    assert t.stride(-1) == 1, "the last dimension must be contiguous"
+def rotate_into(t: Tensor, out: Tensor, cos: Tensor, sin: Tensor) -> None:
+    """Rotate `t` `[s, b, g, n, d]` into `out`, which may be `t`; see `rope.rotate_into`."""
+    assert t.dim() == 5, "expected [s, b, g, n, d]"
+    assert t.shape == out.shape
+    assert t.stride(-1) == out.stride(-1) == 1, "the last dimension must be contiguous"
     s, b, g, heads, _ = t.shape
     half = cos.shape[-1]
     columns = triton.next_power_of_2(half)
@@ -73,11 +82,13 @@ def rotate_(t: Tensor, cos: Tensor, sin: Tensor) -> None:
     with torch.cuda.device_of(t):
         _rotate_kernel[(s * b,)](
             t,
+            out,
             cos.contiguous(),
             sin.contiguous(),
             b,
             heads,
             *t.stride()[:4],
+            *out.stride()[:4],
             HALF=half,
             ROWS=rows,
             COLUMNS=columns,

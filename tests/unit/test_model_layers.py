@@ -105,9 +105,16 @@ for dtype, rounding in ((torch.float32, 0.0), (torch.bfloat16, 2**-7)):
         angles = torch.randn(3, rot // 2)
         exact, kernel = t.double(), t.clone()
         cos, sin = angles.cos(), angles.sin()
-        rope._rotate_eager(exact[..., : heads + 1, :], cos.double(), sin.double())
-        rope_kernel.rotate_(kernel[..., : heads + 1, :], cos, sin)
+        part = exact[..., : heads + 1, :]
+        rope._rotate_eager(part, part, cos.double(), sin.double())
+        part = kernel[..., : heads + 1, :]
+        rope_kernel.rotate_into(part, part, cos, sin)
         torch.testing.assert_close(kernel.double(), exact, rtol=rounding, atol=2e-6)
+        # Out of place, between two layouts.
+        out = torch.full((3, 2, heads, groups, size + 3), torch.nan).to(dtype).transpose(2, 3)
+        out = out[..., :size]
+        rope.rotate_into(t[..., :heads, :], out, cos, sin)
+        torch.testing.assert_close(out, kernel[..., :heads, :], rtol=0, atol=0)
         assert (kernel[..., -1, :] == t[..., -1, :]).all(), "values were touched"
         assert (kernel != t).any()
 """
@@ -128,7 +135,7 @@ def test_the_triton_kernel_compiles_for_hopper():
 
     constants = {"HALF": 32, "ROWS": 64, "COLUMNS": 32, "TOTAL_HEADS": 64}
     types = {name: "constexpr" if name in constants else "i32" for name in _rotate_kernel.arg_names}
-    types |= {"t_ptr": "*bf16", "cos_ptr": "*fp32", "sin_ptr": "*fp32"}
+    types |= {"t_ptr": "*bf16", "out_ptr": "*bf16", "cos_ptr": "*fp32", "sin_ptr": "*fp32"}
     source = triton.compiler.ASTSource(fn=_rotate_kernel, signature=types, constexprs=constants)
     compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32))
     assert compiled.asm["cubin"]
