@@ -12,12 +12,14 @@ import argparse
 import gc
 import json
 import logging
+import os
 import platform
 import statistics
 import sys
 import time
 import traceback
 from collections.abc import Callable, Iterable
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -256,10 +258,14 @@ def main(argv: list[str] | None = None) -> None:
         gc.collect()
         torch.cuda.empty_cache()
         print(f"# {group}: {time.perf_counter() - start:.0f} s", file=sys.stderr, flush=True)
-    name = torch.cuda.get_device_name() if args.device == "cuda" else f"{platform.machine()} CPU"
+    name = torch.cuda.get_device_name() if args.device == "cuda" else f"{os.cpu_count()}-core CPU"
     report = {
         "device": name,
-        "versions": {"python": platform.python_version(), "torch": torch.__version__},
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "megatron-core": version("megatron-core"),
+        },
         "command": "python -m benchmarks.step " + " ".join(argv or sys.argv[1:]),
         "threads": torch.get_num_threads(),
         "shape": {k: str(v) for k, v in vars(shape).items()},
