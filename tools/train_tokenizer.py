@@ -1,11 +1,11 @@
 r"""Train a SentencePiece BPE tokenizer for Megatron's SentencePieceTokenizer.
 
-    python tools/train_tokenizer.py --input corpus/*.jsonl --vocab-size 32000 --output
-    tokenizer.model
+    python tools/train_tokenizer.py --input 'corpus/*.jsonl' --vocab-size 32000 \
+        --output tokenizer.model
 
-Inputs are those of preprocess_data.py. The tokenizer loses nothing: decoding gives back the text
-that was encoded, white space and unknown characters (as bytes) included. Pieces 0 to 3 are <unk>,
-<s>, </s>, which --append-eod puts after a document, and <pad>.
+Inputs are those of preprocess_data.py. Decoding gives back the text that was encoded, white space
+and rare characters (as bytes) included, save for U+2581, SentencePiece's own mark for a space.
+Pieces 0 to 3 are <unk>, <s>, </s> (which --append-eod puts after a document) and <pad>.
 """
 
 import argparse
@@ -47,7 +47,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         default=1_000_000_000,
         help="text to learn from, taken from the start of the input; training holds it in memory",
     )
-    parser.add_argument("--workers", type=int, default=2, help="threads of the trainer")
     return parser.parse_args(argv)
 
 
@@ -63,7 +62,6 @@ def main() -> None:
             input_format=args.input_format,
             split_digits=args.split_digits,
             max_bytes=args.max_bytes,
-            threads=args.workers,
             overwrite=args.overwrite,
         )
     )

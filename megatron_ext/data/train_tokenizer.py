@@ -39,7 +39,6 @@ class TrainTokenizerConfig:
         input_format: Format of all inputs, or by their names.
         split_digits: Whether each digit is a piece of its own.
         max_bytes: Text to train on, from the start of the input; all of it is held in memory.
-        threads: Threads of the trainer; the result does not depend on them.
         overwrite: Whether an existing model may be replaced.
     """
 
@@ -50,7 +49,6 @@ class TrainTokenizerConfig:
     input_format: InputFormat = "auto"
     split_digits: bool = True
     max_bytes: int = 1_000_000_000
-    threads: int = 1
     overwrite: bool = False
 
     def __post_init__(self) -> None:
@@ -148,7 +146,8 @@ def train_tokenizer(config: TrainTokenizerConfig) -> TrainTokenizerResult:
                 bos_id=1,
                 eos_id=2,
                 pad_id=3,
-                num_threads=config.threads,
+                # Recorded in the model: another number would give the same pieces another digest.
+                num_threads=4,
                 minloglevel=2,
             )
         except RuntimeError as error:
