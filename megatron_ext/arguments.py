@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+import traceback
 from argparse import ArgumentParser, Namespace
 from dataclasses import fields
 from pathlib import Path
@@ -22,7 +23,7 @@ from megatron_ext.config import UnlearnConfig
 from megatron_ext.data.tokenizers import TOKENIZER_TYPES, TokenizerSpec, tokenizer_digest
 from megatron_ext.exceptions import ConfigError
 from megatron_ext.model.layer_spec import check_arguments as check_layer_arguments
-from megatron_ext.runtime import cpu
+from megatron_ext.runtime import compat, cpu
 
 logger = logging.getLogger(__name__)
 
@@ -59,6 +60,7 @@ _NEVER_WITH_UNLEARNING: tuple[tuple[str, str], ...] = (
 def add_arguments(parser: ArgumentParser) -> ArgumentParser:
     """Add the product's flags and this machine's defaults to Megatron's parser."""
     ArgumentGroupFactory(UnlearnConfig).build_group(parser, "unlearning (arXiv 2406.12397)")
+    compat.repair_help(parser)
     parser.set_defaults(**machine_defaults())
     return parser
 
@@ -66,7 +68,11 @@ def add_arguments(parser: ArgumentParser) -> ArgumentParser:
 def machine_defaults() -> dict[str, Any]:
     """Megatron's arguments that this machine needs; a flag that the user types wins over each."""
     # Attention is causal everywhere here, so no layer asks the loader for a [s, s] mask.
-    defaults: dict[str, Any] = {"create_attention_mask_in_dataloader": False}
+    # Megatron-LM's documented interval; without one its loop divides by None.
+    defaults: dict[str, Any] = {
+        "create_attention_mask_in_dataloader": False,
+        "eval_interval": 1000,
+    }
     if not _installed("transformer_engine"):
         defaults |= {"transformer_impl": "local"}
     if not _installed("apex"):
@@ -97,13 +103,19 @@ def parse() -> tuple[Namespace, UnlearnConfig]:
     try:
         args = parse_and_validate_args(add_arguments)
     except (AssertionError, ValueError, RuntimeError) as error:
-        raise ConfigError(f"refused by Megatron-Core: {error}") from error
-    _record_tokenizer(args)
+        raise ConfigError(f"refused by Megatron-Core: {_reason(error)}") from error
+    record_tokenizer(args)
     check_after_megatron(args, config)
     return args, config
 
 
-def _record_tokenizer(args: Namespace) -> None:
+def _reason(error: Exception) -> str:
+    """What an exception says, or else the line that raised it: many of Megatron's assertions are bare."""
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    return str(error) or f"{frame.line} ({Path(frame.filename).name}, line {frame.lineno})"
+
+
+def record_tokenizer(args: Namespace) -> None:
     """Keep in the arguments, and so in every checkpoint, which tokenizer the model was trained with."""
     args.unpadded_vocab_size = get_tokenizer().vocab_size
     args.tokenizer_digest = None

@@ -1,0 +1,1 @@
+"""Looking at text and models: perplexities of samples under a checkpoint."""

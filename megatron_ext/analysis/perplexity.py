@@ -1,0 +1,167 @@
+"""Per-sample perplexity of documents under a checkpoint, by the distributed model.
+
+Source: figure 4 of arXiv 2406.12397, where a model trained on synthetic text shows a lower mean and a
+smaller variance of the perplexity of instruction data.
+"""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from megatron.core import parallel_state
+from megatron.core.datasets.indexed_dataset import IndexedDataset
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.utils import unwrap_model
+
+from megatron_ext.data.batch import MicroBatch
+from megatron_ext.head import head_terms
+from megatron_ext.losses import cross_entropy
+from megatron_ext.reference import FrozenReference
+
+
+@dataclass(frozen=True)
+class SampleScores:
+    """Scores of the samples of one set under one model.
+
+    Attributes:
+        loss: fp64 ``[n]``, mean cross-entropy of a sample's tokens, in nats.
+        probability: fp64 ``[n]``, mean probability of a sample's tokens.
+        tokens: int64 ``[n]``, tokens that were scored.
+    """
+
+    loss: np.ndarray
+    probability: np.ndarray
+    tokens: np.ndarray
+
+    @property
+    def perplexity(self) -> np.ndarray:
+        """fp64 ``[n]``, ``exp(loss)``."""
+        return np.exp(self.loss)
+
+    @property
+    def corpus_perplexity(self) -> float:
+        """Perplexity of the set as one text: every token counts once."""
+        return float(np.exp(np.average(self.loss, weights=self.tokens)))
+
+
+def read_samples(prefix: str, *, count: int, length: int, seed: int) -> list[np.ndarray]:
+    """Draw documents of a tokenised dataset without replacement.
+
+    Args:
+        prefix: path without ``.bin`` and ``.idx``.
+        count: at most this many documents.
+        length: tokens kept of a document, from its start.
+        seed: of the draw.
+
+    Returns:
+        int64 arrays of at least one token each, in the order of the dataset.
+    """
+    dataset = IndexedDataset(prefix)
+    bounds = dataset.document_indices
+    documents = len(bounds) - 1
+    chosen = np.random.default_rng(seed).permutation(documents)[:count]
+    samples = []
+    for index in np.sort(chosen):
+        parts: list[np.ndarray] = []
+        for sequence in range(bounds[index], bounds[index + 1]):
+            parts.append(np.asarray(dataset[sequence], dtype=np.int64))
+            if sum(map(len, parts)) >= length:
+                break
+        tokens = np.concatenate(parts)[:length] if parts else np.empty(0, dtype=np.int64)
+        if len(tokens):
+            samples.append(tokens)
+    return samples
+
+
+def score_samples(
+    model: FrozenReference,
+    samples: Sequence[np.ndarray],
+    *,
+    args: Namespace,
+    eod: int,
+    micro_batches: int = 4,
+) -> SampleScores | None:
+    """Score samples, each preceded by an end-of-document token as in training.
+
+    Args:
+        model: the model's chunks on this rank.
+        samples: int64 token arrays of at most ``args.seq_length`` tokens; the same on every rank.
+        args: Megatron's arguments: sequence length, micro-batch size, vocabulary.
+        eod: id of the end-of-document token.
+        micro_batches: microbatches that a pass through the pipeline takes at a time.
+
+    Returns:
+        The scores on the last pipeline stage, ``None`` elsewhere.
+    """
+    losses: list[torch.Tensor] = []
+    probabilities: list[torch.Tensor] = []
+    step = args.micro_batch_size * micro_batches
+    for start in range(0, len(samples), step):
+        group = samples[start : start + step]
+        batches = list(_micro_batches(group, args=args, eod=eod))
+        hidden = model.hidden_states(
+            get_forward_backward_func(),
+            [batches] * len(model.chunks),
+            seq_length=args.seq_length,
+            micro_batch_size=args.micro_batch_size,
+        )
+        for batch, states in zip(batches, hidden, strict=bool(hidden)):
+            loss, probability = _score(model, states, batch, args)
+            losses.append(loss)
+            probabilities.append(probability)
+    if not parallel_state.is_pipeline_last_stage(ignore_virtual=True):
+        return None
+    return SampleScores(
+        loss=torch.cat(losses)[: len(samples)].numpy(),
+        probability=torch.cat(probabilities)[: len(samples)].numpy(),
+        tokens=np.array([len(sample) for sample in samples], dtype=np.int64),
+    )
+
+
+@torch.no_grad()
+def _score(
+    model: FrozenReference, states: torch.Tensor, batch: MicroBatch, args: Namespace
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean loss and mean probability of each sequence, fp64 ``[b]`` on the CPU."""
+    assert batch.labels is not None
+    assert batch.loss_mask is not None
+    terms = head_terms(
+        states,
+        output_layer=unwrap_model(model.chunks)[-1].output_layer,
+        output_weight=model.output_weight(),
+        labels=batch.labels,
+        vocab_size=args.unpadded_vocab_size,
+    )
+    rows, length = batch.labels.shape
+    margin = terms[0].view(length, rows).transpose(0, 1)
+    mask = batch.loss_mask.double()
+    count = mask.sum(dim=1).clamp(min=1)
+    loss = (cross_entropy(margin).double() * mask).sum(dim=1) / count
+    probability = (torch.sigmoid(margin).double() * mask).sum(dim=1) / count
+    return loss.cpu(), probability.cpu()
+
+
+def _micro_batches(samples: Sequence[Any], *, args: Namespace, eod: int) -> Iterator[MicroBatch]:
+    """Right-padded microbatches of full size; rows beyond the samples are padding alone."""
+    size, length = args.micro_batch_size, args.seq_length
+    device = torch.cuda.current_device()
+    position_ids = torch.arange(length, device=device).expand(size, length)
+    for start in range(0, len(samples), size):
+        tokens = torch.full((size, length), eod, dtype=torch.int64)
+        labels = torch.full((size, length), eod, dtype=torch.int64)
+        mask = torch.zeros((size, length))
+        for row, sample in enumerate(samples[start : start + size]):
+            labels[row, : len(sample)] = torch.from_numpy(sample)
+            tokens[row, 1 : len(sample)] = labels[row, : len(sample) - 1]
+            mask[row, : len(sample)] = 1
+        yield MicroBatch(
+            tokens=tokens.to(device),
+            labels=labels.to(device),
+            loss_mask=mask.to(device),
+            position_ids=position_ids,
+        )

@@ -1,0 +1,161 @@
+"""A distributed model opened for looking at, without a training loop."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from argparse import Namespace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+
+from megatron_ext.analysis.perplexity import read_samples, score_samples
+from megatron_ext.arguments import add_arguments, record_tokenizer
+from megatron_ext.checkpoint.inspect import (
+    ARCHITECTURE,
+    Checkpoint,
+    check_architecture,
+    open_checkpoint,
+)
+from megatron_ext.data.manifest import check_prefix
+from megatron_ext.exceptions import ConfigError
+from megatron_ext.model.layer_spec import torch_native_spec_for_builder
+from megatron_ext.reference import FrozenReference, ReferenceSource
+
+# Besides the architecture, what a checkpoint's arguments say of how to run its model.
+_RUN = (
+    "max_position_embeddings",
+    "seq_length",
+    "bf16",
+    "fp16",
+    "rotary_seq_len_interpolation_factor",
+)
+
+
+@dataclass
+class Session:
+    """Megatron's global state, set up for one architecture.
+
+    Attributes:
+        args: Megatron's validated arguments.
+        options: the tool's own.
+    """
+
+    args: Namespace
+    options: Namespace
+    model_config: Any
+    eod: int
+
+    @property
+    def is_writer(self) -> bool:
+        """Whether this rank holds the results and writes them."""
+        last = parallel_state.is_pipeline_last_stage(ignore_virtual=True)
+        first = parallel_state.get_tensor_model_parallel_rank() == 0
+        return last and first and parallel_state.get_data_parallel_rank() == 0
+
+    def perplexities(self, directory: str, sets: Mapping[str, str]) -> dict[str, Any]:
+        """Per-sample scores of every set under a checkpoint.
+
+        Args:
+            directory: checkpoint directory.
+            sets: dataset prefix of each set.
+
+        Returns:
+            For each set the loss, mean probability and number of tokens of every sample; empty on ranks
+            other than the writer's stage.
+        """
+        checkpoint = open_checkpoint(directory, flag="--checkpoint")
+        check_architecture(checkpoint, self.args, flag="--checkpoint")
+        source = ReferenceSource(checkpoint, recorded_digest=None)
+        model = FrozenReference(self.model_config, args=self.args, source=source)
+        report: dict[str, Any] = {
+            "iteration": checkpoint.iteration,
+            "digest": model.digest,
+            "sets": {},
+        }
+        for name, prefix in sets.items():
+            check_prefix(
+                prefix,
+                vocab_size=self.args.unpadded_vocab_size,
+                tokenizer_digest=self.args.tokenizer_digest,
+            )
+            samples = read_samples(
+                prefix,
+                count=self.options.samples,
+                length=self.args.seq_length,
+                seed=self.options.seed,
+            )
+            scores = score_samples(model, samples, args=self.args, eod=self.eod)
+            if scores is not None:
+                report["sets"][name] = {
+                    "loss": scores.loss.tolist(),
+                    "probability": scores.probability.tolist(),
+                    "tokens": scores.tokens.tolist(),
+                    "corpus_perplexity": scores.corpus_perplexity,
+                }
+        return report
+
+
+@contextlib.contextmanager
+def open_session(options: Namespace) -> Iterator[Session]:
+    """Set Megatron up for the architecture of the first checkpoint.
+
+    Args:
+        options: ``checkpoint``, ``tokenizer_type``, ``tokenizer_model``, ``micro_batch_size``,
+            ``tensor_model_parallel_size``, ``pipeline_model_parallel_size``, ``samples``, ``seed``.
+
+    Raises:
+        CheckpointError: a checkpoint cannot be read.
+        ConfigError: Megatron refuses the settings.
+    """
+    from megatron.training import get_tokenizer
+    from megatron.training import training as loop
+    from megatron.training.argument_utils import gpt_config_from_args
+    from megatron.training.global_vars import set_global_variables
+
+    os.environ.setdefault("MASTER_ADDR", "localhost")
+    os.environ.setdefault("MASTER_PORT", "0" if "RANK" not in os.environ else "29500")
+    args = _arguments(options, open_checkpoint(options.checkpoint[0], flag="--checkpoint"))
+    set_global_variables(args)
+    record_tokenizer(args)
+    loop.initialize_megatron()
+    model_config = gpt_config_from_args(args)
+    if args.transformer_impl == "local":
+        model_config.transformer_layer_spec = torch_native_spec_for_builder
+    try:
+        yield Session(args, options, model_config, eod=get_tokenizer().eod)
+    finally:
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+
+
+def _arguments(options: Namespace, checkpoint: Checkpoint) -> Namespace:
+    """Megatron's arguments for running the model of a checkpoint."""
+    from megatron.training.arguments import parse_args, validate_args
+
+    saved = checkpoint.args
+    given: Sequence[object] = (
+        *("--micro-batch-size", options.micro_batch_size),
+        *("--tensor-model-parallel-size", options.tensor_model_parallel_size),
+        *("--pipeline-model-parallel-size", options.pipeline_model_parallel_size),
+        *("--tokenizer-type", options.tokenizer_type),
+        *("--tokenizer-model", options.tokenizer_model),
+        *("--train-iters", 1, "--lr", 0.0),
+    )
+    command_line, sys.argv = sys.argv, [sys.argv[0], *map(str, given)]
+    try:
+        args = parse_args(add_arguments)
+    finally:
+        sys.argv = command_line
+    for name in (*ARCHITECTURE, *_RUN, "group_query_attention", "num_query_groups"):
+        if hasattr(saved, name):
+            setattr(args, name, getattr(saved, name))
+    try:
+        validate_args(args)
+    except (AssertionError, ValueError) as error:
+        raise ConfigError(f"refused by Megatron-Core: {error}") from error
+    return args
