@@ -99,6 +99,10 @@ def find_inputs(patterns: Sequence[str], *, input_format: InputFormat = "auto") 
         if path.resolve() in seen:
             raise ConfigError(f"--input names {path} twice")
         seen.add(path.resolve())
+        if not path.is_file():
+            raise ConfigError(
+                f"--input {path}: expected a regular file, for its start is read twice"
+            )
         if input_format == "auto" and not _known(path):
             raise ConfigError(
                 f"{path}: expected {_expected()}; give --input-format for another name"

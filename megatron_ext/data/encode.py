@@ -12,6 +12,7 @@ from megatron_ext.data.documents import BadRecord, Block, parse_block
 from megatron_ext.data.fast_tokenizer import FastTokenizer, first_difference
 from megatron_ext.data.indexed import token_dtype
 from megatron_ext.data.tokenizers import Tokenizer
+from megatron_ext.exceptions import DataError
 
 # Share of the texts that are encoded a second time, by the exact tokenizer. It is some 8 times
 # slower than gigatoken, so this costs 1.6%; a difference in one text of 1,000 in a corpus of a
@@ -72,6 +73,7 @@ class BlockEncoder:
 
         Raises:
             BackendMismatchError: The fast tokenizer is not exact on one of the verified texts.
+            DataError: The tokenizer gives ids outside its vocabulary.
         """
         result = EncodedBlock(block.path, block.consumed)
         columns: list[list[str]] = [[] for _ in self._keys]
@@ -95,10 +97,12 @@ class BlockEncoder:
         max_token = int(ids.max(initial=0))
         if self._eod is not None and len(ids):
             max_token = max(max_token, self._eod)
-        # The type of the file is wide enough for the vocabulary, so this keeps ids from wrapping
-        # around.
-        assert max_token < self._tokenizer.vocab_size
-        assert int(ids.min(initial=0)) >= 0
+        # Also keeps ids from wrapping around: the type of the file is wide enough for the vocabulary.
+        if max_token >= self._tokenizer.vocab_size or int(ids.min(initial=0)) < 0:
+            raise DataError(
+                f"the tokenizer gave ids from {int(ids.min())} to {max_token}, outside its own "
+                f"vocabulary of {self._tokenizer.vocab_size} pieces"
+            )
         lengths = np.diff(bounds)
         document = np.repeat(np.arange(len(counts)), counts)
         document, lengths = document[lengths > 0], lengths[lengths > 0]

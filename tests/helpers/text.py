@@ -20,7 +20,7 @@ SCRIPTS = (
 def make_texts(count, seed=0):
     """Texts of 0 to some 300 words, with blanks, scripts and an empty one now and then."""
     rng = random.Random(seed)
-    words = " ".join(SCRIPTS).split(" ") + ["\n", "\n\n", "  ", "\t", "1234", "</s>"]
+    words = [*" ".join(SCRIPTS).split(" "), "\n", "\n\n", "  ", "\t", "1234", "</s>"]
     return [
         "" if rng.random() < 0.03 else " ".join(rng.choices(words, k=rng.randint(1, 300)))
         for _ in range(count)

@@ -259,11 +259,13 @@ def test_no_tokens_is_an_error(tmp_path, model):
 def test_settings_that_cannot_work(tmp_path, model):
     source = write_jsonl(tmp_path / "a.jsonl", [{"text": "a"}])
     (tmp_path / "a.csv").write_text("x")
+    os.mkfifo(tmp_path / "pipe.jsonl")
     (tmp_path / "a.txt").write_text("x")
     for inputs, options, message in [
         ([tmp_path / "no*.jsonl"], {}, "no such file"),
         ([source, source], {}, "twice"),
         ([tmp_path / "a.csv"], {}, "--input-format"),
+        ([tmp_path / "pipe.jsonl"], {}, "regular file"),
         ([source], {"workers": 0}, "--workers"),
         ([source], {"keys": ["a", "a"]}, "--json-keys"),
         ([tmp_path / "a.txt"], {"keys": ["a", "b"]}, "plain text has no keys"),
@@ -278,6 +280,13 @@ def test_settings_that_cannot_work(tmp_path, model):
     with pytest.raises(ConfigError, match="no end-of-document"):
         run(no_eos, [source], tmp_path / "o", append_eod=True)
     assert not list(tmp_path.glob("o_*"))
+
+
+def test_ids_outside_the_vocabulary_are_an_error(tmp_path, model, monkeypatch):
+    source = write_jsonl(tmp_path / "a.jsonl", [{"text": "the quick fox"}])
+    monkeypatch.setattr("sentencepiece.SentencePieceProcessor.vocab_size", lambda self: 5)
+    with pytest.raises(DataError, match=r"outside its own vocabulary of 5 pieces"):
+        run(model, [source], tmp_path / "o", backend="reference")
 
 
 def test_existing_output_needs_overwrite(tmp_path, model):
@@ -338,12 +347,10 @@ def test_tool_reports_in_one_line(tmp_path, model):
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
 def test_stopped_run_leaves_no_output(tmp_path, model, how):
-    """The second input is a pipe that nobody opens, so the run cannot end before it is stopped."""
-    pipe = tmp_path / "a.jsonl"
-    write_jsonl(tmp_path / "real.jsonl", [{"text": text} for text in make_texts(1000) * 9])
-    os.mkfifo(pipe)
-    options = ["--input-format", "jsonl", "--workers", "2", "--log-interval", "100"]
-    process = tool(model, [tmp_path / "real.jsonl", pipe], tmp_path / "o", *options)
+    """Stopped at its first sign of progress, some 3% into several seconds of work."""
+    source = write_jsonl(tmp_path / "a.jsonl", [{"text": text} for text in make_texts(1000) * 30])
+    options = ["--workers", "2", "--log-interval", "100", "--tokenizer-backend", "reference"]
+    process = tool(model, [source], tmp_path / "o", *options)
     watchdog = threading.Timer(60, process.kill)
     watchdog.start()
     lines = iter(process.stderr.readline, "")
@@ -366,6 +373,6 @@ def test_stopped_run_leaves_no_output(tmp_path, model, how):
         assert time.monotonic() < deadline, "workers outlive their parent"
         time.sleep(0.05)
     # What a killed run left behind does not stand in the way of the next.
-    result = run(model, [tmp_path / "real.jsonl"], tmp_path / "o")
-    assert result.manifests[0].documents == 9000
+    result = run(model, [source], tmp_path / "o")
+    assert result.manifests[0].documents == 30000
     assert not list(tmp_path.glob("o_*.partial"))
