@@ -28,7 +28,7 @@ FORMATS: dict[str, InputFormat] = {
     ".text": "text",
     ".md": "text",
 }
-# Raw bytes of a block. From 0.25 to 4 MiB the speed is the same within 3%; memory grows with it.
+# Raw bytes of a block: some 20 ms of a worker, against well under one for handing it over.
 BLOCK_BYTES = 1 << 20
 _PARQUET_ROWS = 512
 
@@ -88,9 +88,7 @@ def find_inputs(patterns: Sequence[str], *, input_format: InputFormat = "auto") 
         elif path.exists():
             matches = [path]
         else:
-            matches = sorted(
-                Path(p) for p in glob.glob(pattern, recursive=True) if Path(p).is_file()
-            )
+            matches = sorted(filter(Path.is_file, map(Path, glob.glob(pattern, recursive=True))))
             if not matches:
                 raise ConfigError(f"--input {pattern}: no such file")
         found.extend(matches)

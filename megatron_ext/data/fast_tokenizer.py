@@ -219,8 +219,8 @@ def _sentencepiece_guard(reference: SentencePieceReference) -> Callable[[str], b
 
 
 def _contains_any(needles: Sequence[str]) -> Callable[[str], bool]:
-    # `in` scans several GB/s a needle, a regular expression some 0.2 GB/s whatever their number.
-    if len(needles) <= 16:
+    # `in` scans 1.4 GB/s divided by the needles, an alternation at least 0.2 GB/s with any number.
+    if len(needles) <= 6:
         return lambda text: any(needle in text for needle in needles)
     search = re.compile("|".join(map(re.escape, needles))).search
     return lambda text: search(text) is not None
