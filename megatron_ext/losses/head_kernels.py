@@ -78,6 +78,7 @@ def _merge(z_max, z_sum, anchor, delta, kl, z_max_b, z_sum_b, anchor_b, delta_b,
     log_a = (z_max - z_new) + tl.log(z_sum) - log_total
     log_b = (z_max_b - z_new) + tl.log(z_sum_b) - log_total
     apart = ((anchor_b - anchor) + (delta_b - delta).to(tl.float64)).to(tl.float32)
+    apart = tl.minimum(tl.maximum(apart, _EMPTY), -_EMPTY)  # no inf, so no inf - inf
     # Seen from the set with the larger mass under z.
     swap = b > a
     apart = tl.where(swap, -apart, apart)
@@ -114,7 +115,7 @@ def _sums(a0, b0, c0, d0, a1, b1, c1, d1):
 @triton.jit
 def _store_lse(out, largest, total):
     """Maximum and sum to a log-sum-exp in fp64; -inf for an empty set."""
-    lse = largest.to(tl.float64) + tl.log(total).to(tl.float64)
+    lse = largest.to(tl.float64) + tl.log(total.to(tl.float64))
     tl.store(out, tl.where(total > 0.0, lse, float("-inf")))
 
 
@@ -197,7 +198,8 @@ def divergence_kernel(
         apart = tl.abs(shift) > _APART
         x = tl.where(apart, (t - t_max_b) - (z - z_max_b), (t - z) - shift)
         gain = tl.where(tl.abs(x) < _NEAR, q * _expm1_series(x), p - q)
-        z_sum_b, t_sum_b, gain_b, mean_b = tl.reduce((q, p, gain, p * x), 0, _sums)
+        moment = tl.where(p > 0.0, p * x, 0.0)  # x may be inf where p is 0
+        z_sum_b, t_sum_b, gain_b, mean_b = tl.reduce((q, p, gain, moment), 0, _sums)
         safe = tl.where(z_sum_b > 0.0, z_sum_b, 1.0)
         growth = gain_b / safe
         small = tl.abs(growth) < 0.3
@@ -217,10 +219,13 @@ def divergence_kernel(
     z_max, z_sum, anchor, delta, kl = _merge(
         z_max, z_sum, anchor, delta, kl, z_label, one, anchor_b, 0.0, 0.0
     )
-    lse_z = z_max.to(tl.float64) + tl.log(z_sum).to(tl.float64)
+    lse_z = z_max.to(tl.float64) + tl.log(z_sum.to(tl.float64))
+    # Within fp32, which only logits at the very ends of its range can leave.
+    lse_t = tl.minimum(tl.maximum(lse_z + (anchor + delta.to(tl.float64)), -3.4e38), 3.4e38)
     lse_z = tl.where(z_sum > 0.0, lse_z, float("-inf"))
+    lse_t = tl.where(z_sum > 0.0, lse_t, float("-inf"))
     tl.store(out_ptr + 2 * out_stride + row, lse_z)
-    tl.store(out_ptr + 3 * out_stride + row, lse_z + (anchor + delta.to(tl.float64)))
+    tl.store(out_ptr + 3 * out_stride + row, lse_t)
     tl.store(out_ptr + 4 * out_stride + row, kl.to(tl.float64))
 
 

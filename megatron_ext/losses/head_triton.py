@@ -12,6 +12,11 @@ from torch import Tensor
 from megatron_ext.losses.head_kernels import divergence_kernel, gradient_kernel, margin_kernel
 from megatron_ext.losses.vocab_parallel import RowStatistics
 
+# Columns that a program takes at once, at most.
+MARGIN_BLOCK = 8192
+DIVERGENCE_BLOCK = 4096
+GRADIENT_BLOCK = 4096
+
 
 def shard_statistics(
     logits: Tensor,
@@ -37,7 +42,7 @@ def shard_statistics(
             stats.stride(0),
             vocab_start,
             valid_columns,
-            BLOCK=_block(valid_columns, 8192),
+            BLOCK=_block(valid_columns, MARGIN_BLOCK),
             num_warps=8,
         )
         return stats
@@ -52,7 +57,7 @@ def shard_statistics(
         stats.stride(0),
         vocab_start,
         valid_columns,
-        BLOCK=_block(valid_columns, 4096),
+        BLOCK=_block(valid_columns, DIVERGENCE_BLOCK),
         num_warps=8,
     )
     return stats
@@ -81,7 +86,7 @@ def logits_gradient(
     with_kl = grad_kl is not None
     reference = reference_logits if with_kl else logits
     assert reference is not None
-    block = _block(columns, 4096)
+    block = _block(columns, GRADIENT_BLOCK)
     gradient_kernel[(tokens, math.ceil(columns / block))](
         logits,
         reference,
