@@ -75,6 +75,7 @@ def run(args):
     found, missing = candidates(args)
     size = sum(len(json.loads(line)["text"].encode()) for line in args.input.open("rb"))
     seconds = {name: [] for name in found}
+    load = os.getloadavg()[0]  # above 0.5 the wall times are not those of an idle machine
     with tempfile.TemporaryDirectory(dir=args.scratch) as scratch:
         for repeat in range(args.repeats):
             for i, (name, (command, environment, cwd)) in enumerate(found.items()):
@@ -99,6 +100,7 @@ def run(args):
         }
     return {
         "machine": f"{os.cpu_count()}-core CPU",
+        "load_average_before": round(load, 1),
         "python": platform.python_version(),
         "versions": {name: version(name) for name in ("gigatoken", "sentencepiece", "numpy")},
         "text_mb": round(size / 1e6, 1),
