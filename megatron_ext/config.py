@@ -14,11 +14,7 @@ _LIST: dict[str, Any] = {"argparse_meta": {"nargs": "+", "type": str}}
 
 @dataclass(kw_only=True)
 class UnlearnConfig:
-    """What is forgotten, how strongly, and against which reference.
-
-    Raises:
-        ConfigError: a value that no run could use; the message names the flag.
-    """
+    """What is forgotten, how strongly, and against which reference."""
 
     forget_data_path: list[str] | None = field(default=None, metadata=_LIST)
     """Text to forget, as weights and prefixes in the syntax of --data-path. Naming it turns unlearning
@@ -82,6 +78,11 @@ class UnlearnConfig:
         return self.enabled and self.mitigation_weight > 0
 
     def __post_init__(self) -> None:
+        """Refuse what no run could use.
+
+        Raises:
+            ConfigError: names the flag, what was expected and what was found.
+        """
         for name in ("forget_weight", "replay_weight", "mitigation_weight"):
             value = getattr(self, name)
             if not math.isfinite(value) or value < 0:

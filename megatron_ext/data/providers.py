@@ -38,10 +38,13 @@ def datasets_provider(args: Namespace, config: UnlearnConfig) -> Callable[..., D
 
     def provider(num_samples: Sequence[int], vp_stage: int | None = None) -> Datasets:
         replay = get_blend_and_blend_per_split(args)
-        if not config.enabled:
-            blend, per_split = replay
-            return _build(args, blend, per_split, num_samples, vp_stage)
-        return _composed(args, config, replay, num_samples, vp_stage)
+        if config.enabled:
+            return _composed(args, config, replay, num_samples, vp_stage)
+        blend, per_split = replay
+        train, valid, test = _build(args, blend, per_split, num_samples, vp_stage)
+        # With --eval-iters 0 Megatron asks for no samples; its loader takes no empty dataset.
+        wanted = [n != 0 for n in num_samples]
+        return train, valid if wanted[1] else None, test if wanted[2] else None
 
     provider.is_distributed = True  # type: ignore[attr-defined]  # read by Megatron's loop
     return provider
@@ -75,12 +78,12 @@ def _composed(
     )
     composed = [
         None
-        if forget_ds is None or replay_ds is None
+        if forget_ds is None or replay_ds is None or n == 0
         else ComposedDataset(
             forget_ds, replay_ds, forget_samples=f, global_batch_size=g, split=split
         )
-        for forget_ds, replay_ds, f, g, split in zip(
-            forget, replay, forget_sizes, batch_sizes, Split, strict=True
+        for forget_ds, replay_ds, n, f, g, split in zip(
+            forget, replay, batches, forget_sizes, batch_sizes, Split, strict=True
         )
     ]
     return composed[0], composed[1], composed[2]

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+import os
+from argparse import ArgumentParser
 from importlib.metadata import version
+from typing import Any
 
 from megatron_ext.exceptions import ConfigError
 
@@ -41,7 +44,84 @@ def skip_helper_compilation() -> None:
     dataset_utils.compile_helpers = lambda: None
 
 
+def repair_help(parser: ArgumentParser) -> None:
+    """Escape the per cent signs of help texts that argparse would take for a format.
+
+    One of Megatron's has a bare one, and ``--help`` then ends in a traceback.
+    """
+    for action in parser._actions:
+        try:
+            action.help and action.help % {**vars(action), "prog": parser.prog}
+        except (ValueError, TypeError):
+            action.help = str(action.help).replace("%", "%%")
+
+
+def be_the_only_process() -> None:
+    """Fill in what a launcher would set, so that one process runs without ``torchrun``.
+
+    Megatron takes a missing rank for rank 0 of 1 but has no address to meet at. Port 0 lets the system
+    choose a free one.
+    """
+    if "RANK" in os.environ:
+        return
+    single = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
+    os.environ |= single | {"MASTER_ADDR": "localhost", "MASTER_PORT": "0"}
+
+
+def print_negative_losses() -> None:
+    """Print the averages that Megatron's console leaves out because they are below zero.
+
+    With gradient ascent the forgetting loss, and in the end the whole objective, is negative;
+    ``training_log`` prints no such average. They follow on a line of their own.
+    """
+    import megatron.training.training as loop
+
+    training_log = loop.training_log
+
+    def log_all(
+        loss_dict: dict[str, Any],
+        total_loss_dict: dict[str, Any],
+        learning_rate: float | None,
+        iteration: int,
+        loss_scale: float,
+        report_memory_flag: bool,
+        skipped_iter: int,
+        *args: Any,
+        is_first_iteration: bool = False,
+        **kwargs: Any,
+    ) -> bool:
+        averages: dict[str, float] = {}
+        if iteration % loop.get_args().log_interval == 0 or is_first_iteration:
+            # Megatron clears the totals once they are printed, so the averages are taken before.
+            new = {} if skipped_iter else loss_dict
+            steps = total_loss_dict.get("advanced iterations", 0) + (0 if skipped_iter else 1)
+            averages = {
+                key: float(total_loss_dict.get(key, 0.0) + new.get(key, 0.0)) / max(1, steps)
+                for key in loss_dict
+            }
+        result: bool = training_log(
+            loss_dict,
+            total_loss_dict,
+            learning_rate,
+            iteration,
+            loss_scale,
+            report_memory_flag,
+            skipped_iter,
+            *args,
+            is_first_iteration=is_first_iteration,
+            **kwargs,
+        )
+        texts = [f" {key}: {value:.6E} |" for key, value in averages.items() if value < 0]
+        if texts:
+            loop.print_rank_last(f" iteration {iteration:8d} |{''.join(texts)}")
+        return result
+
+    loop.training_log = log_all
+
+
 def apply() -> None:
-    """Apply all of the above; called once by the entry point before training."""
+    """Apply all of the above that is no matter of flags; called once by the entry point before training."""
     check_megatron_version()
     skip_helper_compilation()
+    be_the_only_process()
+    print_negative_losses()

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import logging
 import os
 import time
 from collections import defaultdict
@@ -62,6 +63,7 @@ def enable() -> bool:
     torch._dynamo.config.disable = True
     # Megatron checks this for GPUs of other generations; it means nothing without one.
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    _filter_logs()
     _patch_devices()
     _patch_streams()
     _patch_memory()
@@ -244,6 +246,23 @@ def _patch_factories() -> None:
 
     for name in _FACTORIES:
         setattr(torch, name, on_cpu(getattr(torch, name)))
+
+
+# Logger and warning of what is no news here: Megatron warns when the CPU's random numbers advance while
+# the GPU's generator is selected, but the CPU's generator is the one that is selected, so it would warn
+# for every weight that is initialised; torch warns of CUDA libraries without a device to run them.
+_NO_NEWS = {
+    "megatron.core.tensor_parallel.random": "CPU RNG state changed within GPU RNG context",
+    "torch.utils.cpp_extension": "No CUDA runtime is found",
+}
+
+
+def _filter_logs() -> None:
+    def is_news(record: logging.LogRecord) -> bool:
+        return not record.getMessage().startswith(_NO_NEWS[record.name])
+
+    for name in _NO_NEWS:
+        logging.getLogger(name).addFilter(is_news)
 
 
 def _patch_megatron() -> None:
