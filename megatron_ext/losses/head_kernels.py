@@ -22,8 +22,8 @@ an offset of the logits costs no digits.
 import triton
 import triton.language as tl
 
-# Finite stand-in for -inf: differences of two of them are 0 and never NaN.
-_EMPTY = tl.constexpr(-1.0e38)
+# Finite stand-in for -inf, in bf16 as well: the difference of two of them is 0 and not NaN.
+_EMPTY = tl.constexpr(-3.38e38)
 # Below this |x| series are used; above it the direct forms have lost two bits at most.
 _NEAR = tl.constexpr(0.25)
 # Offsets between z and t beyond this are taken away from each before they are subtracted.
@@ -280,7 +280,8 @@ def gradient_kernel(
         x = tl.where(apart, log_p - _subtract_lse(z, lse_z), _subtract_lse(t - z, delta))
         # q - p = -q (e^x - 1): near x = 0 the plain difference has no correct digits left.
         near = tl.abs(x) < _NEAR
-        difference = tl.where(near, -q * _expm1_series(x), q - tl.exp(log_p))
+        p = tl.exp(tl.minimum(log_p, 0.0))
+        difference = tl.where(near, -q * _expm1_series(x), q - p)
         gradient += tl.load(grad_kl_ptr + row) * difference
     gradient = tl.where(inside, gradient, 0.0)
     out = out_ptr + row * out_stride + columns
