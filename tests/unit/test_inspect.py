@@ -1,0 +1,86 @@
+import argparse
+
+import pytest
+
+from megatron_ext.checkpoint.inspect import (
+    TRACKER,
+    Checkpoint,
+    check_architecture,
+    has_checkpoint,
+    open_checkpoint,
+)
+from megatron_ext.exceptions import CheckpointError
+
+MODEL = {
+    "num_layers": 4,
+    "hidden_size": 32,
+    "num_attention_heads": 4,
+    "group_query_attention": True,
+    "num_query_groups": 2,
+    "swiglu": True,
+    "seq_length": 64,
+    "max_position_embeddings": 64,
+    "unpadded_vocab_size": 500,
+    "padded_vocab_size": 512,
+    "tokenizer_digest": "abc",
+}
+
+
+def check(tmp_path, saved, now):
+    checkpoint = Checkpoint(
+        tmp_path, 5, tmp_path / "iter_0000005", argparse.Namespace(**MODEL | saved)
+    )
+    check_architecture(checkpoint, argparse.Namespace(**MODEL | now), flag="--load")
+
+
+def test_the_same_model_passes(tmp_path):
+    check(tmp_path, {}, {})
+    check(tmp_path, {}, {"seq_length": 32})
+    # Stock Megatron records neither of these.
+    check(tmp_path, {"unpadded_vocab_size": None, "tokenizer_digest": None}, {})
+
+
+@pytest.mark.parametrize(
+    ("now", "message"),
+    [
+        ({"hidden_size": 64}, "--load: expected --hidden-size 64, .* found 32 in .*iter_0000005"),
+        ({"swiglu": False}, "--load: expected --swiglu False, .* found True"),
+        ({"num_query_groups": 4}, "--load: expected --num-query-groups 4, .* found 2"),
+        ({"group_query_attention": False}, "--load: expected --num-query-groups 4, .* found 2"),
+        ({"seq_length": 128}, "--seq-length: expected at most 64, .*found 128"),
+        ({"unpadded_vocab_size": 501}, "--tokenizer-model: .* 500.*, found .* 501"),
+        ({"tokenizer_digest": "xyz"}, "--tokenizer-model: .* abc.*, found .* xyz"),
+    ],
+)
+def test_another_model_is_refused(tmp_path, now, message):
+    with pytest.raises(CheckpointError, match=message):
+        check(tmp_path, {}, now)
+
+
+def test_a_vocabulary_beyond_a_stock_checkpoints_padding_is_refused(tmp_path):
+    stock = {"unpadded_vocab_size": None, "tokenizer_digest": None}
+    with pytest.raises(CheckpointError, match=r"at most the 512 ids .*, found 513"):
+        check(tmp_path, stock, {"unpadded_vocab_size": 513})
+
+
+def test_a_directory_without_a_tracker_has_no_checkpoint(tmp_path):
+    assert not has_checkpoint(None)
+    assert not has_checkpoint(tmp_path)
+    with pytest.raises(CheckpointError, match=f"--load: expected .*{TRACKER}"):
+        open_checkpoint(tmp_path, flag="--load")
+    with pytest.raises(CheckpointError, match=r"--load: .* found nothing at .*no_such"):
+        open_checkpoint(tmp_path / "no_such", flag="--load")
+
+
+@pytest.mark.parametrize("text", ["", "five", "-1"])
+def test_a_tracker_that_names_no_iteration_is_refused(tmp_path, text):
+    (tmp_path / TRACKER).write_text(text)
+    with pytest.raises(CheckpointError, match=f"{TRACKER}: expected an iteration number"):
+        open_checkpoint(tmp_path, flag="--load")
+
+
+@pytest.mark.parametrize(("text", "folder"), [("5", "iter_0000005"), ("release", "release")])
+def test_a_missing_iteration_is_refused(tmp_path, text, folder):
+    (tmp_path / TRACKER).write_text(text)
+    with pytest.raises(CheckpointError, match=f"expected a torch_dist checkpoint at .*{folder}"):
+        open_checkpoint(tmp_path, flag="--load")

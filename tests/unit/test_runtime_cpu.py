@@ -1,0 +1,88 @@
+"""The CPU runtime: nothing where a device exists, idempotent where none does."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+# Run in processes of their own: the runtime changes torch for good.
+SNAPSHOT = """
+import json, logging, os, sys
+import torch
+import torch.cuda, torch.distributed, torch._dynamo.config
+
+def snapshot():
+    places = {
+        "torch": torch, "torch.cuda": torch.cuda, "torch.cuda.random": torch.cuda.random,
+        "Tensor": torch.Tensor, "Module": torch.nn.Module, "dynamo": torch._dynamo.config._config,
+    }
+    found = {}
+    for place, owner in places.items():
+        items = owner.items() if isinstance(owner, dict) else vars(owner).items()
+        found |= {f"{place}.{name}": id(value) for name, value in items if name != "__builtins__"}
+    filters = [name for name in NAMES if logging.getLogger(name).filters]
+    return found | {"environment": dict(os.environ), "filters": filters}
+
+NAMES = ("megatron.core.tensor_parallel.random", "torch.utils.cpp_extension")
+"""
+
+
+def run(program: str) -> dict:
+    result = subprocess.run(
+        [sys.executable, "-c", SNAPSHOT + program], capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stderr
+    return json.loads(result.stdout.splitlines()[-1])
+
+
+CHANGES = """
+from megatron_ext.runtime import cpu
+before = snapshot()
+enabled = cpu.enable()
+after = snapshot()
+changed = sorted(key for key in before | after if before.get(key) != after.get(key))
+megatron = "megatron.training.training" in sys.modules
+print(json.dumps({"enabled": enabled, "changed": changed, "megatron": megatron}))
+"""
+
+
+def test_nothing_changes_where_a_device_exists():
+    result = run("torch.cuda.is_available = lambda: True" + CHANGES)
+    assert result == {"enabled": False, "changed": [], "megatron": False}
+
+
+def test_the_same_comparison_sees_the_changes_where_there_is_none():
+    result = run("torch.cuda.is_available = lambda: False" + CHANGES)
+    assert result["enabled"]
+    assert result["megatron"]
+    for name in ("torch.cuda.device_count", "Tensor.cuda", "torch.zeros", "filters"):
+        assert name in result["changed"]
+
+
+def test_a_second_call_changes_nothing():
+    result = run(
+        "torch.cuda.is_available = lambda: False\n"
+        "from megatron_ext.runtime import cpu\ncpu.enable()" + CHANGES
+    )
+    assert result == {"enabled": True, "changed": [], "megatron": True}
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        ("torch.device('cuda', 1)", "cpu"),
+        ("'cuda:0'", "cpu"),
+        ("3", "cpu"),
+        ("torch.device('meta')", "meta"),
+        ("True", "True"),  # non_blocking, not a device
+        ("torch.bfloat16", "torch.bfloat16"),
+        ("None", "None"),
+    ],
+)
+def test_only_what_names_a_cuda_device_becomes_the_cpu(value, expected):
+    import torch
+
+    from megatron_ext.runtime.cpu import _on_cpu
+
+    assert str(_on_cpu(eval(value, {"torch": torch}))) == expected
