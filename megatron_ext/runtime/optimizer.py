@@ -104,6 +104,7 @@ def enable() -> Callable[[], None]:
     undo = ExitStack()
     if optimizers.USING_PYTORCH_OPTIMIZER:
         undo.callback(register_optimizer_step_pre_hook(_fuse_before_step).remove)
+        _make_resumable(undo)
     if clip_grads.l2_norm_impl is utils.local_multi_tensor_l2_norm:
         _replace(undo, clip_grads, "l2_norm_impl", l2_norm)
     if clip_grads.multi_tensor_scale_impl is utils.local_multi_tensor_scale:
@@ -112,6 +113,53 @@ def enable() -> Callable[[], None]:
         _replace(undo, layers, "_grad_accum_fusion_available", True)
         _replace(undo, layers, "fused_weight_gradient_mlp_cuda", _WeightGradient)
     return undo.close
+
+
+def _make_resumable(undo: ExitStack) -> None:
+    """Let the distributed optimizer resume with torch's Adam, whose step is a tensor of each parameter.
+
+    Three things in Megatron's way of loading stand against it. To learn which tensors a checkpoint has to
+    fill, it asks the new optimizer for its state and asserts that all parameters share one step; before
+    the first step there is none (zero moments at step 0 answer, and the checkpoint overwrites them). The
+    step, restored from the parameter groups, is then overwritten by the one of that answer, or looked
+    for in vain. And in an fp32 run the weights are copied in place into parameters that require a
+    gradient, which torch refuses outside ``no_grad``.
+    """
+    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+
+    sharded_state_dict = DistributedOptimizer.sharded_state_dict
+    set_states = DistributedOptimizer._set_main_param_and_optimizer_states
+
+    def sharded_state_dict_of_filled(
+        self: DistributedOptimizer,
+        model_state: Any = None,
+        is_loading: bool = False,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        if is_loading and not self.optimizer.state:
+            for group in self.optimizer.param_groups:
+                for parameter in group["params"]:
+                    self.optimizer.state[parameter] = {
+                        "step": torch.zeros((), dtype=torch.float32),
+                        "exp_avg": torch.zeros_like(parameter),
+                        "exp_avg_sq": torch.zeros_like(parameter),
+                    }
+        return sharded_state_dict(self, model_state or {}, is_loading, *args, **kwargs)
+
+    def set_states_but_step(
+        self: DistributedOptimizer, parameter: Tensor, tensors: dict[str, Any]
+    ) -> None:
+        group, order = self.model_param_group_index_map[parameter]
+        state = self.optimizer.state[self.optimizer.param_groups[group]["params"][order]]
+        set_states(self, parameter, tensors | {k: state[k] for k in ("step",) if k in state})
+
+    load = torch.no_grad()(DistributedOptimizer.load_state_dict)
+    _replace(undo, DistributedOptimizer, "sharded_state_dict", sharded_state_dict_of_filled)
+    _replace(
+        undo, DistributedOptimizer, "_set_main_param_and_optimizer_states", set_states_but_step
+    )
+    _replace(undo, DistributedOptimizer, "load_state_dict", load)
 
 
 def _replace(undo: ExitStack, module: Any, name: str, value: Any) -> None:
