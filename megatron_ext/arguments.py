@@ -76,7 +76,7 @@ def machine_defaults() -> dict[str, Any]:
     if not _installed("transformer_engine"):
         defaults |= {"transformer_impl": "local"}
     if not _installed("apex"):
-        defaults |= {"persist_layer_norm": False, "masked_softmax_fusion": False}
+        defaults |= {"no_persist_layer_norm": True, "masked_softmax_fusion": False}
     if not (_installed("fused_weight_gradient_mlp_cuda") or _installed("transformer_engine")):
         defaults |= {"gradient_accumulation_fusion": False}
     if not _installed("transformer_engine") and not _installed("apex"):

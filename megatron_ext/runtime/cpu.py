@@ -33,11 +33,10 @@ CPU_FLAGS: dict[str, Any] = {
     "distributed_backend": "gloo",
     "gradient_accumulation_fusion": False,
     "masked_softmax_fusion": False,
-    "persist_layer_norm": False,
+    "no_persist_layer_norm": True,
     "apply_rope_fusion": False,
     "num_workers": 0,
     "barrier_with_L1_time": False,
-    "async_tensor_model_parallel_allreduce": False,
 }
 
 

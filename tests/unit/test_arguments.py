@@ -1,0 +1,96 @@
+"""Flags and their checks, without a run; the entry point's messages are in tests/integration."""
+
+import json
+import subprocess
+import sys
+from argparse import Namespace
+
+import pytest
+
+from tests.helpers.entry import ROOT
+
+# In a process of its own: machine_defaults depends on the CPU runtime, which changes torch for good.
+DEFAULTS = """
+import json
+from argparse import ArgumentParser
+from megatron_ext.runtime import cpu
+cpu.enable()
+from megatron.training.arguments import add_megatron_arguments
+from megatron_ext import arguments
+parser = add_megatron_arguments(ArgumentParser(allow_abbrev=False))
+known = {action.dest for action in parser._actions}
+arguments.add_arguments(parser)
+defaults = arguments.machine_defaults()
+given = vars(parser.parse_args(["--num-workers", "3"]))
+print(json.dumps({
+    "unknown": sorted(defaults.keys() - known),
+    "not taken": sorted(k for k, v in defaults.items() if given[k] != v),
+    "ours": sorted(k for k in given if k.startswith(("forget", "replay", "mitigation", "reference"))),
+    "weights": [given[f"{k}_weight"] for k in ("forget", "replay", "mitigation")],
+}))
+"""
+
+
+@pytest.fixture(scope="module")
+def parsed():
+    result = subprocess.run(
+        [sys.executable, "-c", DEFAULTS], cwd=ROOT, capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stderr
+    return json.loads(result.stdout.splitlines()[-1])
+
+
+def test_defaults_of_the_machine_are_flags_that_megatron_has(parsed):
+    assert parsed["unknown"] == []
+
+
+def test_a_typed_flag_wins_over_a_default_of_the_machine(parsed):
+    assert parsed["not taken"] == ["num_workers"]
+
+
+def test_each_field_of_the_config_is_a_flag(parsed):
+    assert parsed["weights"] == [0.01, 1.0, 1.0]
+    assert {"forget_data_path", "forget_loss", "reference_load"} <= set(parsed["ours"])
+
+
+def arguments(**changes):
+    """Parsed arguments of an unlearning run that nothing is wrong with."""
+    fields = {
+        "global_batch_size": 16,
+        "micro_batch_size": 2,
+        "eval_global_batch_size": 16,
+        "eval_micro_batch_size": 2,
+        "data_parallel_size": 2,
+    }
+    return Namespace(**(fields | changes))
+
+
+@pytest.mark.parametrize(
+    ("forget", "changes", "message"),
+    [
+        (6, {}, "--forget-batch-size: expected a multiple of 4 .*found 6 of 16"),
+        (16, {}, "--forget-batch-size: .* fewer than the global batch of 16 .*found 16"),
+        (20, {}, "--forget-batch-size: .*found 20"),
+        (
+            4,
+            {"eval_global_batch_size": 8},
+            "--eval-global-batch-size: .*multiple of 4 .*found 2 of 8",
+        ),
+        (4, {"eval_global_batch_size": 6}, "--eval-global-batch-size: .*4 of every 16 .*found 6"),
+        (
+            4,
+            {"eval_micro_batch_size": 4},
+            "--eval-global-batch-size: expected a multiple of 8 .*found 4",
+        ),
+    ],
+)
+def test_compositions_that_do_not_divide_are_refused(forget, changes, message):
+    from megatron_ext.arguments import check_after_megatron
+    from megatron_ext.config import UnlearnConfig
+    from megatron_ext.exceptions import ConfigError
+
+    config = UnlearnConfig(forget_data_path=["a"], forget_batch_size=forget)
+    with pytest.raises(ConfigError, match=message):
+        check_after_megatron(arguments(**changes), config)
+    check_after_megatron(arguments(**changes), UnlearnConfig())
+    check_after_megatron(arguments(), UnlearnConfig(forget_data_path=["a"]))
