@@ -1,0 +1,46 @@
+"""The unlearning run that several tests look at: its steps, its checkpoints, its reference."""
+
+import pytest
+
+from tests.helpers.entry import Launch, Run, run, run_all, succeed
+from tests.helpers.tiny import Tiny, at_iteration
+
+STEPS, HALF = 10, 5
+TRAIN = ("--train-iters", STEPS, "--lr", 1e-3, "--min-lr", 1e-4)
+TRAIN = (*TRAIN, "--eval-interval", HALF, "--eval-iters", 2, "--save-interval", HALF)
+# Checkpoints of the distributed optimizer that another layout can read.
+SHARDED = ("--use-distributed-optimizer", "--dist-ckpt-optim-fully-reshardable")
+
+
+@pytest.fixture(scope="session")
+def straight(tiny: Tiny, runs_directory) -> Run:
+    """`STEPS` steps on one rank, saved after half of them and at the end."""
+    flags = tiny.unlearn(*TRAIN, "--save", runs_directory / "straight")
+    return succeed(run(Launch(flags), runs_directory / "tensorboard" / "straight"))
+
+
+@pytest.fixture(scope="session")
+def halfway(straight: Run, runs_directory):
+    """The checkpoint directory as it was after half of the steps."""
+    return at_iteration(runs_directory / "straight", HALF, runs_directory / "halfway")
+
+
+@pytest.fixture(scope="session")
+def resumed(tiny: Tiny, halfway, runs_directory) -> dict[str, Run]:
+    """The second half at the same and at other layouts; none is told again what the reference is."""
+    tp2 = ("--tensor-model-parallel-size", 2, *SHARDED)
+    first_half = tiny.unlearn(
+        *TRAIN, *tp2, "--save", runs_directory / "tp2", "--exit-interval", HALF
+    )
+    runs = run_all({"TP 2": Launch(first_half, ranks=2)}, runs_directory / "first_half")
+
+    def rest(load, *layout):
+        return tiny.objective(*TRAIN, "--load", load, *layout)
+
+    pp2 = rest(runs_directory / "tp2", "--pipeline-model-parallel-size", 2, *SHARDED)
+    launches = {
+        "same layout": Launch(rest(halfway)),
+        "DP 1 to DP 2": Launch(rest(halfway), ranks=2),
+        "TP 2 to PP 2": Launch(pp2, ranks=2),
+    }
+    return runs | run_all(launches, runs_directory / "second_half")

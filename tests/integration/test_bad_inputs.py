@@ -1,0 +1,229 @@
+"""What a user can get wrong: one clear line, exit code not 0, no traceback, before anything expensive."""
+
+import json
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+from megatron_ext.data.manifest import manifest_path
+from tests.helpers.entry import ROOT, Launch, run
+from tests.helpers.tiny import (
+    ITERATIONS,
+    REFERENCE_ITERATION,
+    preprocess,
+    tool,
+    write_tokens,
+)
+from tests.integration.conftest import TRAIN
+
+# Name: what is added to a good command line (a later flag wins), and what the error must name. The first
+# word may choose the command line: plain, resume, nowhere (to start from); else it starts from the base.
+CASES: dict[str, tuple[list[str], list[str]]] = {
+    "missing data": (["--data-path", "{dir}/no_such"], ["--data-path", "{dir}/no_such"]),
+    "missing forget data": (
+        ["--forget-data-path", "{dir}/no_such"],
+        ["--forget-data-path", "{dir}/no_such"],
+    ),
+    "missing .idx": (["--data-path", "{dir}/no_idx"], ["{dir}/no_idx.idx"]),
+    "missing .bin": (["--data-path", "{dir}/no_bin"], ["{dir}/no_bin.bin"]),
+    "truncated .bin": (["--data-path", "{dir}/short_bin"], ["{dir}/short_bin.bin", "bytes"]),
+    "truncated .idx": (["--forget-data-path", "{dir}/short_idx"], ["{dir}/short_idx.idx", "bytes"]),
+    "empty data": (["--data-path", "{dir}/empty_text_document"], ["{dir}/empty_text_document"]),
+    "data of another tokenizer": (
+        ["--data-path", "{dir}/other_text_document"],
+        ["--data-path", "{dir}/other_text_document", "400", "500"],
+    ),
+    "data of another tokenizer, without manifest": (
+        ["--tokenizer-model", "{dir}/other.model", "--data-path", "{dir}/unsigned"],
+        ["--data-path", "{dir}/unsigned.bin", "400"],
+    ),
+    "tokenizer of another vocabulary than the checkpoint": (
+        ["--tokenizer-model", "{dir}/other.model"]
+        + ["--data-path", "{dir}/other_text_document"]
+        + ["--forget-data-path", "{dir}/other_text_document"],
+        ["--tokenizer-model", "500", "400"],
+    ),
+    "nowhere to start from": ([], ["--forget-data-path", "--load", "--pretrained-checkpoint"]),
+    "missing starting checkpoint": (["--load", "{dir}/no_such"], ["--load", "{dir}/no_such"]),
+    "empty starting checkpoint": (["--load", "{dir}"], ["--load", "latest_checkpointed_iteration"]),
+    "missing reference": (
+        ["--reference-load", "{dir}/no_such"],
+        ["--reference-load", "{dir}/no_such"],
+    ),
+    "unfinished reference": (
+        ["--reference-load", "{dir}"],
+        ["--reference-load", "latest_checkpointed_iteration.txt"],
+    ),
+    "reference without tensors": (
+        ["--reference-load", "{dir}/hollow"],
+        ["--reference-load", "{dir}/hollow/iter_0000003"],
+    ),
+    "reference of another architecture": (
+        ["--reference-load", "{dir}/narrow"],
+        ["--reference-load", "--hidden-size", "32", "16"],
+    ),
+    "checkpoint of another architecture": (
+        ["--num-layers", "2"],
+        ["--load", "--num-layers", "2", "4"],
+    ),
+    "sequence above the checkpoint's": (
+        ["--seq-length", "128", "--max-position-embeddings", "128"],
+        ["--seq-length", "64", "128"],
+    ),
+    "plain run with a reference": (
+        ["--reference-load", "{base}"],
+        ["--reference-load", "--forget-data-path"],
+    ),
+    "forget batch that does not divide": (
+        ["--forget-batch-size", "7"],
+        ["--forget-batch-size", "2", "7"],
+    ),
+    "forget batch at the global batch": (
+        ["--forget-batch-size", "16"],
+        ["--forget-batch-size", "16"],
+    ),
+    "forget batch above the global batch": (
+        ["--forget-batch-size", "18"],
+        ["--forget-batch-size", "18", "16"],
+    ),
+    "forget batch of nothing": (["--forget-batch-size", "0"], ["--forget-batch-size", "0"]),
+    "negative weight": (["--forget-weight", "-0.1"], ["--forget-weight", "-0.1"]),
+    "NaN weight": (["--replay-weight", "nan"], ["--replay-weight", "nan"]),
+    "infinite weight": (["--mitigation-weight", "inf"], ["--mitigation-weight", "inf"]),
+    "no objective": (
+        ["--forget-weight", "0", "--replay-weight", "0", "--mitigation-weight", "0"],
+        ["--forget-weight", "--replay-weight", "--mitigation-weight", "0"],
+    ),
+    "negative blend weight": (
+        ["--data-path", "-1", "{replay}", "1", "{forget}"],
+        ["--data-path", "-1", "{replay}"],
+    ),
+    "batch-size ramp-up": (
+        ["--rampup-batch-size", "4", "4", "100"],
+        ["--rampup-batch-size", "--forget-data-path"],
+    ),
+    "context parallelism": (
+        ["--context-parallel-size", "2"],
+        ["--context-parallel-size", "1", "2", "Transformer Engine"],
+    ),
+    "mixture of experts": (["--num-experts", "4"], ["--num-experts"]),
+    "multi-token prediction": (
+        ["--mtp-num-layers", "1"],
+        ["--mtp-num-layers", "--forget-data-path"],
+    ),
+    "resume against another reference": (
+        ["--reference-load", "{dir}/other_weights"],
+        ["--reference-load", "digest", "{dir}/other_weights"],
+    ),
+    "resume with another composition": (
+        ["--forget-batch-size", "8"],
+        ["--forget-batch-size", "12", "8"],
+    ),
+}
+
+
+def kind(name: str) -> str:
+    """Which good command line a case starts from."""
+    word = name.split()[0]
+    return word if word in ("plain", "resume", "nowhere") else "start"
+
+
+@pytest.fixture(scope="module")
+def places(tiny, halfway, runs_directory):
+    """Broken data sets and checkpoints."""
+    directory = runs_directory / "broken"
+    directory.mkdir()
+    for name in ("no_idx", "no_bin", "short_bin", "short_idx"):
+        for suffix in (".bin", ".idx"):
+            shutil.copy(f"{tiny.replay}{suffix}", directory / f"{name}{suffix}")
+    (directory / "no_idx.idx").unlink()
+    (directory / "no_bin.bin").unlink()
+    for name in ("short_bin.bin", "short_idx.idx"):
+        content = (directory / name).read_bytes()
+        (directory / name).write_bytes(content[: len(content) // 2])
+    source = tiny.directory / "replay.jsonl"
+    other = directory / "other.model"
+    tool("train_tokenizer", "--input", source, "--vocab-size", 400, "--output", other)
+    preprocess(source, directory / "other", tokenizer=other)
+    for suffix in (".bin", ".idx"):
+        shutil.copy(f"{tiny.replay}{suffix}", directory / f"unsigned{suffix}")
+    write_tokens(directory / "empty_text_document", documents=0)
+    assert manifest_path(directory / "other_text_document").is_file()
+    # The iteration that the resumed checkpoint recorded, with the weights of another.
+    other_weights = directory / "other_weights"
+    other_weights.mkdir()
+    recorded = other_weights / f"iter_{REFERENCE_ITERATION:07d}"
+    recorded.symlink_to(tiny.base / f"iter_{ITERATIONS:07d}")
+    (other_weights / "latest_checkpointed_iteration.txt").write_text(str(REFERENCE_ITERATION))
+    hollow = directory / "hollow"
+    (hollow / "iter_0000003").mkdir(parents=True)
+    (hollow / "latest_checkpointed_iteration.txt").write_text("3")
+    narrow = directory / "narrow"
+    flags = tiny.plain("--hidden-size", 16, "--train-iters", 1, "--save", narrow)
+    result = run(Launch((*flags, "--save-interval", 1)), directory / "tensorboard")
+    assert result.returncode == 0, result.output[-2000:]
+    return {
+        "dir": directory,
+        "replay": tiny.replay,
+        "forget": tiny.forget,
+        "base": tiny.base,
+        "halfway": halfway,
+    }
+
+
+@pytest.fixture(scope="module")
+def results(tiny, places):
+    """Exit code and output of every case."""
+    good = {
+        "plain": tiny.plain("--train-iters", 10),
+        "nowhere": tiny.objective("--train-iters", 10),
+        "start": tiny.unlearn("--train-iters", 10),
+        "resume": tiny.objective(*TRAIN, "--load", places["halfway"]),
+    }
+    commands = [
+        [*map(str, good[kind(name)]), *(text.format(**places) for text in changes)]
+        for name, (changes, _) in CASES.items()
+    ]
+    result = subprocess.run(
+        [sys.executable, "-m", "tests.helpers.bad_inputs"],
+        cwd=ROOT,
+        input=json.dumps(commands),
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert result.returncode == 0, result.stderr[-2000:]
+    return dict(zip(CASES, json.loads(result.stdout), strict=True))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_bad_input_is_one_clear_line(results, places, name):
+    code, output = results[name]
+    assert code != 0
+    assert "Traceback" not in output, output[-3000:]
+    errors = [
+        line for line in output.splitlines() if line.startswith("pretrain_unlearn.py: error:")
+    ]
+    assert len(errors) == 1, output[-2000:]
+    # Argument values are listed above; the error comes last and stands alone.
+    assert output.splitlines()[-1] == errors[0]
+    for wanted in CASES[name][1]:
+        assert wanted.format(**places) in errors[0], errors[0]
+
+
+def test_no_arguments_at_all_is_an_error_that_says_what_is_missing(runs_directory):
+    result = run(Launch(()), runs_directory / "nothing")
+    assert result.returncode == 2
+    assert "Traceback" not in result.output
+    assert "pretrain_unlearn.py: error: refused by Megatron-Core: assert args." in result.output
+
+
+def test_help_ends_with_the_flags_of_unlearning(runs_directory):
+    result = run(Launch(("--help",)), runs_directory / "help")
+    assert result.returncode == 0
+    assert "unlearning (arXiv 2406.12397)" in result.output
+    own = result.output[result.output.rindex("unlearning (arXiv") :]
+    for flag in ("--forget-data-path", "--forget-loss", "--reference-load", "--mitigation-weight"):
+        assert flag in own

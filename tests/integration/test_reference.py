@@ -1,0 +1,74 @@
+"""The frozen reference leaves no trace but its digest, and nothing can change it."""
+
+from argparse import Namespace
+from unittest import mock
+
+import pytest
+import torch.distributed.checkpoint as dcp
+
+from megatron_ext import reference
+from megatron_ext.config import UnlearnConfig
+from megatron_ext.exceptions import CheckpointError
+from tests.helpers.entry import ROOT, Launch, run, run_all
+from tests.helpers.tiny import ITERATIONS
+from tests.integration.conftest import STEPS
+
+
+def tensors(path):
+    """Shapes by name, of what is stored sharded."""
+    metadata = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
+    return {name: getattr(entry, "size", None) for name, entry in metadata.items()}
+
+
+def size(path):
+    return sum(file.stat().st_size for file in path.iterdir())
+
+
+def test_a_checkpoint_holds_no_more_than_that_of_a_plain_run(tiny, straight, runs_directory):
+    plain = tiny.base / f"iter_{ITERATIONS:07d}"
+    unlearned = runs_directory / "straight" / f"iter_{STEPS:07d}"
+    assert tensors(unlearned) == tensors(plain)
+    # Apart from tensors there are the arguments, among them which reference it was.
+    assert abs(size(unlearned) / size(plain) - 1) < 0.02
+
+
+def test_default_reference_is_the_start_and_no_mitigation_means_none(
+    tiny, straight, runs_directory
+):
+    start = ("--load", tiny.base, "--finetune", "--train-iters", 2)
+    launches = {
+        "default": Launch(tiny.objective(*start)),
+        "none": Launch(tiny.objective(*start, "--mitigation-weight", 0)),
+    }
+    runs = run_all(launches, runs_directory / "reference")
+    assert str(tiny.base) in runs["default"].line("reference:")
+    assert runs["default"].digest() != straight.digest()
+    # Student and reference are the same at first, so their KL is 0 but for rounding.
+    assert runs["default"].scalars["mitigation kl"][1] < 1e-6
+    assert "reference:" not in runs["none"].output
+    assert not [tag for tag in runs["none"].scalars if "mitigation" in tag]
+    # The other terms do not depend on the reference before the first step.
+    for tag in ("forget loss", "replay loss"):
+        assert runs["none"].scalars[tag][1] == runs["default"].scalars[tag][1]
+
+
+def test_a_reference_that_changes_is_found_out(tiny, runs_directory):
+    launch = Launch(
+        tiny.unlearn("--train-iters", 1),
+        script=ROOT / "tests" / "helpers" / "changed_reference.py",
+    )
+    result = run(launch, runs_directory / "changed_reference")
+    assert result.returncode == 2
+    assert "reference: expected digest" in result.output
+    assert "its weights were changed during the run" in result.output
+
+
+def test_a_recorded_reference_that_was_moved_is_asked_for(tmp_path):
+    gone = tmp_path / "gone"
+    record = {"directory": str(gone), "iteration": 3, "digest": "0"}
+    args, config = Namespace(load="runs/a"), UnlearnConfig(forget_data_path=["a"])
+    with (
+        mock.patch.object(reference, "_recorded_reference", return_value=record),
+        pytest.raises(CheckpointError, match=f"--reference-load: .* runs/a .* nothing at {gone}"),
+    ):
+        reference.find_reference(args, config)

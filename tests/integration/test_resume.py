@@ -1,0 +1,39 @@
+"""A resumed run goes on as if it had never stopped, at the same and at another layout."""
+
+import pytest
+
+from tests.helpers.entry import METRICS
+from tests.integration.conftest import HALF, STEPS
+from tools.compare_losses import compare
+
+TAGS = (*METRICS, "grad-norm", "learning-rate")
+
+
+def second_half(run):
+    return {
+        tag: {step: value for step, value in run.scalars[tag].items() if step > HALF}
+        for tag in (*TAGS, *(f"{tag} validation" for tag in METRICS))
+    }
+
+
+def test_same_layout_gives_the_same_bits(straight, resumed):
+    expected, found = second_half(straight), second_half(resumed["same layout"])
+    assert len(expected["unlearn loss"]) == STEPS - HALF
+    assert found == expected
+
+
+@pytest.mark.parametrize("change", ["DP 1 to DP 2", "TP 2 to PP 2"])
+def test_another_layout_gives_the_same_losses(straight, resumed, change):
+    expected, found = second_half(straight), second_half(resumed[change])
+    for tag, difference in compare(expected, found, tags=list(expected)).items():
+        assert difference < 1e-5, tag
+
+
+def test_leaving_early_is_no_failure(resumed):
+    run = resumed["TP 2"]
+    assert max(run.scalars["unlearn loss"]) == HALF
+    assert "Traceback" not in run.output
+
+
+def test_the_recorded_reference_is_taken_and_not_the_student(straight, resumed):
+    assert {run.digest() for run in resumed.values()} == {straight.digest()}

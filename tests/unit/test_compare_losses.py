@@ -1,0 +1,60 @@
+import math
+import subprocess
+import sys
+
+import pytest
+
+from megatron_ext.exceptions import DataError
+from tests.helpers.entry import ROOT
+from tools.compare_losses import compare, format_scalars, parse_scalars, relative_difference
+
+SCALARS = {"a": {1: 1.00000012, 2: -2e-9}, "b": {1: 3.0, 2: 4e20}}
+
+
+def tool(*arguments):
+    command = [sys.executable, str(ROOT / "tools" / "compare_losses.py"), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True)
+
+
+def test_text_keeps_all_digits_of_fp32():
+    text = format_scalars(SCALARS, tags=("a", "b"), comment="two\nlines")
+    assert text.startswith("# two\n# lines\nstep\ta\tb\n")
+    assert parse_scalars(text, name="x") == SCALARS
+
+
+@pytest.mark.parametrize(
+    "text", ["", "no header", "step\ta\n1\t2\t3", "step\ta\n1\tx", "step\ta\nx\t1"]
+)
+def test_broken_text_is_named(text):
+    with pytest.raises(DataError, match="file"):
+        parse_scalars(text, name="file")
+
+
+@pytest.mark.parametrize(
+    ("expected", "found", "difference"),
+    [(1, 1, 0), (0, 0, 0), (2, 1, 0.5), (1, 2, 0.5), (-1, 1, 2), (math.nan, 1, math.inf)],
+)
+def test_relative_difference(expected, found, difference):
+    assert relative_difference(expected, found) == difference
+
+
+def test_the_worst_step_counts_and_a_missing_one_is_worse():
+    found = {"a": {1: 1.00000012, 2: -1e-9}, "b": {1: 3.0}}
+    assert compare(SCALARS, found, tags=("a", "b")) == {"a": 0.5, "b": math.inf}
+
+
+def test_the_command_line(tmp_path):
+    for name, value in (("one", 3.0), ("same", 3.00001), ("other", 3.1)):
+        (tmp_path / name).write_text(f"step\tlm loss\n1\t2\n2\t{value}\n")
+    same = tool(tmp_path / "one", tmp_path / "same")
+    assert same.returncode == 0
+    assert "3.33e-06 over 2 steps" in same.stdout
+    assert tool(tmp_path / "one", tmp_path / "other").returncode == 1
+    assert tool(tmp_path / "one", tmp_path / "other", "--tolerance", 0.1).returncode == 0
+    assert tool(tmp_path / "one", "--write").stdout == (tmp_path / "one").read_text().replace(
+        "3.0", "3"
+    )
+    missing = tool(tmp_path / "one", tmp_path / "none")
+    assert missing.returncode == 2
+    assert "none" in missing.stderr
+    assert "Traceback" not in missing.stderr
