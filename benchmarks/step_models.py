@@ -1,13 +1,13 @@
-"""What `benchmarks.step` measures: shapes, variants, and a model with its optimizer for each.
+"""What `benchmarks.step` measures: a model with its optimizer and a step for each variant.
 
 Everything but the variant's own part is Megatron's: GPTModel, DistributedDataParallel, the
 schedule, the optimizer, gradient norm and clipping.
 """
 
+import copy
 from argparse import Namespace
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -26,58 +26,9 @@ from megatron.core.transformer.module import Float16Module
 from torch import Tensor
 from torch.nn import functional
 
+from benchmarks.step_variants import Shape, Variant
 from megatron_ext.model.layer_spec import torch_native_layer_spec
 from megatron_ext.runtime.optimizer import enable
-
-
-@dataclass(frozen=True)
-class Shape:
-    """A Llama-like model and its batch."""
-
-    name: str
-    layers: int
-    hidden: int
-    ffn: int
-    heads: int
-    vocab: int
-    sequence: int
-    batch: int  # samples of a step
-    dtype: torch.dtype
-
-    @property
-    def tokens(self) -> int:
-        return self.batch * self.sequence
-
-    def matmul_parameters(self, layers: int) -> int:
-        """Parameters that multiply each token: four attention and three SwiGLU matrices a layer,
-        and the LM head; the embedding is a lookup."""
-        per_layer = 4 * self.hidden**2 + 3 * self.hidden * self.ffn
-        return layers * per_layer + self.vocab * self.hidden
-
-    def flops_per_token(self, layers: int, *, causal: bool) -> float:
-        """Model FLOPs of forward and backward: 6 a parameter, and attention's two products at
-        12 * layers * sequence * hidden, halved where the masked half is not counted."""
-        attention = 12 * layers * self.sequence * self.hidden
-        return 6 * self.matmul_parameters(layers) + attention * (0.5 if causal else 1.0)
-
-
-PAPER_2B = Shape("2B of arXiv 2406.12397", 32, 2048, 5504, 32, 125_696, 4096, 16, torch.bfloat16)
-# Head and attention have the shares of the FLOPs that they have in the 2B model (14% and 22%).
-SMALL = Shape("small", 4, 512, 1376, 8, 4096, 1024, 2, torch.float32)
-
-
-@dataclass(frozen=True)
-class Variant:
-    """One row of the table."""
-
-    name: str
-    native: bool  # our layer spec, else Megatron's local one
-    fused_head: bool = False
-    unlearn: bool = False
-    micro_batch: int = 1
-    distributed_optimizer: bool = False
-    accelerated: bool = True  # megatron_ext.runtime.optimizer, where the layers are ours
-    layers: int | None = None  # the shape's where None
 
 
 def _config(shape: Shape, variant: Variant) -> TransformerConfig:
@@ -103,6 +54,7 @@ def _config(shape: Shape, variant: Variant) -> TransformerConfig:
         bias_activation_fusion=True,
         bias_dropout_fusion=True,
         gradient_accumulation_fusion=cuda and variant.native and variant.accelerated,
+        recompute_granularity="selective" if variant.recompute else None,
     )
 
 
@@ -136,6 +88,8 @@ def unlearn_step(shape: Shape, variant: Variant, reference: torch.nn.Module) -> 
     class RandomReference(FrozenReference):
         def __init__(self) -> None:
             self.chunks = [reference.eval().requires_grad_(False)]
+            if variant.reference_offload:
+                self.offload()
 
     if global_vars._GLOBAL_TIMERS is None:
         global_vars._set_timers(Namespace(timing_log_level=0, timing_log_option="minmax"))
@@ -196,7 +150,7 @@ class Trainer:
         )
         config.finalize_model_grads_func = finalize_model_grads
         config.grad_scale_func = self.optimizer.scale_loss
-        self.batches = list(self._batches())
+        self.device = next(self.model.parameters()).device
         # Megatron's local attention reads the mask; ours does not need it.
         size = (1, 1, shape.sequence, shape.sequence)
         self.mask = (
@@ -204,38 +158,50 @@ class Trainer:
             if variant.native
             else torch.ones(size, dtype=torch.bool, device=self.device).triu(1)
         )
+        self.config = config
+        self._choose_step()
+
+    def _choose_step(self) -> None:
+        """Batches, forward step and schedule of the variant."""
+        self.batches = list(self._batches())
         self.run_schedule = get_forward_backward_func()
         self.forward_step: Callable[..., Any] = self._plain_forward_step
-        if variant.unlearn:
-            unlearn = unlearn_step(shape, variant, _gpt(config, shape, variant.native))
+        if self.variant.unlearn:
+            reference = _gpt(self.config, self.shape, self.variant.native)
+            unlearn = unlearn_step(self.shape, self.variant, reference)
             self.forward_step = unlearn.forward_step
             self.run_schedule = partial(unlearn.forward_backward, self.run_schedule)
 
-    @property
-    def device(self) -> torch.device:
-        return next(self.model.parameters()).device
+    def sibling(self, variant: Variant) -> "Trainer":
+        """Another step of the same model and optimizer."""
+        assert variant.shares_model(self.variant)
+        other = copy.copy(self)
+        other.variant = variant
+        other._choose_step()
+        return other
 
     def _batches(self) -> Iterator[dict[str, Tensor]]:
-        """Random microbatches as Megatron's loader gives them; the sign of the mask is the role."""
+        """Random microbatches as Megatron's loader gives them, pinned on the host; the sign of the
+        mask is the role."""
         generator = torch.Generator().manual_seed(1)
         shape, size = self.shape, self.variant.micro_batch
         count = shape.batch // size
         for index in range(count):
-            text = torch.randint(
-                0, shape.vocab, (size, shape.sequence + 1), generator=generator
-            ).to(self.device)
+            text = torch.randint(0, shape.vocab, (size, shape.sequence + 1), generator=generator)
             role = -1.0 if self.variant.unlearn and index < count // 2 else 1.0
-            yield {
+            batch = {
                 "tokens": text[:, :-1].contiguous(),
                 "labels": text[:, 1:].contiguous(),
-                "loss_mask": torch.full((size, shape.sequence), role, device=self.device),
-                "position_ids": torch.arange(shape.sequence, device=self.device).repeat(size, 1),
+                "loss_mask": torch.full((size, shape.sequence), role),
+                "position_ids": torch.arange(shape.sequence).repeat(size, 1),
             }
+            cuda = self.device.type == "cuda"
+            yield {key: t.pin_memory() if cuda else t for key, t in batch.items()}
 
     def _plain_forward_step(
         self, batches: Iterator[dict[str, Tensor]], model: torch.nn.Module
     ) -> tuple[Tensor, Any]:
-        batch = next(batches)
+        batch = {key: t.to(self.device, non_blocking=True) for key, t in next(batches).items()}
         kwargs: dict[str, Any] = {}
         if self.variant.fused_head:
             from megatron_ext.head import token_losses
