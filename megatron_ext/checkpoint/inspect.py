@@ -116,8 +116,8 @@ def check_architecture(checkpoint: Checkpoint, args: Namespace, *, flag: str) ->
     """
     saved = checkpoint.args
     wanted, present = _architecture(args), _architecture(saved)
-    for name in wanted.keys() & present.keys():
-        expected, found = wanted[name], present[name]
+    for name, expected in wanted.items():
+        found = present.get(name, expected)
         if expected != found:
             raise CheckpointError(
                 f"{flag}: expected --{name.replace('_', '-')} {expected}, as this run has, "

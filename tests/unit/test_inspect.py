@@ -15,6 +15,7 @@ MODEL = {
     "num_layers": 4,
     "hidden_size": 32,
     "num_attention_heads": 4,
+    "kv_channels": 8,
     "group_query_attention": True,
     "num_query_groups": 2,
     "swiglu": True,
@@ -44,6 +45,11 @@ def test_the_same_model_passes(tmp_path):
     ("now", "message"),
     [
         ({"hidden_size": 64}, "--load: expected --hidden-size 64, .* found 32 in .*iter_0000005"),
+        # Of several differences the first in the order of the list, not any.
+        (
+            {"kv_channels": 9, "hidden_size": 64, "swiglu": False},
+            "--load: expected --hidden-size 64",
+        ),
         ({"swiglu": False}, "--load: expected --swiglu False, .* found True"),
         ({"num_query_groups": 4}, "--load: expected --num-query-groups 4, .* found 2"),
         ({"group_query_attention": False}, "--load: expected --num-query-groups 4, .* found 2"),
