@@ -66,7 +66,10 @@ def main() -> None:
         if source is not None:
 
             def build_reference(model: list) -> list:
-                built.append(FrozenReference(model_config, args=args, source=source))
+                offload = config.reference_offload
+                built.append(
+                    FrozenReference(model_config, args=args, source=source, offload=offload)
+                )
                 print_rank_0(f"reference: {source.checkpoint.path}, digest {built[0].digest}")
                 return model
 

@@ -51,6 +51,10 @@ class UnlearnConfig:
     """Checkpoint directory of the frozen reference model. Default: the checkpoint that the run starts
     from."""
 
+    reference_offload: bool = False
+    """Keep the reference's weights in pinned host memory between its passes, all but its output layer.
+    Frees 2 bytes a parameter on the GPU; each step copies them in once."""
+
     fp32_logits: bool = False
     """Leave the logits of the unlearning objective unrounded. bf16 logits carry a noise that drowns a KL
     below about 1e-4 and its gradient; costs twice the head's memory traffic. No effect in fp32 runs."""

@@ -14,6 +14,7 @@ import dataclasses
 import logging
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,7 @@ from megatron_ext.checkpoint.inspect import (
 from megatron_ext.config import UnlearnConfig
 from megatron_ext.data.batch import MicroBatch
 from megatron_ext.exceptions import CheckpointError
+from megatron_ext.runtime.offload import HostWeights
 
 logger = logging.getLogger(__name__)
 
@@ -104,13 +106,18 @@ class FrozenReference:
         args: Megatron's validated arguments; ``unlearn_reference`` is recorded in them, and so in every
             checkpoint of the run.
         source: the checkpoint.
+        offload: keep the weights on the host between passes, see ``HostWeights``.
 
     Raises:
         CheckpointError: a tensor is missing, superfluous or of another shape; or the digest differs
             from the one that the resumed checkpoint recorded.
     """
 
-    def __init__(self, model_config: Any, *, args: Namespace, source: ReferenceSource) -> None:
+    _on_device: Callable[[], AbstractContextManager[None]] = nullcontext
+
+    def __init__(
+        self, model_config: Any, *, args: Namespace, source: ReferenceSource, offload: bool = False
+    ) -> None:
         self.source = source
         self._vocab_size: int = args.unpadded_vocab_size
         self.chunks = self._build(model_config)
@@ -128,6 +135,18 @@ class FrozenReference:
             "iteration": checkpoint.iteration,
             "digest": self.digest,
         }
+        if offload:
+            self.offload()
+
+    def offload(self) -> None:
+        """Move the weights to the host; from now on they visit the device for each pass.
+
+        The output layer stays: the student's head reads it in every replay microbatch.
+        """
+        last = unwrap_model(self.chunks)[-1]
+        stays = self.output_weight() if last.post_process else None
+        weights = [p for chunk in self.chunks for p in chunk.parameters() if p is not stays]
+        self._on_device = HostWeights(weights).on_device
 
     @staticmethod
     def _build(model_config: Any) -> list[MegatronModule]:
@@ -197,7 +216,8 @@ class FrozenReference:
 
     def compute_digest(self) -> str:
         """Digest of the reference's weights as they are now, the same on every rank and layout."""
-        return model_digest(self._shards(), vocab_size=self._vocab_size)
+        with self._on_device():
+            return model_digest(self._shards(), vocab_size=self._vocab_size)
 
     def check_unchanged(self) -> None:
         """Compare the weights with those that were loaded.
@@ -258,17 +278,18 @@ class FrozenReference:
             )
             return output, lambda output_tensor, non_loss_data: None
 
-        schedule(
-            forward_step_func=forward_step,
-            data_iterator=iterators if len(iterators) > 1 else iterators[0],
-            model=self.chunks,
-            num_microbatches=count,
-            seq_length=seq_length,
-            micro_batch_size=micro_batch_size,
-            forward_only=True,
-            collect_non_loss_data=True,
-            **schedule_arguments,
-        )
+        with self._on_device():
+            schedule(
+                forward_step_func=forward_step,
+                data_iterator=iterators if len(iterators) > 1 else iterators[0],
+                model=self.chunks,
+                num_microbatches=count,
+                seq_length=seq_length,
+                micro_batch_size=micro_batch_size,
+                forward_only=True,
+                collect_non_loss_data=True,
+                **schedule_arguments,
+            )
         return captured[:wanted]
 
     def _fit_schedule(
