@@ -18,7 +18,7 @@ import shutil
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from tqdm import tqdm
@@ -33,7 +33,7 @@ ITERATION = re.compile(r"iteration +(\d+)/ +(\d+) .*?(?:lm loss|unlearn loss): (
 
 @dataclass(frozen=True)
 class Settings:
-    """Sizes of the demo; the defaults take 6 to 9 minutes on 2 cores.
+    """Sizes of the demo; the defaults are for 2 cores.
 
     The unlearning weight is 0.1 instead of the paper's 0.01: a model of 3.3 M parameters is unlearned in
     tens of steps rather than the 1 B tokens of the paper.
@@ -46,10 +46,15 @@ class Settings:
     hidden_size: int = 192
     layers: int = 4
     sequence_length: int = 256
+    heads: int = 6
     batch: int = 16
+    learning_rates: tuple[float, float, float] = (3e-3, 1e-3, 5e-4)  # base, synth, unlearn
+    precision: tuple[str, ...] = ()
     samples: int = 400
     synthetic_share: float = 0.3
     forget_weight: float = 0.1
+    # Data-parallel ranks of one thread each: a rank's threads that wait for a busy core stall its steps.
+    ranks: int = min(2, os.cpu_count() or 1)
 
     def scaled(self, factor: float) -> Settings:
         """The same stages with a share of the steps, to try them out."""
@@ -57,12 +62,29 @@ class Settings:
         def steps(n: int) -> int:
             return max(4, round(n * factor))
 
-        return Settings(
+        return replace(
+            self,
             base_steps=steps(self.base_steps),
             synth_steps=steps(self.synth_steps),
             unlearn_steps=steps(self.unlearn_steps),
             samples=max(16, round(self.samples * factor)),
         )
+
+
+PRESETS = {
+    "laptop": Settings(),
+    # About 100 M parameters on one GPU.
+    "gpu": Settings(
+        vocab_size=8192,
+        hidden_size=768,
+        layers=12,
+        heads=12,
+        sequence_length=1024,
+        learning_rates=(6e-4, 3e-4, 1e-4),
+        precision=("--bf16",),
+        ranks=1,
+    ),
+}
 
 
 @dataclass(frozen=True)
@@ -139,12 +161,13 @@ def _training_stages(out: Path, settings: Settings, tokenizer: str) -> list[Stag
     blend = [str(1 - share), real, str(share), synthetic]
     forget = ["--data-path", real, "--forget-data-path", synthetic]
     forget += ["--forget-weight", str(settings.forget_weight)]
-    constant = ["--lr", "1e-3", "--lr-decay-style", "constant"]
+    base_rate, synth_rate, unlearn_rate = map(str, settings.learning_rates)
+    constant = ["--lr", synth_rate, "--lr-decay-style", "constant"]
     from_base = [*constant, "--pretrained-checkpoint", str(out / "base")]
-    # Unlearning is gentler than training: a tenth of the batch's tokens are seen at a third of the rate.
-    from_synth = ["--lr", "5e-4", "--lr-decay-style", "constant"]
+    from_synth = ["--lr", unlearn_rate, "--lr-decay-style", "constant"]
     from_synth += ["--pretrained-checkpoint", str(out / "synth")]
-    cosine = ["--lr", "3e-3", "--min-lr", "3e-4", "--lr-decay-style", "cosine"]
+    cosine = ["--lr", base_rate, "--lr-decay-style", "cosine"]
+    cosine += ["--min-lr", f"{settings.learning_rates[0] / 10:g}"]
     cosine += ["--lr-warmup-iters", str(max(1, settings.base_steps // 20))]
     recipes = [
         ("base", "BaseLM: real text", settings.base_steps, ["--data-path", real, *cosine]),
@@ -167,11 +190,13 @@ def _training_stages(out: Path, settings: Settings, tokenizer: str) -> list[Stag
             [*forget, *from_synth, "--forget-loss", "gradient-ascent"],
         ),
     ]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    launcher += ["--nproc-per-node", str(settings.ranks)]
     return [
         Stage(
             name,
             title,
-            [sys.executable, "pretrain_unlearn.py", *_model(settings, tokenizer)]
+            [*launcher, "pretrain_unlearn.py", *_model(settings, tokenizer)]
             + ["--data-cache-path", str(out / "data" / "cache"), "--train-iters", str(steps)]
             + ["--load", str(out / name), "--save", str(out / name), "--save-interval", "150"]
             + ["--tensorboard-dir", str(out / "tensorboard" / name), *flags],
@@ -185,7 +210,8 @@ def _model(settings: Settings, tokenizer: str) -> list[str]:
     """Megatron's flags for the architecture of the paper, in miniature."""
     return [
         *("--num-layers", str(settings.layers), "--hidden-size", str(settings.hidden_size)),
-        *("--ffn-hidden-size", str(settings.hidden_size * 8 // 3), "--num-attention-heads", "6"),
+        *("--ffn-hidden-size", str(settings.hidden_size * 8 // 3)),
+        *("--num-attention-heads", str(settings.heads)),
         *("--seq-length", str(settings.sequence_length)),
         *("--max-position-embeddings", str(settings.sequence_length)),
         *("--position-embedding-type", "rope", "--normalization", "RMSNorm", "--swiglu"),
@@ -206,6 +232,7 @@ def _model(settings: Settings, tokenizer: str) -> list[str]:
         ),
         *("--tokenizer-type", "SentencePieceTokenizer", "--tokenizer-model", tokenizer),
         *("--split", "1,0,0", "--eval-iters", "0", "--log-interval", "1"),
+        *settings.precision,
     ]
 
 
@@ -225,7 +252,7 @@ def run_stage(stage: Stage, out: Path, digest: str) -> None:
             shutil.rmtree(stale, ignore_errors=True)
         started.write_text(digest)
     environment = os.environ | {"PYTHONUNBUFFERED": "1"}
-    environment.setdefault("OMP_NUM_THREADS", str(os.cpu_count() or 1))
+    environment.setdefault("OMP_NUM_THREADS", "1")
     with log.open("w") as sink:
         process = subprocess.Popen(
             stage.command,
@@ -281,7 +308,9 @@ def main() -> None:
         "--scale", type=float, default=1.0, help="share of the steps, to try it out"
     )
     options = parser.parse_args()
-    settings = Settings() if options.scale == 1 else Settings().scaled(options.scale)
+    settings = PRESETS[options.preset]
+    if options.scale != 1:
+        settings = settings.scaled(options.scale)
     out = options.output_dir.resolve()
     started = time.monotonic()
     digest = ""
