@@ -206,7 +206,9 @@ class UnlearnStep:
         means = torch.stack((forget_sum, replay_sum, kl_sum)).double() / self._per_term(
             context.tokens
         ).clamp(min=1)
-        loss = (means * means.new_tensor(self._weights())).sum().float()
+        # Weights as Python numbers: a tensor of them would be a copy to the GPU that waits for it.
+        weighted = zip(self._weights(), means.unbind(), strict=True)
+        loss = torch.stack([weight * mean for weight, mean in weighted]).sum().float()
         if self.args.check_for_nan_in_loss_and_grad:
             check_finite(loss)
         sums = torch.stack((forget_sum, replay_sum, kl_sum, probability_sum)).detach().double()
@@ -300,7 +302,10 @@ class UnlearnStep:
     @staticmethod
     def _per_term(tokens: torch.Tensor, *, probability: bool = False) -> torch.Tensor:
         """Number of tokens of the forget, replay and KL terms, and of the forgotten probability."""
-        return tokens[[0, 1, 1, 0] if probability else [0, 1, 1]]
+        # Not by a list of indices, which would be copied to the GPU and waited for.
+        forget, replay = tokens.unbind()
+        terms = (forget, replay, replay, forget) if probability else (forget, replay, replay)
+        return torch.stack(terms)
 
     @staticmethod
     def _is_last_stage() -> bool:
