@@ -32,7 +32,12 @@ def main() -> None:
 
     import torch
     from megatron.core.enums import ModelType
-    from megatron.training import pretrain, print_rank_0, set_startup_timestamps
+    from megatron.training import (
+        get_tensorboard_writer,
+        pretrain,
+        print_rank_0,
+        set_startup_timestamps,
+    )
     from megatron.training.argument_utils import (
         gpt_config_from_args,
         pretrain_cfg_container_from_args,
@@ -84,6 +89,9 @@ def main() -> None:
     except SystemExit as leaving:  # after --exit-interval, --exit-duration-in-mins or a signal
         if leaving.code:
             raise
+    # Megatron flushes before the last validation, whose values were then lost now and then.
+    if writer := get_tensorboard_writer():
+        writer.flush()
     for reference in built:
         reference.check_unchanged()
     # Leaving with live gloo threads aborts the process now and then ("terminate called ...").

@@ -65,7 +65,7 @@ def main():
     cpu.enable()
     from megatron.core.enums import ModelType
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
-    from megatron.training import pretrain
+    from megatron.training import get_tensorboard_writer, pretrain
     from megatron.training.argument_utils import (
         gpt_config_from_args,
         pretrain_cfg_container_from_args,
@@ -90,6 +90,8 @@ def main():
         ModelType.encoder_or_decoder,
         forward_step,
     )
+    if writer := get_tensorboard_writer():
+        writer.flush()
 
 
 if __name__ == "__main__":

@@ -29,10 +29,14 @@ def halfway(straight: Run, runs_directory):
 def resumed(tiny: Tiny, halfway, runs_directory) -> dict[str, Run]:
     """The second half at the same and at other layouts; none is told again what the reference is."""
     tp2 = ("--tensor-model-parallel-size", 2, *SHARDED)
-    first_half = tiny.unlearn(
-        *TRAIN, *tp2, "--save", runs_directory / "tp2", "--exit-interval", HALF
-    )
-    runs = run_all({"TP 2": Launch(first_half, ranks=2)}, runs_directory / "first_half")
+    until_half = tiny.unlearn(*TRAIN, "--exit-interval", HALF)
+    # Small buckets, so that the output layer's weight is not gathered along with the first layer's.
+    overlapped = ("--overlap-grad-reduce", "--overlap-param-gather", "--ddp-bucket-size", 5000)
+    first_half = {
+        "TP 2": Launch((*until_half, *tp2, "--save", runs_directory / "tp2"), ranks=2),
+        "DP 2, overlapped": Launch((*until_half, *SHARDED, *overlapped), ranks=2),
+    }
+    runs = run_all(first_half, runs_directory / "first_half")
 
     def rest(load, *layout):
         return tiny.objective(*TRAIN, "--load", load, *layout)
