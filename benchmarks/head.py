@@ -110,6 +110,8 @@ def measure_all(device: str, seconds: float) -> list[dict[str, Any]]:
     for size in SIZES[device]:
         for reference in reversed(REFERENCES):
             for peer in PEERS:
+                if peer == "ours-lean" and device == "cpu":  # its default budget is less
+                    continue
                 if time.monotonic() - started > seconds:
                     row = {"peer": peer, "size": list(size), "reference": reference}
                     rows.append(row | {"reason": f"not started: {seconds:.0f} s were up"})

@@ -11,7 +11,6 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 from megatron_ext.losses import vocab_parallel
-from megatron_ext.losses.vocab_parallel import combine_statistics
 
 # Tokens, columns, real columns, spread of the logits, distance of the reference, margins forced.
 CASES = (
@@ -71,7 +70,7 @@ def _exact(z: Tensor, t: Tensor, labels: Tensor, valid: int) -> Result:
 def _ours(kernels: Any, z: Tensor, t: Tensor, labels: Tensor, valid: int) -> Result:
     columns = {"vocab_start": 0, "valid_columns": valid}
     stats = kernels.shard_statistics(z, labels, reference_logits=t, **columns)
-    rows = combine_statistics(stats[None])
+    rows = kernels.combine_statistics(stats[None])
     ones = torch.ones(z.shape[0], device=z.device)
     poison = torch.full_like(z, torch.nan, dtype=torch.float32)
     d_margin = kernels.logits_gradient(z, labels, rows, ones, None, out=poison.clone(), **columns)

@@ -6,7 +6,7 @@ achieves; `--tune` times the kernels over block sizes and warps.
 
 import argparse
 import json
-import math
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,8 +15,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.peers import make_workload, ours
-from megatron_ext.losses import head_kernels, head_triton
-from megatron_ext.losses.vocab_parallel import RowStatistics, combine_statistics
+from megatron_ext.losses import head_triton
 
 
 def milliseconds(function: Callable[[], object], repeats: int = 8) -> float:
@@ -40,71 +39,83 @@ def measure(tokens: int, hidden: int, vocab: int) -> list[dict]:
     h, weight = w.hidden.detach(), w.weight.detach()
     z, t = h @ weight.t(), w.reference_hidden @ w.reference_weight.t()
     columns = {"vocab_start": 0, "valid_columns": vocab}
-    rows = _rows(z, t, w.labels)
+    stats = head_triton.shard_statistics(z, w.labels, reference_logits=t, **columns)
+    rows = head_triton.combine_statistics(stats[None])
     grad = torch.rand(tokens, device="cuda") / tokens
     out = torch.empty_like(z)
-    d_hidden, d_weight = torch.empty_like(h), torch.empty_like(weight)
-    d_weight32 = torch.zeros_like(weight, dtype=torch.float32)
-    flop = 2.0 * tokens * hidden * vocab
     size = 2.0 * tokens * vocab
-    d = out.normal_() * 1e-3
-    phases: list[tuple[str, Callable[[], object], float, float]] = [
-        ("logits = h W'", lambda: torch.mm(h, weight.t(), out=z), flop, 0),
-        ("logits in fp32", lambda: torch.mm(h, weight.t(), out_dtype=torch.float32), flop, 0),
-        ("dh = d W", lambda: torch.mm(d, weight, out=d_hidden), flop, 0),
-        ("dW = d' h, bf16", lambda: torch.mm(d.t(), h, out=d_weight), flop, 0),
-        (
-            "dW += d' h, fp32",
-            lambda: torch.addmm(d_weight32, d.t(), h, out_dtype=torch.float32, out=d_weight32),
-            flop,
-            0,
-        ),
-        (
-            "statistics, no reference",
-            lambda: head_triton.shard_statistics(z, w.labels, **columns),
-            0,
-            size,
-        ),
-        (
-            "statistics, reference",
-            lambda: head_triton.shard_statistics(z, w.labels, reference_logits=t, **columns),
-            0,
-            2 * size,
-        ),
-        (
-            "gradient, no reference",
-            lambda: head_triton.logits_gradient(z, w.labels, rows, grad, None, out=out, **columns),
-            0,
-            2 * size,
-        ),
-        (
-            "gradient, reference",
-            lambda: head_triton.logits_gradient(
-                z, w.labels, rows, grad, grad, reference_logits=t, out=out, **columns
-            ),
-            0,
-            3 * size,
-        ),
-        ("combine", lambda: _rows(z[:, :128], t[:, :128], w.labels % 128), 0, 0),
-        ("copy of the logits", lambda: out.copy_(z), 0, 2 * size),
+
+    def statistics(reference):
+        head_triton.shard_statistics(z, w.labels, reference_logits=reference, **columns)
+
+    def gradient(grad_kl):
+        head_triton.logits_gradient(
+            z, w.labels, rows, grad, grad_kl, reference_logits=t, out=out, **columns
+        )
+
+    phases: list[tuple[str, Callable[[], object], float]] = [
+        ("statistics, no reference", lambda: statistics(None), size),
+        ("statistics, reference", lambda: statistics(t), 2 * size),
+        ("gradient, no reference", lambda: gradient(None), 2 * size),
+        ("gradient, reference", lambda: gradient(grad), 3 * size),
+        ("combine", lambda: head_triton.combine_statistics(stats[None]), 0),
+        ("copy of the logits", lambda: out.copy_(z), 2 * size),
     ]
     results = []
-    for name, function, flops, moved in phases:
-        time = milliseconds(function)
-        rate = flops / time / 1e9 if flops else moved / time / 1e6
-        unit = "TFLOP/s" if flops else "GB/s"
-        results.append({"phase": name, "ms": time, "rate": rate, "unit": unit})
+    for name, function, moved in phases:
+        ms = milliseconds(function)
+        results.append({"phase": name, "ms": ms, "rate": moved / ms / 1e6, "unit": "GB/s"})
+    out.normal_().mul_(1e-3)
+    flop = 2.0 * tokens * hidden * vocab
+    for name, function in _products(h, weight, z, out):
+        ms = milliseconds(function)
+        results.append({"phase": name, "ms": ms, "rate": flop / ms / 1e9, "unit": "TFLOP/s"})
     return results
 
 
+def _products(
+    h: Tensor, weight: Tensor, z: Tensor, d: Tensor
+) -> Iterator[tuple[str, Callable[[], object]]]:
+    """The head's matrix products, and others that give the same, from the second of a kind on."""
+    d_hidden, d_weight = torch.empty_like(h), torch.empty_like(weight)
+    h_t, weight_t = h.t().contiguous(), weight.t().contiguous()
+    fp32: dict[str, Any] = {"out_dtype": torch.float32}
+    for library in ("cublas", "cublaslt"):
+        torch.backends.cuda.preferred_blas_library(library)
+        yield f"{library}: logits = h W'", lambda: torch.mm(h, weight.t(), out=z)
+        yield f"{library}: logits = (W h')'", lambda: torch.mm(weight, h.t())
+        yield f"{library}: dh = d W", lambda: torch.mm(d, weight, out=d_hidden)
+        yield f"{library}: dh = (W' d')'", lambda: torch.mm(weight.t(), d.t())
+        yield f"{library}: dh, W transposed", lambda: torch.mm(d, weight_t.t(), out=d_hidden)
+        yield f"{library}: dW = d' h", lambda: torch.mm(d.t(), h, out=d_weight)
+        yield f"{library}: dW = (h' d)'", lambda: torch.mm(h.t(), d)
+        yield f"{library}: dW, h transposed", lambda: torch.mm(d.t(), h_t.t(), out=d_weight)
+        yield f"{library}: dW = (h' d)', h transposed", lambda: torch.mm(h_t, d)
+    torch.backends.cuda.preferred_blas_library("default")
+    total = torch.zeros_like(weight, dtype=torch.float32)
+    yield "dW += d' h, fp32", lambda: torch.addmm(total, d.t(), h, out=total, **fp32)
+    yield "dW = d' h, fp32", lambda: torch.mm(d.t(), h, **fp32)
+    yield "logits in fp32", lambda: torch.mm(h, weight.t(), **fp32)
+
+
 def whole(tokens: int, hidden: int, vocab: int) -> list[dict]:
-    """Forward and backward of the head, for several chunk sizes and options."""
+    """Forward and backward of the head, for several budgets and options; what the host takes."""
     results = []
+    logit_row = 2 * vocab
     for reference in ("none", "half", "all"):
         w = make_workload(
             tokens, hidden, vocab, reference=reference, dtype=torch.bfloat16, device="cuda"
         )
-        for options in ({}, {"chunk_size": 4096}, {"chunk_size": 2048}, {"fp32_logits": True}):
+        for name, options in (
+            ("", {}),
+            (
+                " reference in chunks of 1/16",
+                {"memory_budget_bytes": logit_row * tokens * 17 // 16},
+            ),
+            (" reference in chunks of 1/4", {"memory_budget_bytes": logit_row * tokens * 5 // 4}),
+            (" chunks of 1/4 of both", {"chunk_size": tokens // 4}),
+            (" fp32 logits", {"fp32_logits": True}),
+        ):
             if options and reference != "all":
                 continue
 
@@ -115,93 +126,127 @@ def whole(tokens: int, hidden: int, vocab: int) -> list[dict]:
             def forward(w=w, options=options):
                 ours(w, **options)
 
-            label = f"head, reference {reference} {options or ''}".strip()
-            results.append({"phase": label, "ms": milliseconds(step, 6)})
-            results.append({"phase": label + ", forward", "ms": milliseconds(forward, 6)})
+            label = f"head, reference {reference}{name}"
+            for suffix, function in (("", step), (", forward", forward)):
+                results.append({"phase": label + suffix, "ms": milliseconds(function, 6)})
+            torch.cuda.synchronize()
+            start = time.perf_counter()
+            step()
+            host = (time.perf_counter() - start) * 1e3
+            results.append({"phase": label + ", host until all is launched", "ms": host})
     return results
 
 
+def overlap(tokens: int, hidden: int, vocab: int, parts: int) -> list[dict]:
+    """Kernels of one part of the tokens on a stream of their own, under the products of others."""
+    w = make_workload(tokens, hidden, vocab, reference="all", dtype=torch.bfloat16, device="cuda")
+    h, weight = w.hidden.detach(), w.weight.detach()
+    columns = {"vocab_start": 0, "valid_columns": vocab}
+    grad = torch.rand(tokens, device="cuda") / tokens
+    z = torch.empty(tokens, vocab, dtype=h.dtype, device="cuda")
+    t = torch.empty_like(z)
+    d_hidden, d_weight = torch.empty_like(h), torch.empty_like(weight)
+    slices = [slice(i * tokens // parts, (i + 1) * tokens // parts) for i in range(parts)]
+    side = torch.cuda.Stream()
+
+    def on_side(function, apart):
+        if not apart:
+            return function()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            return function()
+
+    def statistics(part):
+        stats = head_triton.shard_statistics(
+            z[part], w.labels[part], reference_logits=t[part], **columns
+        )
+        return head_triton.combine_statistics(stats[None])
+
+    def step(apart):
+        rows, ready = [], []
+        for part in slices:
+            torch.mm(h[part], weight.t(), out=z[part])
+            torch.mm(w.reference_hidden[part], w.reference_weight.t(), out=t[part])
+            rows.append(on_side(lambda part=part: statistics(part), apart))
+        for part, row in zip(slices, rows, strict=True):
+
+            def gradient(part=part, row=row):
+                head_triton.logits_gradient(
+                    z[part],
+                    w.labels[part],
+                    row,
+                    grad[part],
+                    grad[part],
+                    reference_logits=t[part],
+                    out=z[part],
+                    **columns,
+                )
+                ready.append(torch.cuda.current_stream().record_event())
+
+            on_side(gradient, apart)
+        for part, event in zip(slices, ready, strict=True):
+            torch.cuda.current_stream().wait_event(event)
+            torch.mm(z[part], weight, out=d_hidden[part])
+        torch.mm(z.t(), h, out=d_weight)
+
+    return [
+        {"phase": f"bare head in {parts} parts, {name}", "ms": milliseconds(lambda a=a: step(a), 6)}
+        for name, a in (("one stream", False), ("two streams", True))
+    ]
+
+
 def tune(tokens: int, vocab: int) -> list[dict]:
-    """Kernel times over block sizes and warps, best first."""
+    """Kernel times over their shapes, best first."""
     make: dict[str, Any] = {"device": "cuda", "dtype": torch.float32}
     z = (torch.randn(tokens, vocab, **make) * 2).bfloat16()
     t = (z.float() + 0.1 * torch.randn(tokens, vocab, **make)).bfloat16()
     labels = torch.randint(vocab, (tokens,), device="cuda")
-    rows = _rows(z, t, labels)
-    stats = torch.empty(5, tokens, dtype=torch.float64, device="cuda")
-    grad = torch.rand(tokens, device="cuda")
-    out = torch.empty_like(z)
+    columns = {"vocab_start": 0, "valid_columns": vocab}
+    stats = head_triton.shard_statistics(z, labels, reference_logits=t, **columns)
+    rows = head_triton.combine_statistics(stats[None])
+    grad, out = torch.rand(tokens, device="cuda"), torch.empty_like(z)
+    row_shapes = [(1, 2), (1, 4), (2, 1), (2, 2), (2, 4), (4, 1), (4, 2), (4, 4), (8, 1), (8, 2)]
+    tiles = [(4, 512, 16), (4, 1024, 4), (4, 1024, 16), (4, 1024, 128), (4, 2048, 8)]
+    tiles += [(8, 2048, 1), (8, 2048, 8), (2, 512, 16), (8, 4096, 4)]
+    runs = {
+        "MARGIN": (row_shapes, 1, lambda: _statistics(z, labels, None, columns)),
+        "DIVERGENCE": (row_shapes, 2, lambda: _statistics(z, labels, t, columns)),
+        "GRADIENT": (
+            tiles,
+            3,
+            lambda: head_triton.logits_gradient(
+                z, labels, rows, grad, grad, reference_logits=t, out=out, **columns
+            ),
+        ),
+    }
     results = []
-
-    def margin(block, warps):
-        head_kernels.margin_kernel[(tokens,)](
-            z, labels, stats, vocab, tokens, 0, vocab, BLOCK=block, num_warps=warps
-        )
-
-    def divergence(block, warps):
-        head_kernels.divergence_kernel[(tokens,)](
-            z, t, labels, stats, vocab, vocab, tokens, 0, vocab, BLOCK=block, num_warps=warps
-        )
-
-    def gradient(block, warps, with_kl=True):
-        head_kernels.gradient_kernel[(tokens, math.ceil(vocab / block))](
-            z,
-            t,
-            out,
-            labels,
-            rows.margin,
-            rows.lse_rest,
-            rows.lse_z,
-            rows.lse_t,
-            grad,
-            grad,
-            vocab,
-            vocab,
-            vocab,
-            0,
-            vocab,
-            vocab,
-            BLOCK=block,
-            WITH_MARGIN=True,
-            WITH_KL=with_kl,
-            num_warps=warps,
-        )
-
-    for kernel, passes in ((margin, 1), (divergence, 2), (gradient, 3)):
+    for name, (shapes, passes, function) in runs.items():
+        names = ("WARPS", "BLOCK", "TILES") if name == "GRADIENT" else ("WARPS", "LOADS")
+        before = [getattr(head_triton, f"{name}_{field}") for field in names]
         found = []
-        for block, warps in _shapes():
-            time = milliseconds(lambda k=kernel, b=block, n=warps: k(b, n), 4)
+        for shape in shapes:
+            for field, value in zip(names, shape, strict=True):
+                setattr(head_triton, f"{name}_{field}", value)
+            ms = milliseconds(function, 4)
+            label = " ".join(f"{f.lower()} {v}" for f, v in zip(names, shape, strict=True))
+            rate = passes * 2.0 * tokens * vocab / ms / 1e6
             found.append(
-                {
-                    "phase": f"{kernel.__name__} block {block} warps {warps}",
-                    "ms": time,
-                    "rate": passes * 2.0 * tokens * vocab / time / 1e6,
-                    "unit": "GB/s",
-                }
+                {"phase": f"{name.lower()} {label}", "ms": ms, "rate": rate, "unit": "GB/s"}
             )
-        results += sorted(found, key=lambda row: row["ms"])[:6]
+        for field, value in zip(names, before, strict=True):
+            setattr(head_triton, f"{name}_{field}", value)
+        results += sorted(found, key=lambda row: row["ms"])
     return results
 
 
-def _shapes() -> Iterator[tuple[int, int]]:
-    """Block sizes and warps with 4 to 32 columns a thread."""
-    for block in (1024, 2048, 4096, 8192, 16384):
-        for warps in (4, 8, 16, 32):
-            if 4 <= block // (32 * warps) <= 32:
-                yield block, warps
-
-
-def _rows(z: Tensor, t: Tensor, labels: Tensor) -> RowStatistics:
-    stats = head_triton.shard_statistics(
-        z, labels, reference_logits=t, vocab_start=0, valid_columns=z.shape[1]
-    )
-    return combine_statistics(stats[None])
+def _statistics(z: Tensor, labels: Tensor, t: Tensor | None, columns: dict[str, int]) -> Tensor:
+    return head_triton.shard_statistics(z, labels, reference_logits=t, **columns)
 
 
 def show(results: list[dict]) -> None:
     for row in results:
         rate = f"{row['rate']:9.0f} {row['unit']}" if row.get("rate") else ""
-        print(f"{row['phase']:<48} {row['ms']:9.3f} ms {rate}")
+        print(f"{row['phase']:<64} {row['ms']:9.3f} ms {rate}")
 
 
 def main() -> None:
@@ -212,13 +257,22 @@ def main() -> None:
     parser.add_argument("--tune", action="store_true")
     parser.add_argument("--out", type=Path, help="folder for the JSON")
     args = parser.parse_args()
-    results = measure(args.tokens, args.hidden, args.vocab)
-    torch.cuda.empty_cache()
-    results += whole(args.tokens, args.hidden, args.vocab)
-    torch.cuda.empty_cache()
+    size = (args.tokens, args.hidden, args.vocab)
+    parts: list[Callable[[], list[dict]]] = [
+        lambda: measure(*size),
+        lambda: whole(*size),
+        lambda: whole(2048, 2048, 32768),
+        lambda: overlap(*size, parts=2),
+        lambda: overlap(*size, parts=4),
+    ]
     if args.tune:
-        results += tune(args.tokens, args.vocab)
-    show(results)
+        parts.append(lambda: tune(args.tokens, args.vocab))
+    results = []
+    for part in parts:
+        found = part()
+        show(found)
+        results += found
+        torch.cuda.empty_cache()
     if args.out:
         args.out.mkdir(parents=True, exist_ok=True)
         (args.out / "head_phases.json").write_text(json.dumps(results, indent=1) + "\n")

@@ -11,8 +11,10 @@ rank may choose its chunk size from its own memory.
 Tokens with a reference are sorted to the front: the reference logits of R tokens are then one
 matrix product, the others cost nothing, and no kernel looks up rows.
 
-If all tokens fit in one chunk its logits are kept for the backward pass, where the gradient
-overwrites them. Otherwise backward makes them again, chunk by chunk.
+If they fit in memory all logits are kept for the backward pass, where the gradient overwrites them.
+Otherwise backward makes them again, chunk by chunk, but for those of the chunk that forward made
+last: they are there already. `head_memory` chooses, between the two also to keep the student's
+logits but not the reference's.
 """
 
 import importlib.util
@@ -26,7 +28,7 @@ from torch import Tensor
 
 from megatron_ext.losses import vocab_parallel
 from megatron_ext.losses.head_function import HeadPlan, UnlearningHeadFunction
-from megatron_ext.losses.head_memory import chunk_tokens, memory_budget
+from megatron_ext.losses.head_memory import memory_budget, plan_chunks
 from megatron_ext.losses.vocab_parallel import check_labels, shard_columns
 
 Backend = Literal["torch", "triton"]
@@ -80,9 +82,10 @@ def unlearning_head(
         tp_group: Ranks that hold the vocabulary shards, in order; None if the weight is whole.
         sequence_parallel: Hidden states are split over `tp_group` along the tokens.
         vocab_size: Real columns over all shards; the columns from there on are padding.
-        chunk_size: Tokens whose logits exist at a time; None chooses it from memory.
-        memory_budget_bytes: What the logits of a chunk may take; None: most of the device's free
-            memory, a fixed small amount on a CPU. Not used with `chunk_size`.
+        chunk_size: Tokens whose logits exist at a time, a strict bound: if it is less than T, none
+            but one chunk's are kept, and backward makes the others again. None chooses from memory.
+        memory_budget_bytes: What logits may take; None: most of the device's free memory, a fixed
+            small amount on a CPU. Not used with `chunk_size`.
         fp32_logits: Leave the logits unrounded. bf16 logits carry a noise of 2^-9 of their size,
             which drowns a KL below about 1e-4 and its gradient. Costs twice the memory traffic.
         fuse_weight_gradient: Add the gradient of `weight` to `weight.main_grad`, as Megatron's
@@ -102,23 +105,26 @@ def unlearning_head(
     _check(hidden, weight, labels, roles, tp, sequence_parallel)
     _check_reference(hidden, weight, reference_hidden, reference_weight)
     start, valid = shard_columns(weight.shape[0], vocab_size=vocab_size, group=tp_group)
-    check_labels(labels, vocab_size=weight.shape[0] * tp if vocab_size is None else vocab_size)
+    vocab = weight.shape[0] * tp if vocab_size is None else vocab_size
+    if not labels.is_cuda:
+        check_labels(labels, vocab_size=vocab)
     if chunk_size is not None and chunk_size < 1:
         raise ValueError(f"chunk_size must be positive, got {chunk_size}")
+    tokens = labels.shape[0]
     replay = roles == 1
     references = 0 if reference_hidden is None else int(replay.sum())
     order = None
-    if 0 < references < labels.shape[0]:
-        order = torch.argsort(replay, descending=True, stable=True)
-    if chunk_size is None:
-        chunk_size = chunk_tokens(
-            labels.shape[0],
-            weight.shape[0],
-            references,
-            element_size=4 if fp32_logits else weight.element_size(),
-            budget=memory_budget(weight.device)
-            if memory_budget_bytes is None
-            else memory_budget_bytes,
+    if 0 < references < tokens:
+        order = torch.argsort(replay, descending=True, stable=True).to(hidden.device)
+    element = 4 if fp32_logits else weight.element_size()
+    if chunk_size is not None:
+        whole = chunk_size >= tokens
+    else:
+        if memory_budget_bytes is None:
+            needed = (tokens + references) * weight.shape[0] * element
+            memory_budget_bytes = memory_budget(weight.device, needed=needed)
+        chunk_size, whole = plan_chunks(
+            tokens, weight.shape[0], references, element_size=element, budget=memory_budget_bytes
         )
     plan = HeadPlan(
         kernels=_kernels(backend, hidden),
@@ -130,7 +136,8 @@ def unlearning_head(
         chunk_size=chunk_size,
         fp32_logits=fp32_logits,
         fuse_weight_gradient=fuse_weight_gradient and hasattr(weight, "main_grad"),
-        keep=torch.is_grad_enabled() and chunk_size >= labels.shape[0],
+        whole=whole,
+        keep=torch.is_grad_enabled(),
     )
     margin, kl = UnlearningHeadFunction.apply(
         hidden,
@@ -141,11 +148,13 @@ def unlearning_head(
         reference_weight.detach() if reference_weight is not None and references else None,
         plan,
     )
+    if labels.is_cuda:  # behind the products: a bad label reads nothing that is not there
+        check_labels(labels, vocab_size=vocab)
     return HeadOutput(margin, kl)
 
 
 def _kernels(backend: Backend | None, hidden: Tensor) -> ModuleType:
-    """The module whose `shard_statistics` and `logits_gradient` are used."""
+    """The module whose statistics and gradients are used."""
     if backend is None:
         # Triton's kernels compute in fp32; fp64 hidden states ask for more.
         usable = hidden.is_cuda and hidden.dtype != torch.float64

@@ -20,16 +20,16 @@ from megatron_ext.losses.head_linear import (
     project,
     start_reduction,
 )
-from megatron_ext.losses.vocab_parallel import (
-    RowStatistics,
-    combine_statistics,
-    gather_statistics,
-)
+from megatron_ext.losses.vocab_parallel import RowStatistics, gather_statistics
 
 
 @dataclass(frozen=True)
 class HeadPlan:
-    """All that one call of the head has decided; see `unlearning_head`."""
+    """All that one call of the head has decided; see `unlearning_head`.
+
+    `whole`: the student's logits are made, and if `keep` kept, for all tokens at once; a chunk then
+    is one of the reference's. `keep`: there will be a backward pass.
+    """
 
     kernels: ModuleType
     group: dist.ProcessGroup | None
@@ -40,6 +40,7 @@ class HeadPlan:
     chunk_size: int
     fp32_logits: bool
     fuse_weight_gradient: bool
+    whole: bool
     keep: bool
 
     def chunks(self, tokens: int) -> Iterator[slice]:
@@ -49,35 +50,36 @@ class HeadPlan:
             for i in range(0, max(tokens, 1), self.chunk_size)
         )
 
-    def logits(
-        self,
-        chunk: slice,
-        hidden: Tensor,
-        weight: Tensor,
-        reference_hidden: Tensor | None,
-        reference_weight: Tensor | None,
-    ) -> tuple[Tensor, Tensor | None]:
-        """Logits of a chunk's tokens `[c, V]`, and of the reference for the first of them."""
-        logits = project(hidden[chunk], weight, fp32=self.fp32_logits)
-        if reference_hidden is None or reference_weight is None or chunk.start >= self.references:
-            return logits, None
-        rows = reference_hidden[chunk.start : min(chunk.stop, self.references)]
-        return logits, project(rows, reference_weight, fp32=self.fp32_logits)
+    def student(self, hidden: Tensor, weight: Tensor) -> Tensor:
+        """Logits `[c, V]`."""
+        return project(hidden, weight, fp32=self.fp32_logits)
+
+    def reference(
+        self, chunk: slice, hidden: Tensor | None, weight: Tensor | None
+    ) -> Tensor | None:
+        """The reference's logits of the first tokens of a chunk; None if none of them has any."""
+        if hidden is None or weight is None or chunk.start >= self.references:
+            return None
+        rows = hidden[chunk.start : min(chunk.stop, self.references)]
+        return project(rows, weight, fp32=self.fp32_logits)
 
     def statistics(self, logits: Tensor, reference: Tensor | None, labels: Tensor) -> Tensor:
         """`[2, c]` or, if the call has references, `[5, c]` statistics of a chunk."""
         columns = {"vocab_start": self.vocab_start, "valid_columns": self.valid_columns}
         if not self.references:
             return self.kernels.shard_statistics(logits, labels, **columns)
+        n = 0 if reference is None else reference.shape[0]
+        if n == logits.shape[0]:
+            return self.kernels.shard_statistics(
+                logits, labels, reference_logits=reference, **columns
+            )
         # Zeros for log-sum-exp of student and reference alike join to a KL of 0.
         stats = logits.new_zeros(5, logits.shape[0], dtype=torch.float64)
-        n = 0 if reference is None else reference.shape[0]
         if n:
             stats[:, :n] = self.kernels.shard_statistics(
                 logits[:n], labels[:n], reference_logits=reference, **columns
             )
-        if n < logits.shape[0]:
-            stats[:2, n:] = self.kernels.shard_statistics(logits[n:], labels[n:], **columns)
+        stats[:2, n:] = self.kernels.shard_statistics(logits[n:], labels[n:], **columns)
         return stats
 
     def gradient(
@@ -88,10 +90,9 @@ class HeadPlan:
         rows: RowStatistics,
         grad_margin: Tensor | None,
         grad_kl: Tensor | None,
-        dtype: torch.dtype,
+        out: Tensor,
     ) -> Tensor:
-        """Gradient of a chunk's logits `[c, V]`, in their place if the type allows."""
-        out = logits if logits.dtype == dtype else torch.empty_like(logits, dtype=dtype)
+        """Gradient of a chunk's logits `[c, V]`, written to `out`, which may be `logits`."""
         n = 0 if reference is None or grad_kl is None else reference.shape[0]
         for part in (slice(0, n), slice(n, logits.shape[0])):
             if part.start == part.stop:
@@ -134,16 +135,19 @@ class UnlearningHeadFunction(torch.autograd.Function):
             tokens, labels = tokens[order], labels[order]
             if reference_hidden is not None:
                 reference_hidden = reference_hidden[order[: plan.references]]
-        inputs = (tokens, weight, reference_hidden, reference_weight)
-        stats, kept = [], None
-        for chunk in plan.chunks(tokens.shape[0]):
-            logits, reference = plan.logits(chunk, *inputs)
-            stats.append(plan.statistics(logits, reference, labels[chunk]))
-            kept = (logits, reference) if plan.keep else None
+        stats: list[Tensor] = []
+        student = plan.student(tokens, weight) if plan.whole else None
+        logits = reference = None
+        # The first chunk, which is never the short one, comes last: backward begins with it.
+        for chunk in reversed(list(plan.chunks(tokens.shape[0]))):
             del logits, reference
-        rows = combine_statistics(
+            logits = student[chunk] if student is not None else plan.student(tokens[chunk], weight)
+            reference = plan.reference(chunk, reference_hidden, reference_weight)
+            stats.insert(0, plan.statistics(logits, reference, labels[chunk]))
+        rows = plan.kernels.combine_statistics(
             gather_statistics(torch.cat(stats, 1) if len(stats) != 1 else stats[0], plan.group)
         )
+        kept = (student if plan.whole else logits, reference) if plan.keep else None
         ctx.save_for_backward(
             tokens,
             weight,
@@ -184,47 +188,84 @@ class UnlearningHeadFunction(torch.autograd.Function):
             grad_kl = None if grad_kl is None else grad_kl[order]
         # The gradient overwrites them: a second backward through the same graph makes them again.
         kept, ctx.kept = ctx.kept, None
-        needs_hidden, needs_weight = ctx.needs_input_grad[:2]
-        grad_tokens = torch.empty_like(tokens) if needs_hidden else None
-        several = plan.chunk_size < tokens.shape[0]
-        total = _weight_total(ctx.main_grad, weight, several) if needs_weight else None
-        result, work = grad_tokens, None
+        first, reference = (None, None) if kept is None else kept
+        del kept
+        products = _Products(ctx, tokens, weight, order)
+        gradients = student = None
+        if plan.whole:
+            student = plan.student(tokens, weight) if first is None else first
+            first = None
+            gradients = _gradient_place(student, weight)
         for chunk in plan.chunks(tokens.shape[0]):
-            logits, reference = (
-                kept
-                if kept is not None
-                else plan.logits(chunk, tokens, weight, reference_hidden, reference_weight)
-            )
-            kept = None
-            gradient = plan.gradient(
+            logits = student[chunk] if student is not None else first
+            if logits is None:
+                logits = plan.student(tokens[chunk], weight)
+            if reference is None:
+                reference = plan.reference(chunk, reference_hidden, reference_weight)
+            out = _gradient_place(logits, weight) if gradients is None else gradients[chunk]
+            plan.gradient(
                 logits,
                 reference,
                 labels[chunk],
                 _slice(rows, chunk),
                 None if grad_margin is None else grad_margin[chunk],
                 None if grad_kl is None else grad_kl[chunk],
-                weight.dtype,
+                out,
             )
-            del logits, reference
-            if grad_tokens is not None:
-                torch.mm(gradient, weight, out=grad_tokens[chunk])
-                if chunk.stop == tokens.shape[0]:  # hidden behind the last product
-                    result, work = _finish(grad_tokens, order, plan)
-            if total is not None:
-                add_weight_gradient(
-                    total,
-                    gradient,
-                    tokens[chunk],
-                    overwrite=ctx.main_grad is None and chunk.start == 0,
-                )
-            del gradient
-        if work is not None:
-            work.wait()
-        grad_weight = None
-        if total is not None:
-            fused = ctx.main_grad is not None
-            grad_weight = fused_weight_gradient(weight) if fused else total.to(weight.dtype)
-        return result, grad_weight, None, None, None, None, None
+            first = logits = reference = None
+            if gradients is None:
+                products.add(out, chunk)
+            del out
+        del student
+        if gradients is not None:
+            products.add(gradients, slice(0, tokens.shape[0]))
+        return *products.results(), None, None, None, None, None
+
+
+class _Products:
+    """Gradients of `hidden` and `weight`, from the gradients of the logits of successive tokens."""
+
+    def __init__(self, ctx: Any, tokens: Tensor, weight: Tensor, order: Tensor | None) -> None:
+        self.plan, self.main_grad = ctx.plan, ctx.main_grad
+        self.tokens, self.weight, self.order = tokens, weight, order
+        self.needs_hidden, self.needs_weight = ctx.needs_input_grad[:2]
+        self.grad_tokens: Tensor | None = None
+        self.work: dist.Work | None = None
+        self.total: Tensor | None = ctx.main_grad
+
+    def add(self, gradient: Tensor, chunk: slice) -> None:
+        """Takes the gradient `[c, V]` of the logits of a chunk; the last one ends the tokens."""
+        tokens, weight = self.tokens, self.weight
+        if self.needs_hidden:
+            if self.grad_tokens is None:
+                self.grad_tokens = torch.empty_like(tokens)
+            torch.mm(gradient, weight, out=self.grad_tokens[chunk])
+            if chunk.stop == tokens.shape[0]:  # hidden behind the last product
+                self.grad_tokens, self.work = _finish(self.grad_tokens, self.order, self.plan)
+        if self.needs_weight:
+            overwrite = self.total is None
+            if self.total is None:
+                # fp32 (or wider) if there are several parts to be summed.
+                wide = torch.promote_types(weight.dtype, torch.float32)
+                several = chunk.stop < tokens.shape[0]
+                self.total = torch.empty_like(weight, dtype=wide if several else weight.dtype)
+            add_weight_gradient(self.total, gradient, tokens[chunk], overwrite=overwrite)
+
+    def results(self) -> tuple[Tensor | None, Tensor | None]:
+        """What autograd is told, once the reduction is done."""
+        if self.work is not None:
+            self.work.wait()
+        if not self.needs_weight:
+            return self.grad_tokens, None
+        if self.main_grad is not None:
+            return self.grad_tokens, fused_weight_gradient(self.weight)
+        assert self.total is not None
+        return self.grad_tokens, self.total.to(self.weight.dtype)
+
+
+def _gradient_place(logits: Tensor, weight: Tensor) -> Tensor:
+    """Where the gradient of logits goes: over them, if it has their type."""
+    return logits if logits.dtype == weight.dtype else torch.empty_like(logits, dtype=weight.dtype)
 
 
 def _finish(
@@ -234,14 +275,6 @@ def _finish(
     if order is not None:
         grad_tokens = torch.empty_like(grad_tokens).index_copy_(0, order, grad_tokens)
     return start_reduction(grad_tokens, plan.group, scatter=plan.sequence_parallel)
-
-
-def _weight_total(main_grad: Tensor | None, weight: Tensor, several: bool) -> Tensor:
-    """What the gradient of the weight is summed in: fp32 (or wider) if there are several parts."""
-    if main_grad is not None:
-        return main_grad
-    dtype = torch.promote_types(weight.dtype, torch.float32) if several else weight.dtype
-    return torch.empty_like(weight, dtype=dtype)
 
 
 def _slice(rows: RowStatistics, part: slice) -> RowStatistics:

@@ -16,26 +16,44 @@ CPU_BUDGET = 24 * 2**20
 DEVICE_SHARE = 0.6
 # Chunks are multiples of this many tokens: a tile of a matrix product.
 TILE = 64
+# Fewer reference rows at a time are not worth keeping the student's logits for.
+REFERENCE_CHUNK = 256
 
 
-def memory_budget(device: torch.device) -> int:
-    """Bytes that the logits of one chunk may take on `device`."""
+def memory_budget(device: torch.device, *, needed: int) -> int:
+    """Bytes that the logits may take on `device`; asks no further once `needed` is sure to fit.
+
+    The driver's answer takes longer than the launches of a small head; after the first step, what
+    the allocator holds and does not use is mostly enough.
+    """
     if device.type != "cuda":
         return CPU_BUDGET
+    stats = torch.cuda.memory_stats_as_nested_dict(device)
+    held, used = (
+        stats[name]["all"]["current"] if stats else 0
+        for name in ("reserved_bytes", "allocated_bytes")
+    )
+    if DEVICE_SHARE * (held - used) >= needed:
+        return needed
     free, _ = torch.cuda.mem_get_info(device)
-    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return int(DEVICE_SHARE * (free + unused))
+    return int(DEVICE_SHARE * (free + held - used))
 
 
-def chunk_tokens(
+def plan_chunks(
     tokens: int,
     columns: int,
     reference_tokens: int,
     *,
     element_size: int,
     budget: int,
-) -> int:
-    """Choose the chunk size.
+) -> tuple[int, bool]:
+    """Choose how much of the logits exists at a time.
+
+    In this order, what fits `budget`:
+
+    1. Everything is kept for the backward pass.
+    2. The student's logits are kept; the reference's are made in chunks, twice.
+    3. Both are made in chunks, twice.
 
     Args:
         tokens: Rows of hidden states, T.
@@ -45,13 +63,18 @@ def chunk_tokens(
         budget: Bytes that the logits of student and reference may take together.
 
     Returns:
-        Tokens a chunk, in 1..T; T when everything fits at once.
+        Tokens a chunk, in 1..T, and whether all of the student's logits are kept.
     """
     row = columns * element_size
     if (tokens + reference_tokens) * row <= budget:
-        return max(tokens, 1)
+        return max(tokens, 1), True
+    beside = (budget - tokens * row) // row
+    if reference_tokens and beside >= REFERENCE_CHUNK:
+        return _tiles(beside), True
     widest = row * (2 if reference_tokens else 1)  # a chunk may consist of replay rows alone
-    chunk = budget // widest
-    if chunk >= TILE:
-        chunk -= chunk % TILE
-    return max(1, min(chunk, tokens))
+    return max(1, min(_tiles(budget // widest), tokens)), False
+
+
+def _tiles(chunk: int) -> int:
+    """The multiple of TILE not above `chunk`, which if less than one tile is left as it is."""
+    return chunk - chunk % TILE if chunk >= TILE else chunk

@@ -5,8 +5,9 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from megatron_ext.losses import head_function, head_memory
 from megatron_ext.losses.head import unlearning_head
-from megatron_ext.losses.head_memory import chunk_tokens
+from megatron_ext.losses.head_memory import REFERENCE_CHUNK, plan_chunks
 from tests.helpers import naive
 
 T, H, V, VALID = 29, 24, 88, 83
@@ -244,12 +245,55 @@ def test_errors(change, error, monkeypatch):
 
 
 def test_chunks_follow_the_budget():
-    def chunk(budget, references=0):
-        return chunk_tokens(8192, 1000, references, element_size=2, budget=budget)
+    def plan(budget, references=0):
+        return plan_chunks(8192, 1000, references, element_size=2, budget=budget)
 
-    assert chunk(8192 * 2000) == 8192  # all fits
-    assert chunk(8192 * 2000 - 1) == 8128  # not quite: a multiple of the tile
-    assert chunk(8192 * 2000 - 1, 8192) == 4096 - 64
-    assert chunk(8192 * 3000, 4096) == 8192  # half of the tokens have a reference
-    assert chunk(5 * 2000) == 5
-    assert chunk(0) == 1
+    assert plan(8192 * 2000) == (8192, True)  # all fits
+    assert plan(8192 * 2000 - 1) == (8128, False)  # not quite: a multiple of the tile
+    assert plan(8192 * 4000 - 1, 8192) == (8128, True)  # all of the student's, not the reference's
+    assert plan((8192 + REFERENCE_CHUNK) * 2000 - 1, 8192) == (4096 + 64, False)
+    assert plan(8192 * 3000, 4096) == (8192, True)  # half of the tokens have a reference
+    assert plan(5 * 2000) == (5, False)
+    assert plan(0) == (1, False)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("roles", ["mixed", "replay"])
+def test_reference_in_chunks_beside_kept_logits(roles, dtype, monkeypatch):
+    monkeypatch.setattr(head_memory, "REFERENCE_CHUNK", 3)
+    arguments = inputs(dtype, roles=roles)
+    calls = []
+    original = head_function.project
+
+    def counted(hidden, weight, *, fp32):
+        calls.append((hidden.shape[0], weight is arguments["weight"]))
+        return original(hidden, weight, fp32=fp32)
+
+    monkeypatch.setattr(head_function, "project", counted)
+    references = ROLES[roles].count(1)
+    options = {"fp32_logits": dtype == torch.bfloat16}
+    element = 4 if options["fp32_logits"] else arguments["weight"].element_size()
+    found = actual(arguments, memory_budget_bytes=(T + 5) * V * element, **options)
+    assert_same(found, expected(arguments), 1e-6 if dtype == torch.float64 else 2e-2)
+    student = [rows for rows, is_student in calls if is_student]
+    reference = [rows for rows, is_student in calls if not is_student]
+    assert student == [T]  # once
+    # Twice, but for the chunk that is there when backward begins.
+    assert max(reference) == 5
+    assert sum(reference) == 2 * references - 5
+
+
+def test_backward_keeps_the_last_chunk_of_forward(monkeypatch):
+    calls = []
+    original = head_function.project
+
+    def counted(hidden, weight, *, fp32):
+        calls.append(hidden.shape[0])
+        return original(hidden, weight, fp32=fp32)
+
+    monkeypatch.setattr(head_function, "project", counted)
+    arguments = inputs() | {"reference_hidden": None, "reference_weight": None}
+    out = unlearning_head(**arguments, chunk_size=12)
+    assert calls == [5, 12, 12]
+    out.margin.sum().backward()
+    assert calls[3:] == [12, 5]

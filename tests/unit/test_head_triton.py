@@ -50,12 +50,7 @@ def shards(columns, tp):
 def evaluate(case, tp=1):
     """Margin, KL and both gradients of a case (fp32), through the kernels, shard by shard."""
     from megatron_ext.losses import head_triton
-    from megatron_ext.losses.vocab_parallel import combine_statistics
 
-    if INTERPRETED:
-        # It sums a block one number after the other, not as a tree: 4096 of them cost 2e-6. Short
-        # blocks also make rows of many.
-        head_triton.MARGIN_BLOCK = head_triton.DIVERGENCE_BLOCK = 256
     z, t, labels = (x.to(DEVICE) for x in (case.logits, case.reference, case.labels))
     before = z.clone()
     parts = []
@@ -72,7 +67,7 @@ def evaluate(case, tp=1):
     alone = [head_triton.shard_statistics(zs, labels, **columns) for zs, _, columns in parts]
     for with_reference, without in zip(stats, alone, strict=True):
         torch.testing.assert_close(with_reference[:2], without, rtol=2e-6, atol=2e-6)
-    rows = combine_statistics(torch.stack(stats))
+    rows = head_triton.combine_statistics(torch.stack(stats))
     ones = torch.ones(len(labels), device=DEVICE)
     gradients = []
     for a, b in ((1.0, None), (None, 1.0), (0.75, -2.0)):
@@ -144,13 +139,12 @@ def test_hostile(case):
 @quiet
 def test_gradient_may_overwrite_the_logits():
     from megatron_ext.losses import head_triton
-    from megatron_ext.losses.vocab_parallel import combine_statistics
 
     case = accuracy_case(1000, torch.bfloat16)
     z, t, labels = (x.to(DEVICE) for x in (case.logits, case.reference, case.labels))
     columns = {"vocab_start": 0, "valid_columns": 1000}
     stats = head_triton.shard_statistics(z, labels, reference_logits=t, **columns)
-    rows, ones = combine_statistics(stats[None]), torch.ones(len(labels), device=DEVICE)
+    rows, ones = head_triton.combine_statistics(stats[None]), torch.ones(len(labels), device=DEVICE)
     apart = head_triton.logits_gradient(z, labels, rows, ones, ones, reference_logits=t, **columns)
     head_triton.logits_gradient(z, labels, rows, ones, ones, reference_logits=t, out=z, **columns)
     assert torch.equal(apart, z)
