@@ -104,8 +104,11 @@ def run_all(launches: Mapping[str, Launch], directory: Path) -> dict[str, Run]:
 
 
 def succeed(result: Run, name: str = "") -> Run:
-    """The run itself; an error with the end of its output if it failed."""
-    assert result.returncode == 0, f"{name}: exit code {result.returncode}\n{result.output[-4000:]}"
+    """The run itself; an error with the first traceback in its output if it failed."""
+    # What ranks print afterwards is that they lost each other; the cause comes first.
+    start = max(0, result.output.find("Traceback"))
+    end = result.output[start:][:6000] if start else result.output[-6000:]
+    assert result.returncode == 0, f"{name}: exit code {result.returncode}\n{end}"
     return result
 
 
