@@ -1,0 +1,11 @@
+#!/usr/bin/env bash
+# A chat model of any model of the study: two epochs of instructions, MixedIns or OpenHermes-2.5.
+set -euo pipefail
+# shellcheck source=common.sh
+source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
+begin "$@"
+
+start_from MODEL "the checkpoint directory of the model to tune"
+need CHAT_DATA "a JSONL file of conversations"
+[[ -f $CHAT_DATA ]] || fail "CHAT_DATA: no file $CHAT_DATA"
+tune_chat "$CHAT_DATA"

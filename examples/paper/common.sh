@@ -1,0 +1,196 @@
+# shellcheck shell=bash
+# What all recipes share: the settings they ask for, tokens turned into iterations, blends, and the launch.
+# A recipe sources this file, calls `begin "$@"`, names what it needs, and ends with one of the stages
+# at the bottom. Sizes come from $SIZE, by default sizes/paper.sh.
+
+RECIPES=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+ROOT=$(cd "$RECIPES/../.." && pwd)
+
+fail() {
+    echo "${0##*/}: error: $*" >&2
+    exit 2
+}
+
+# begin WORD...: reads the recipe's own words and its sizes. --dry-run prints the plan and starts nothing; all
+# other words go on to pretrain_unlearn.py, behind the recipe's flags.
+begin() {
+    ((BASH_VERSINFO[0] * 100 + BASH_VERSINFO[1] >= 404)) || fail "bash 4.4 or newer is needed"
+    DRY_RUN=${DRY_RUN:-0}
+    EXTRA=()
+    START=()
+    local word
+    for word; do
+        if [[ $word == --dry-run ]]; then DRY_RUN=1; else EXTRA+=("$word"); fi
+    done
+    SIZE=${SIZE:-$RECIPES/sizes/paper.sh}
+    [[ -f $SIZE ]] || fail "SIZE: expected a file of sizes, found nothing at $SIZE"
+    # shellcheck source=sizes/paper.sh
+    source "$SIZE"
+    PYTHON=${PYTHON:-python}
+    command -v "$PYTHON" >/dev/null || fail "PYTHON: $PYTHON cannot be run"
+    TOKENIZER_TYPE=${TOKENIZER_TYPE:-SentencePieceTokenizer}
+    need OUT "the folder for checkpoints, losses and logs"
+    need TOKENIZER "the tokenizer that the data were tokenised with"
+    # A Hugging Face tokenizer may be a name instead of a path.
+    [[ -e $TOKENIZER || $TOKENIZER_TYPE == HuggingFaceTokenizer ]] ||
+        fail "TOKENIZER: nothing at $TOKENIZER"
+    need_integers TP PP MICRO_BATCH GPUS_PER_NODE "${GLOBAL_BATCH:+GLOBAL_BATCH}"
+}
+
+# need VARIABLE MEANING: refuses an unset or empty variable.
+need() {
+    [[ -n ${!1:-} ]] || fail "$1 is not set: $2"
+}
+
+need_integers() {
+    local name
+    for name; do
+        [[ -z $name || ${!name} =~ ^[1-9][0-9]*$ ]] ||
+            fail "$name: expected a positive whole number, found ${!name}"
+    done
+}
+
+# start_from VARIABLE MEANING: the checkpoint whose weights the run begins with. A dry run may come before it exists.
+start_from() {
+    need "$1" "$2"
+    local directory=${!1}
+    [[ $(realpath -m "$directory") != $(realpath -m "$OUT") ]] ||
+        fail "OUT: expected another folder than $1, found $directory for both"
+    if [[ ! -f $directory/latest_checkpointed_iteration.txt ]]; then
+        ((DRY_RUN)) || fail "$1: no checkpoint in $directory (no latest_checkpointed_iteration.txt)"
+        echo "note: $1: no checkpoint in $directory yet"
+    fi
+    START=(--pretrained-checkpoint "$directory")
+}
+
+# need_data VARIABLE MEANING: a prefix, or weights and prefixes in turn, of datasets that exist.
+need_data() {
+    need "$1" "$2"
+    local words i
+    read -r -a words <<<"${!1}"
+    ((${#words[@]} == 1)) && words=(1 "${words[@]}")
+    ((${#words[@]} % 2 == 0)) ||
+        fail "$1: expected one prefix, or weights and prefixes in turn, found ${!1}"
+    for ((i = 0; i < ${#words[@]}; i += 2)); do
+        [[ ${words[i]} =~ ^([0-9]+\.?[0-9]*|\.[0-9]+)$ && ${words[i]} =~ [1-9] ]] ||
+            fail "$1: expected a weight above 0, found ${words[i]}"
+        [[ -f ${words[i + 1]}.idx && -f ${words[i + 1]}.bin ]] ||
+            fail "$1: no dataset ${words[i + 1]} (.idx and .bin)"
+    done
+}
+
+# blend SHARE VARIABLE...: sets BLEND to weights and prefixes that add up to 1, each variable's datasets scaled
+# to its share.
+blend() {
+    local words
+    BLEND=()
+    while (($#)); do
+        read -r -a words <<<"${!2}"
+        ((${#words[@]} > 1)) || words=(1 "${words[0]}")
+        mapfile -t -O "${#BLEND[@]}" BLEND < <(printf '%s\n' "${words[@]}" | LC_ALL=C awk -v share="$1" '
+            NR % 2 { weight[++n] = $0; total += $0; next }
+            { prefix[n] = $0 }
+            END { for (i = 1; i <= n; i++) printf "%.10g\n%s\n", share * weight[i] / total, prefix[i] }')
+        shift 2
+    done
+}
+
+# The share of real text beside the synthetic one.
+real_share() {
+    LC_ALL=C awk -v share="$SYNTHETIC_SHARE" 'BEGIN { printf "%.10g", 1 - share }'
+}
+
+# iterations TOKENS TOKENS_PER_STEP: rounded up, so that the budget is spent in full.
+iterations() {
+    echo $((($1 + $2 - 1) / $2))
+}
+
+# pretrain TOKENS FLAG...: plain training on BLEND.
+pretrain() {
+    local tokens=$1 batch=${GLOBAL_BATCH:-$LEARN_BATCH}
+    shift
+    launch --global-batch-size "$batch" --data-path "${BLEND[@]}" --split "$SPLIT" \
+        --train-iters "$(iterations "$tokens" $((batch * SEQ_LENGTH)))" \
+        --save-interval "${SAVE_INTERVAL:-$LEARN_SAVE_INTERVAL}" "$@"
+}
+
+# continue_on TOKENS: plain training from START at the constant rate of the paper.
+continue_on() {
+    pretrain "$1" --lr "$CONTINUE_LR" --lr-decay-style constant
+}
+
+# unlearn VARIABLE FLAG...: forgets the variable's datasets, half of every batch, and replays BLEND.
+unlearn() {
+    local replay=("${BLEND[@]}") batch=${GLOBAL_BATCH:-$UNLEARN_BATCH} forget
+    forget=$((batch / 2))
+    blend 1 "$1"
+    shift
+    launch --global-batch-size "$batch" --forget-batch-size "$forget" --split "$SPLIT" \
+        --forget-data-path "${BLEND[@]}" --data-path "${replay[@]}" \
+        --forget-weight "$FORGET_WEIGHT" --replay-weight 1 --mitigation-weight 1 \
+        --lr "$UNLEARN_LR" --lr-decay-style constant \
+        --train-iters "$(iterations "$FORGET_TOKENS" $((forget * SEQ_LENGTH)))" \
+        --save-interval "${SAVE_INTERVAL:-$UNLEARN_SAVE_INTERVAL}" "$@"
+}
+
+# tune_chat FILE: chat tuning from START; the entry point counts the iterations of the epochs.
+tune_chat() {
+    launch --global-batch-size "${GLOBAL_BATCH:-$CHAT_BATCH}" \
+        --chat-data-path "$1" --chat-epochs "$CHAT_EPOCHS" \
+        --lr "$CHAT_LR" --lr-decay-style constant \
+        --save-interval "${SAVE_INTERVAL:-$UNLEARN_SAVE_INTERVAL}"
+}
+
+# launch FLAG...: starts the entry point with the flags of all recipes and these, or prints the plan.
+launch() {
+    local flags=(
+        --num-layers "$LAYERS" --hidden-size "$HIDDEN" --ffn-hidden-size "$FFN"
+        --num-attention-heads "$HEADS" --seq-length "$SEQ_LENGTH" --max-position-embeddings "$SEQ_LENGTH"
+        --position-embedding-type rope --normalization RMSNorm --swiglu --disable-bias-linear
+        --untie-embeddings-and-output-weights --hidden-dropout 0 --attention-dropout 0
+        --make-vocab-size-divisible-by "$VOCAB_DIVISIBLE_BY"
+        --tokenizer-type "$TOKENIZER_TYPE" --tokenizer-model "$TOKENIZER"
+        --tensor-model-parallel-size "$TP" --pipeline-model-parallel-size "$PP"
+        --micro-batch-size "$MICRO_BATCH" --seed "${SEED:-1234}"
+        "${PRECISION[@]}" "${OPTIMIZER[@]}" "${EVALUATION[@]}"
+        "${START[@]}" --load "$OUT" --save "$OUT" --tensorboard-dir "$OUT/tensorboard"
+        --data-cache-path "${DATA_CACHE:-$OUT/data-cache}" --log-interval 1
+        # SIGTERM (preemption, or shortly before a time limit) saves and ends.
+        --exit-signal-handler
+    )
+    ((TP == 1)) || flags+=(--sequence-parallel)
+    flags+=("$@" "${EXTRA[@]}")
+    # One compute queue keeps the order of communication and computation under tensor parallelism.
+    export CUDA_DEVICE_MAX_CONNECTIONS=1 OMP_NUM_THREADS
+    set_launcher
+    local command=("${LAUNCHER[@]}" "$ROOT/pretrain_unlearn.py" "${flags[@]}")
+    if ((DRY_RUN)); then
+        printf '%q ' "${command[@]}"
+        printf '\n'
+        exec "$PYTHON" "$ROOT/tools/plan_run.py" --gpus $((NODES * GPUS_PER_NODE)) \
+            --mfu "$MFU" --peak-flops "$PEAK_FLOPS" -- "${flags[@]}"
+    fi
+    mkdir -p "$OUT/logs"
+    exec "${command[@]}"
+}
+
+# Sets NODES, and LAUNCHER: torchrun on this node, or one torchrun a node by srun inside a Slurm job. Outside of
+# one, NODES is only for planning with --dry-run.
+set_launcher() {
+    LAUNCHER=("$PYTHON" -m torch.distributed.run --nproc-per-node "$GPUS_PER_NODE")
+    if [[ -z ${SLURM_JOB_ID:-} ]]; then
+        NODES=${NODES:-1}
+        need_integers NODES
+        ((NODES == 1 || DRY_RUN)) || fail "NODES: more than one node is started by Slurm, found $NODES"
+        LAUNCHER+=(--standalone)
+        return
+    fi
+    NODES=${SLURM_NNODES:-1}
+    local head
+    head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+    # Jobs that share a node must not meet: the port follows from the job's number.
+    LAUNCHER=(srun --nodes "$NODES" --ntasks "$NODES" --ntasks-per-node 1 --kill-on-bad-exit=1
+        "${LAUNCHER[@]}" --nnodes "$NODES" --rdzv-id "$SLURM_JOB_ID" --rdzv-backend c10d
+        --rdzv-endpoint "$head:$((20000 + SLURM_JOB_ID % 20000))"
+        --log-dir "$OUT/logs" --redirects 3 --tee 3)
+}
