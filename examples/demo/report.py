@@ -182,6 +182,9 @@ def plot_perplexities(out: Path, models: dict[str, Any]) -> None:
         for name, loss in values.items():
             style = "--" if name == "unlearn-ga" else "-"
             axis.plot(grid, _density(loss, grid), style, label=MODELS[name])
+        ascent = values["unlearn-ga"].mean()
+        if ascent > high:
+            axis.text(0.97, 0.5, f"GA: mean {ascent:.1f} →", ha="right", transform=axis.transAxes)
         axis.set(title=f"{text_set} text", xlabel="log-perplexity of a sample", yticks=[])
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("density")
