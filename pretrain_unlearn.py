@@ -1,9 +1,10 @@
 #!/usr/bin/env python
-"""Pre-train, continue, or unlearn: Megatron's training loop with the objective of arXiv 2406.12397.
+"""Pre-train, continue, unlearn (arXiv 2406.12397) or tune on conversations, in Megatron's training loop.
 
 One entry point for every stage. Without ``--forget-data-path`` it is plain Megatron pre-training; with it,
-``--forget-data-path`` is forgotten and ``--data-path`` replayed against a frozen reference. Every flag of
-Megatron-LM works as it does there; ``--help`` lists those of unlearning at its end.
+``--forget-data-path`` is forgotten and ``--data-path`` replayed against a frozen reference; with
+``--chat-data-path`` the assistant's part of conversations is learnt. Every flag of Megatron-LM works as
+it does there; ``--help`` lists those of this program at its end.
 """
 
 from __future__ import annotations
@@ -53,11 +54,15 @@ def main() -> None:
     compat.apply()
     optimizer.enable()
     set_startup_timestamps(program_start=_PROGRAM_START, main_entry=time.time())
-    args, config = arguments.parse()
+    args, config, chat = arguments.parse()
     if args.rank == 0:
         print(arguments.describe_runtime(), flush=True)
-    check_datasets(args, config)
+    if chat is None:
+        check_datasets(args, config)
     arguments.check_checkpoints(args, config)
+    if chat is not None and args.rank == 0:
+        print(chat.describe(), flush=True)
+        chat.write_template(args.save)
     source = find_reference(args, config) if config.needs_reference else None
 
     model_config = gpt_config_from_args(args)
@@ -83,7 +88,7 @@ def main() -> None:
         step.install()
         forward_step = step.forward_step
 
-    provider = datasets_provider(args, config)
+    provider = datasets_provider(args, config) if chat is None else chat.provider()
     try:
         pretrain(container, provider, ModelType.encoder_or_decoder, forward_step)
     except SystemExit as leaving:  # after --exit-interval, --exit-duration-in-mins or a signal

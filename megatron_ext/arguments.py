@@ -18,8 +18,10 @@ from megatron.training import get_tokenizer
 from megatron.training.argument_utils import ArgumentGroupFactory
 from megatron.training.arguments import parse_and_validate_args, parse_args
 
+from megatron_ext.chat import ChatRun, chat_run
+from megatron_ext.chat import check_resume as check_chat_resume
 from megatron_ext.checkpoint.inspect import check_architecture, has_checkpoint, open_checkpoint
-from megatron_ext.config import UnlearnConfig
+from megatron_ext.config import ChatConfig, UnlearnConfig
 from megatron_ext.data.tokenizers import TOKENIZER_TYPES, TokenizerSpec, tokenizer_digest
 from megatron_ext.exceptions import ConfigError
 from megatron_ext.model.layer_spec import check_arguments as check_layer_arguments
@@ -59,6 +61,7 @@ _NEVER_WITH_UNLEARNING: tuple[tuple[str, str], ...] = (
 
 def add_arguments(parser: ArgumentParser) -> ArgumentParser:
     """Add the product's flags and this machine's defaults to Megatron's parser."""
+    ArgumentGroupFactory(ChatConfig).build_group(parser, "chat tuning")
     ArgumentGroupFactory(UnlearnConfig).build_group(parser, "unlearning (arXiv 2406.12397)")
     compat.repair_help(parser)
     parser.set_defaults(**machine_defaults())
@@ -88,25 +91,39 @@ def _installed(module: str) -> bool:
     return importlib.util.find_spec(module) is not None
 
 
-def parse() -> tuple[Namespace, UnlearnConfig]:
+def parse() -> tuple[Namespace, UnlearnConfig, ChatRun | None]:
     """Parse the command line, check it, and set Megatron's global arguments.
 
     Returns:
-        Megatron's arguments, validated by Megatron, and the settings of unlearning.
+        Megatron's arguments, validated by Megatron; the settings of unlearning; and the data of chat
+        tuning, if that is what the command line asks for.
 
     Raises:
         ConfigError: a flag or a combination that cannot work; the message names it.
+        DataError: a file of conversations cannot be used.
     """
     raw = parse_args(add_arguments)
     config = unlearn_config(raw)
     check_before_megatron(raw, config)
+    chat, chat_config = None, _config(ChatConfig, raw)
+    if chat_config.enabled:
+        _check_start(raw, flag="--chat-data-path")
+        chat = chat_run(raw, chat_config)
+
+    def add_all(parser: ArgumentParser) -> ArgumentParser:
+        add_arguments(parser).set_defaults(**({} if chat is None else chat.defaults))
+        return parser
+
     try:
-        args = parse_and_validate_args(add_arguments)
+        args = parse_and_validate_args(add_all)
     except (AssertionError, ValueError, RuntimeError) as error:
         raise ConfigError(f"refused by Megatron-Core: {_reason(error)}") from error
     record_tokenizer(args)
+    args.chat_digest = None
+    if chat is not None:
+        chat.record(args)
     check_after_megatron(args, config)
-    return args, config
+    return args, config, chat
 
 
 def _reason(error: Exception) -> str:
@@ -137,10 +154,12 @@ def check_checkpoints(args: Namespace, config: UnlearnConfig) -> None:
         check_architecture(checkpoint, args, flag="--load")
         if config.enabled and not args.finetune:
             _check_resume(checkpoint.args, args)
+        if args.chat_digest is not None and not args.finetune:
+            check_chat_resume(checkpoint.args, args)
     elif args.pretrained_checkpoint is not None:
         checkpoint = open_checkpoint(args.pretrained_checkpoint, flag="--pretrained-checkpoint")
         check_architecture(checkpoint, args, flag="--pretrained-checkpoint")
-    elif config.enabled:
+    elif config.enabled or args.chat_digest is not None:
         # Megatron would go on with random weights.
         open_checkpoint(args.load, flag="--load")
 
@@ -160,7 +179,11 @@ def _check_resume(saved: Namespace, args: Namespace) -> None:
 
 def unlearn_config(args: Namespace) -> UnlearnConfig:
     """The settings of unlearning among parsed arguments."""
-    return UnlearnConfig(**{f.name: getattr(args, f.name) for f in fields(UnlearnConfig)})
+    return _config(UnlearnConfig, args)
+
+
+def _config[Config: (UnlearnConfig, ChatConfig)](of: type[Config], args: Namespace) -> Config:
+    return of(**{f.name: getattr(args, f.name) for f in fields(of)})
 
 
 def check_before_megatron(args: Namespace, config: UnlearnConfig) -> None:
@@ -190,7 +213,7 @@ def check_before_megatron(args: Namespace, config: UnlearnConfig) -> None:
             raise ConfigError(
                 "--cuda-graph-impl full_iteration cannot capture the reference's pass"
             )
-        _check_start(args)
+        _check_start(args, flag="--forget-data-path")
     elif config.reference_load is not None:
         raise ConfigError("--reference-load: expected --forget-data-path beside it, found none")
 
@@ -200,21 +223,21 @@ def _refuse(args: Namespace, name: str, reason: str) -> None:
         raise ConfigError(f"--{name.replace('_', '-')} {reason}")
 
 
-def _check_start(args: Namespace) -> None:
-    """Unlearning starts from a trained model, and its reference is one."""
-    for flag in ("load", "pretrained_checkpoint", "reference_load"):
-        directory = getattr(args, flag)
+def _check_start(args: Namespace, *, flag: str) -> None:
+    """Unlearning and chat tuning start from a trained model, and a reference is one."""
+    for name in ("load", "pretrained_checkpoint", "reference_load"):
+        directory = getattr(args, name)
         # --load may name the run's own, still empty, directory beside --pretrained-checkpoint.
-        if directory is None or (flag == "load" and args.pretrained_checkpoint is not None):
+        if directory is None or (name == "load" and args.pretrained_checkpoint is not None):
             continue
         if not Path(directory).is_dir():
             raise ConfigError(
-                f"--{flag.replace('_', '-')}: expected a checkpoint directory, found nothing at {directory}"
+                f"--{name.replace('_', '-')}: expected a checkpoint directory, found nothing at {directory}"
             )
     if args.load is None and args.pretrained_checkpoint is None:
         raise ConfigError(
-            "--forget-data-path: expected --load or --pretrained-checkpoint, the trained model to unlearn "
-            "from; found neither"
+            f"{flag}: expected --load or --pretrained-checkpoint, the trained model to start from; "
+            "found neither"
         )
 
 

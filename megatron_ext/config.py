@@ -1,4 +1,4 @@
-"""The settings of an unlearning run: one field is one flag, its docstring the flag's help text.
+"""The settings of unlearning and of chat tuning: one field is one flag, its docstring the flag's help text.
 
 arXiv 2406.12397 gives the objective and its weights; the defaults here are the paper's.
 """
@@ -131,3 +131,39 @@ class UnlearnConfig:
                 f"{train_global_batch_size} samples is a whole number, found {global_batch_size}"
             )
         return samples
+
+
+@dataclass(kw_only=True)
+class ChatConfig:
+    """Which conversations a model is tuned on, and for how long."""
+
+    chat_data_path: list[str] | None = field(default=None, metadata=_LIST)
+    """JSON lines of conversations (.jsonl, .jsonl.gz, .jsonl.zst) to tune on. Naming them turns chat tuning
+    on: only what the assistant writes is learnt. A turn is {"role", "content"} or {"from", "value"}; a
+    record is a list of turns, holds one at "messages" or "conversations", or is {"query", "response"}.
+    --chat-template names a Jinja file; default: the Hugging Face tokenizer's own, else a plain one."""
+
+    chat_valid_data_path: list[str] | None = field(default=None, metadata=_LIST)
+    """Like --chat-data-path, for validation."""
+
+    chat_epochs: int = 2
+    """Times that each conversation is seen. Sets the number of iterations, the last batch being filled up
+    from one epoch more, unless --train-iters or --train-samples is given."""
+
+    @property
+    def enabled(self) -> bool:
+        """Whether this is a chat tuning run."""
+        return self.chat_data_path is not None
+
+    def __post_init__(self) -> None:
+        """Refuse what no run could use.
+
+        Raises:
+            ConfigError: names the flag, what was expected and what was found.
+        """
+        if self.chat_epochs < 1:
+            raise ConfigError(f"--chat-epochs: expected at least 1, found {self.chat_epochs}")
+        if self.chat_valid_data_path is not None and not self.enabled:
+            raise ConfigError(
+                "--chat-valid-data-path: expected --chat-data-path beside it, found none"
+            )

@@ -139,13 +139,14 @@ def _build(
     )
     dataset_type = MockGPTDataset if args.mock_data else GPTDataset
     builder = BlendedMegatronDatasetBuilder(
-        dataset_type, list(num_samples), partial(_reads_data, vp_stage=vp_stage), dataset_config
+        dataset_type, list(num_samples), partial(reads_data, vp_stage=vp_stage), dataset_config
     )
     train, valid, test = builder.build()
     return train, valid, test
 
 
-def _reads_data(vp_stage: int | None = None) -> bool:
+def reads_data(vp_stage: int | None = None) -> bool:
+    """Whether this rank reads samples: those of the first and last stage do, one of each tensor group."""
     return (
         is_first_or_last_pipeline_stage(vp_stage)
         and parallel_state.get_tensor_model_parallel_rank() == 0

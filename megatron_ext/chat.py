@@ -1,0 +1,232 @@
+"""Chat tuning in Megatron's loop: the flags' checks, the number of iterations, the datasets.
+
+The step is that of plain training with another loss mask. How many tokens count differs widely between
+microbatches there, and Megatron by default takes the mean over microbatches and ranks of each one's mean,
+which weighs a token by how few others count beside it. Chat tuning therefore runs with
+``--calculate-per-token-loss``: gradients are sums over the global batch, divided by its counted tokens.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from argparse import Namespace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron.core.datasets.utils import Split
+
+from megatron_ext.config import ChatConfig
+from megatron_ext.data.atomic import write_atomically
+from megatron_ext.data.chat_dataset import ChatDataset, Packing
+from megatron_ext.data.chat_template import TEMPLATE_FILE, ChatTemplate, load_template
+from megatron_ext.data.chat_tokens import load_tokens
+from megatron_ext.data.providers import Datasets, reads_data
+from megatron_ext.data.tokenizers import TokenizerSpec, tokenizer_digest
+from megatron_ext.exceptions import ConfigError
+
+# Megatron's arguments that make the loss the mean over the counted tokens of the global batch.
+NORMALISATION: dict[str, Any] = {"calculate_per_token_loss": True}
+_ONE_OF_TWO = "a run either unlearns or tunes; unlearn first, then tune the result"
+_OTHER_DATA = "the conversations are the data"
+_EVERY_TOKEN = "the template decides which tokens count"
+_PACKED = "positions and attention run on over a packed sequence"
+_FIXED = "the number of iterations follows from a fixed global batch"
+_NEVER_WITH_CHAT: tuple[tuple[str, str], ...] = (
+    ("forget_data_path", _ONE_OF_TWO),
+    ("forget_train_data_path", _ONE_OF_TWO),
+    ("forget_valid_data_path", _ONE_OF_TWO),
+    ("forget_test_data_path", _ONE_OF_TWO),
+    ("data_path", _OTHER_DATA),
+    ("data_args_path", _OTHER_DATA),
+    ("per_split_data_args_path", _OTHER_DATA),
+    ("train_data_path", _OTHER_DATA),
+    ("valid_data_path", _OTHER_DATA),
+    ("test_data_path", _OTHER_DATA),
+    ("mock_data", _OTHER_DATA),
+    ("sft", "it is another way to do the same"),
+    ("eod_mask_loss", _EVERY_TOKEN),
+    ("reset_position_ids", _PACKED),
+    ("reset_attention_mask", _PACKED),
+    ("create_attention_mask_in_dataloader", _PACKED),
+    ("rampup_batch_size", _FIXED),
+    ("step_batch_size_schedule", _FIXED),
+    ("decrease_batch_size_if_needed", _FIXED),
+    ("phase_transition_iterations", _FIXED),
+    ("mtp_num_layers", "multi-token prediction adds a loss over other tokens"),
+    ("multiple_validation_sets", "there is one validation set"),
+    ("full_validation", "validation reads --eval-iters batches"),
+    ("hybrid_context_parallel", _PACKED),
+    ("ddp_average_in_collective", "gradients are summed and then divided by the counted tokens"),
+)
+
+
+@dataclass(frozen=True)
+class ChatRun:
+    """A chat tuning run: its data are tokenised and packed.
+
+    Attributes:
+        config: the flags.
+        template: the chat template.
+        train: packed conversations.
+        valid: those of validation.
+        iterations: computed from the epochs, or ``None`` if the command line says how long to train.
+    """
+
+    config: ChatConfig
+    template: ChatTemplate
+    train: Packing
+    valid: Packing | None
+    iterations: int | None
+
+    @property
+    def defaults(self) -> dict[str, Any]:
+        """Megatron's arguments that the run sets; those that the user types win."""
+        values = dict(NORMALISATION)
+        if self.iterations is not None:
+            values["train_iters"] = self.iterations
+        if self.valid is None:
+            values["eval_iters"] = 0
+        return values
+
+    @property
+    def digest(self) -> str:
+        """Of all that the content and order of the samples depend on."""
+        parts = (self.train.tokens.digest, self.train.seq_length, self.train.seed)
+        return hashlib.sha256(repr(parts).encode()).hexdigest()
+
+    def describe(self) -> str:
+        """What the run tunes on, in words."""
+        length = "as --train-iters or --train-samples says"
+        if self.iterations is not None:
+            length = f"{self.config.chat_epochs} epochs in {self.iterations:,} iterations"
+        lines = [
+            f"chat: {self.train.tokens.describe()}; {self.train.sequences(1):,} sequences an epoch, "
+            f"{self.train.fill:.1%} full; {length}"
+        ]
+        if self.valid is not None:
+            lines.append(f"chat validation: {self.valid.tokens.describe()}")
+        return "\n".join(lines)
+
+    def record(self, args: Namespace) -> None:
+        """Keep template and data in the arguments, and so in every checkpoint.
+
+        Raises:
+            ConfigError: validation was asked for and there is nothing to validate on.
+        """
+        if self.valid is None and args.eval_iters:
+            raise ConfigError(
+                f"--eval-iters: expected --chat-valid-data-path beside it or 0, found {args.eval_iters}"
+            )
+        args.chat_template = self.template.source
+        args.chat_digest = self.digest
+
+    def write_template(self, directory: str | None) -> None:
+        """Put the template beside the checkpoints, where inference looks for it."""
+        if directory is not None:
+            path = Path(directory) / TEMPLATE_FILE
+            write_atomically(path, self.template.source.encode(), overwrite=True)
+
+    def provider(self) -> Callable[..., Datasets]:
+        """The provider that Megatron's ``pretrain`` calls for its datasets."""
+
+        def provide(num_samples: Sequence[int], vp_stage: int | None = None) -> Datasets:
+            if not reads_data(vp_stage):
+                return None, None, None
+            splits = zip(
+                num_samples, (self.train, self.valid), (Split.train, Split.valid), strict=False
+            )
+            train, valid = (
+                None
+                if packing is None or not count
+                else ChatDataset(packing, samples=count, eod=self.template.eod_id, split=split)
+                for count, packing, split in splits
+            )
+            return train, valid, None
+
+        provide.is_distributed = True  # type: ignore[attr-defined]  # read by Megatron's loop
+        return provide
+
+
+def chat_run(args: Namespace, config: ChatConfig) -> ChatRun:
+    """Check the flags, tokenise and pack, before Megatron validates the rest.
+
+    Args:
+        args: parsed arguments.
+        config: the settings of chat tuning.
+
+    Raises:
+        ConfigError: a flag or a combination that cannot work.
+        DataError: a file cannot be read, or its records are no conversations.
+    """
+    _check(args)
+    spec = TokenizerSpec(
+        tokenizer_type=args.tokenizer_type,
+        tokenizer_model=args.tokenizer_model,
+        use_fast=not args.tokenizer_hf_no_use_fast,
+        trust_remote_code=args.trust_remote_code,
+    )
+    template = load_template(spec, path=args.chat_template)
+
+    def packing(flag: str, files: list[str]) -> Packing:
+        if missing := [file for file in files if not Path(file).is_file()]:
+            raise ConfigError(f"{flag}: expected a file, found none at {missing[0]}")
+        tokens = load_tokens(
+            [Path(file) for file in files],
+            template,
+            limit=args.seq_length + 1,
+            tokenizer_digest=tokenizer_digest(spec),
+            cache=None if args.data_cache_path is None else Path(args.data_cache_path),
+        )
+        return Packing(tokens, seq_length=args.seq_length, seed=args.seed)
+
+    assert config.chat_data_path is not None
+    train = packing("--chat-data-path", config.chat_data_path)
+    valid = None
+    if config.chat_valid_data_path is not None:
+        valid = packing("--chat-valid-data-path", config.chat_valid_data_path)
+    iterations = None
+    if args.train_iters is None and args.train_samples is None:
+        iterations = -(-train.sequences(config.chat_epochs) // args.global_batch_size)
+    return ChatRun(config, template, train, valid, iterations)
+
+
+def check_resume(saved: Namespace, args: Namespace) -> None:
+    """Refuse to go on with other data, or to take another kind of run for the start of this one.
+
+    Args:
+        saved: arguments of the checkpoint at ``--load``.
+        args: those of this run, without ``--finetune``.
+
+    Raises:
+        ConfigError: says what to do.
+    """
+    found = getattr(saved, "chat_digest", None)
+    if found is None:
+        raise ConfigError(
+            f"--load {args.load}: expected --finetune beside it, for this checkpoint is of no chat tuning "
+            "run; its iterations and samples would count as done"
+        )
+    if found != args.chat_digest:
+        raise ConfigError(
+            f"--chat-data-path: expected the conversations, template, tokenizer, --seq-length and --seed "
+            f"with which {args.load} was started (digest {found[:12]}), found others "
+            f"({args.chat_digest[:12]})"
+        )
+
+
+def _check(args: Namespace) -> None:
+    for name, reason in _NEVER_WITH_CHAT:
+        if getattr(args, name, None):
+            flag = name.replace("_", "-")
+            raise ConfigError(f"--{flag} cannot be combined with --chat-data-path: {reason}")
+    if args.dataloader_type not in (None, "single"):
+        raise ConfigError(
+            f"--dataloader-type: expected single, found {args.dataloader_type}; the order of the "
+            "conversations is a function of --seed and the epoch"
+        )
+    for name in ("seq_length", "global_batch_size", "tokenizer_type", "tokenizer_model"):
+        if getattr(args, name) is None:
+            flag = name.replace("_", "-")
+            raise ConfigError(f"--{flag}: expected it beside --chat-data-path, found none")
