@@ -138,14 +138,17 @@ class UnlearningHeadFunction(torch.autograd.Function):
         stats: list[Tensor] = []
         student = plan.student(tokens, weight) if plan.whole else None
         logits = reference = None
-        # The first chunk, which is never the short one, comes last: backward begins with it.
-        for chunk in reversed(list(plan.chunks(tokens.shape[0]))):
+        # The first chunk comes last: backward begins with it, and it is never the short one.
+        first, *others = plan.chunks(tokens.shape[0])
+        for chunk in (*others, first):
             del logits, reference
             logits = student[chunk] if student is not None else plan.student(tokens[chunk], weight)
             reference = plan.reference(chunk, reference_hidden, reference_weight)
-            stats.insert(0, plan.statistics(logits, reference, labels[chunk]))
+            stats.append(plan.statistics(logits, reference, labels[chunk]))
         rows = plan.kernels.combine_statistics(
-            gather_statistics(torch.cat(stats, 1) if len(stats) != 1 else stats[0], plan.group)
+            gather_statistics(
+                torch.cat([stats[-1], *stats[:-1]], 1) if others else stats[0], plan.group
+            )
         )
         kept = (student if plan.whole else logits, reference) if plan.keep else None
         ctx.save_for_backward(
