@@ -32,7 +32,7 @@ UNLEARN_BATCH=16
 CHAT_BATCH=16
 
 : "${GPUS_PER_NODE:=2}"
-: "${TP:=1}" "${PP:=1}" "${MICRO_BATCH:=8}"
+: "${TP:=1}" "${PP:=1}" "${MICRO_BATCH:=4}"
 : "${MFU:=0.45}" "${PEAK_FLOPS:=100e9}"
 : "${OMP_NUM_THREADS:=1}"
 PRECISION=()
