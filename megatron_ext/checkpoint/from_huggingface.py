@@ -1,0 +1,185 @@
+"""From a Hugging Face folder to a Megatron checkpoint.
+
+One tensor at a time is made from mapped files, and torch's writer keeps the last one of each key: the
+peak is one layer and the embeddings, whatever the number of layers.
+"""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from argparse import Namespace
+from pathlib import Path
+
+import torch
+from megatron.training.arguments import parse_args
+from torch import Tensor
+
+from megatron_ext.arguments import add_arguments
+from megatron_ext.checkpoint import torch_dist
+from megatron_ext.checkpoint.folder import new_folder
+from megatron_ext.checkpoint.huggingface import (
+    CONFIG,
+    GENERATION,
+    KEPT,
+    TOKENIZER_FILES,
+    TOKENIZER_TYPE,
+    Converted,
+    copy_files,
+    huggingface_shapes,
+    parameters,
+    read_config,
+    tokenizer_spec,
+)
+from megatron_ext.checkpoint.inspect import TRACKER
+from megatron_ext.checkpoint.llama import Llama
+from megatron_ext.checkpoint.safetensors import DTYPES, SafetensorsReader
+from megatron_ext.checkpoint.weights import Part, join, megatron_shape, parts, zero_shapes
+from megatron_ext.data.tokenizers import HuggingFaceReference, tokenizer_digest
+from megatron_ext.exceptions import CheckpointError
+
+ARGS_FILE = "ARGS.txt"
+# Rows of the vocabulary are padded to a multiple of this, Megatron's own default.
+VOCABULARY_MULTIPLE = 128
+# Layers ask a checkpoint for these beside their weights: Megatron's own and torch-native ones for the
+# first four, Transformer Engine's for all. They hold nothing without fp8.
+_EXTRA_STATES = tuple(
+    f"decoder.layers.{layer}._extra_state"
+    for layer in (
+        *("self_attention.linear_qkv", "self_attention.linear_proj", "mlp.linear_fc1"),
+        *("mlp.linear_fc2", "self_attention.core_attention"),
+    )
+)
+# Sequences longer than this are unlearned by few; the flag can be given again behind the file's.
+_SEQUENCE = 4096
+
+
+def import_model(
+    source: Path, output: Path, *, dtype: torch.dtype | None = None, overwrite: bool = False
+) -> Converted:
+    """Make a Megatron checkpoint of a Hugging Face folder.
+
+    Args:
+        source: folder with `config.json`, safetensors and a tokenizer.
+        output: checkpoint directory, as `--pretrained-checkpoint` names it.
+        dtype: of the new weights; by default that of the old ones.
+        overwrite: whether a checkpoint that is there may be replaced.
+
+    Raises:
+        CheckpointError: the model does not fit; names the field, or the tensor.
+        ConfigError: the tokenizer cannot be loaded, or the output exists.
+    """
+    config = read_config(source)
+    model = Llama.from_config(config)
+    tokenizer = HuggingFaceReference(tokenizer_spec(source))
+    if tokenizer.vocab_size > model.vocab_size:
+        raise CheckpointError(
+            f"vocab_size: expected at least the {tokenizer.vocab_size} tokens of the tokenizer, "
+            f"found {model.vocab_size}"
+        )
+    rows = _padded(model.vocab_size)
+    with SafetensorsReader(source) as reader:
+        stored = _check_tensors(reader, model, dtype)
+        dtype = dtype or stored
+        with new_folder(output, mark=TRACKER, overwrite=overwrite) as folder:
+            kept = folder / KEPT
+            kept.mkdir()
+            copy_files(source, kept, (CONFIG, GENERATION, *TOKENIZER_FILES))
+            flags = _flags(model, dtype, tokenizer.vocab_size, output.resolve() / KEPT)
+            args = _arguments(flags)
+            args.unpadded_vocab_size, args.padded_vocab_size = tokenizer.vocab_size, rows
+            args.tokenizer_digest, args.params_dtype = tokenizer_digest(tokenizer_spec(kept)), dtype
+            torch_dist.write(
+                # Iteration 0 and not a release: an unlearning run records its reference by iteration.
+                folder / "iter_0000000",
+                [_lazy(part, reader, model, rows) for part in parts(model)],
+                dtype=dtype,
+                args=args,
+                empty_objects=[(key, model.num_layers) for key in _EXTRA_STATES],
+            )
+            lines = tuple(shlex.join(flag) for flag in flags)
+            (folder / ARGS_FILE).write_text("".join(line + "\n" for line in lines))
+            (folder / TRACKER).write_text("0")
+    return Converted(output, parameters(model), dtype, lines)
+
+
+def _padded(vocab_size: int) -> int:
+    return -(-vocab_size // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
+
+
+def _check_tensors(
+    reader: SafetensorsReader, model: Llama, dtype: torch.dtype | None
+) -> torch.dtype:
+    """Every tensor of the config is there with its shape, no other, and all of one dtype."""
+    wanted, found = huggingface_shapes(model), reader.names()
+    # Old files hold the rotary angles, which follow from the config.
+    extra = {name for name in found - wanted.keys() if not name.endswith("rotary_emb.inv_freq")}
+    if model.tied and "lm_head.weight" in extra:
+        extra.remove("lm_head.weight")
+        if not torch.equal(reader.read("lm_head.weight"), reader.read("model.embed_tokens.weight")):
+            raise CheckpointError(
+                "tie_word_embeddings: expected lm_head.weight to be model.embed_tokens.weight, "
+                "found another"
+            )
+    for label, names in (("lacks", wanted.keys() - found), ("has, beyond its config,", extra)):
+        if names:
+            raise CheckpointError(
+                f"{reader.folder} {label} {len(names)} tensors, {min(names)} among them"
+            )
+    dtypes = set()
+    for name, shape in wanted.items():
+        actual, stored = reader.describe(name)
+        dtypes.add(stored)
+        if actual != shape:
+            raise CheckpointError(f"{name}: expected shape {shape}, found {actual}")
+    for name in zero_shapes(model):
+        if reader.read(name).any():
+            raise CheckpointError(
+                f"attention_bias: expected {name} to be zero, as --add-qkv-bias has none, found others"
+            )
+    allowed = {"F32", "BF16"} if dtype is None else set(DTYPES)
+    if not dtypes <= allowed or (dtype is None and len(dtypes) > 1):
+        raise CheckpointError(
+            f"dtype: expected F32 or BF16 throughout, found {', '.join(sorted(dtypes))}; "
+            "choose with --dtype"
+        )
+    return DTYPES[min(dtypes)]
+
+
+def _flags(model: Llama, dtype: torch.dtype, tokens: int, tokenizer: Path) -> list[list[str]]:
+    """Megatron's flags for training the model, each with its value."""
+    flags = [
+        *model.to_flags(),
+        ["--attention-dropout", "0.0"],
+        ["--hidden-dropout", "0.0"],
+        ["--seq-length", str(min(model.max_position_embeddings, _SEQUENCE))],
+        ["--tokenizer-type", TOKENIZER_TYPE],
+        ["--tokenizer-model", str(tokenizer)],
+    ]
+    if _padded(tokens) < model.vocab_size:
+        # Megatron pads the tokenizer's vocabulary; rows beyond that would be lost in training.
+        flags.append(["--padded-vocab-size", str(_padded(model.vocab_size))])
+    if dtype == torch.bfloat16:
+        flags.append(["--bf16"])
+    return flags
+
+
+def _arguments(flags: list[list[str]]) -> Namespace:
+    """What Megatron makes of the flags: what a run with them would save."""
+    command_line = sys.argv
+    sys.argv = [command_line[0], *(word for flag in flags for word in flag)]
+    try:
+        args: Namespace = parse_args(add_arguments)
+    finally:
+        sys.argv = command_line
+    args.consumed_train_samples = args.consumed_valid_samples = args.skipped_train_samples = 0
+    return args
+
+
+def _lazy(part: Part, reader: SafetensorsReader, model: Llama, rows: int) -> torch_dist.LazyTensor:
+    def make() -> Tensor:
+        tensors = [reader.read(name) for name in part.names]
+        return join(part, tensors, groups=model.num_query_groups, rows=rows)
+
+    layer = None if part.layer is None else (part.layer, model.num_layers)
+    return torch_dist.LazyTensor(part.key, layer, megatron_shape(part, rows=rows), make)

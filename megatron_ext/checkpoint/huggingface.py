@@ -1,0 +1,94 @@
+"""Exchange of Llama-architecture models with Hugging Face folders: what both directions share.
+
+On import, what the model brought besides its weights (config, tokenizer, chat template, generation
+settings) is kept in the folder `KEPT` of the checkpoint; training takes its tokenizer from there, and
+export puts it beside the new weights.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import LlamaConfig
+
+from megatron_ext.checkpoint.llama import Llama
+from megatron_ext.checkpoint.weights import parts, zero_shapes
+from megatron_ext.data.tokenizers import TokenizerSpec
+from megatron_ext.exceptions import CheckpointError
+
+KEPT = "huggingface"
+CONFIG, GENERATION = "config.json", "generation_config.json"
+TOKENIZER_FILES = (
+    *("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json"),
+    *("added_tokens.json", "vocab.json", "merges.txt", "vocab.txt"),
+    *("chat_template.jinja", "chat_template.json", "chat_templates", "additional_chat_templates"),
+)
+TOKENIZER_TYPE = "HuggingFaceTokenizer"
+
+
+@dataclass(frozen=True)
+class Converted:
+    """What was written.
+
+    Attributes:
+        path: the folder.
+        parameters: of the model, padding and tied copies left out.
+        dtype: of the weights.
+        flags: architecture flags for training, one string a flag; empty after an export.
+    """
+
+    path: Path
+    parameters: int
+    dtype: torch.dtype
+    flags: tuple[str, ...] = ()
+
+
+def read_config(folder: Path) -> LlamaConfig:
+    """Read `config.json` of a Llama, in the form that `transformers` gives to old and new ones.
+
+    Raises:
+        CheckpointError: there is none, it is of another architecture, or `transformers` refuses it.
+    """
+    path = folder / CONFIG
+    if not path.is_file():
+        raise CheckpointError(f"expected a Hugging Face model, found no {path}")
+    try:
+        found = json.loads(path.read_text()).get("model_type")
+        if found != "llama":
+            raise CheckpointError(f"{path}: model_type: expected llama, found {found}")
+        return LlamaConfig.from_pretrained(folder, local_files_only=True)
+    except CheckpointError:
+        raise
+    except Exception as error:  # whatever transformers raises, the user needs the file's name
+        raise CheckpointError(f"{path} cannot be read: {error}") from error
+
+
+def tokenizer_spec(folder: Path) -> TokenizerSpec:
+    """The tokenizer of a folder, in Megatron's terms."""
+    return TokenizerSpec(tokenizer_type=TOKENIZER_TYPE, tokenizer_model=str(folder))
+
+
+def copy_files(source: Path, target: Path, names: tuple[str, ...]) -> None:
+    """Copy those of the files, or folders, that there are."""
+    for name in names:
+        if (source / name).is_dir():
+            shutil.copytree(source / name, target / name)
+        elif (source / name).is_file():
+            shutil.copyfile(source / name, target / name)
+
+
+def huggingface_shapes(model: Llama) -> dict[str, tuple[int, ...]]:
+    """Shape of every Hugging Face tensor of a model, in the order of `parts`."""
+    shapes = {
+        name: shape for p in parts(model) for name, shape in zip(p.names, p.shapes, strict=True)
+    }
+    return shapes | zero_shapes(model)
+
+
+def parameters(model: Llama) -> int:
+    """Parameters of a model; padding and tied copies do not count."""
+    return sum(torch.Size(shape).numel() for shape in huggingface_shapes(model).values())

@@ -1,0 +1,223 @@
+"""The Llama architecture, as a Hugging Face config and as Megatron's flags.
+
+What either side can say and the other cannot is refused here, by the name of the field or flag.
+"""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from megatron_ext.exceptions import CheckpointError
+
+# Megatron's llama3 rotary scaling has these built in; only the factor is a flag.
+LLAMA3_ROPE = {
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+
+# Fields of a Hugging Face config that must be as here (or missing).
+_CONFIG = {
+    "model_type": "llama",
+    "architectures": ["LlamaForCausalLM"],
+    "hidden_act": "silu",
+    "quantization_config": None,
+}
+# Megatron's arguments that must be as here for the model to be a Llama (or missing).
+_ARGUMENTS: dict[str, object] = {
+    "position_embedding_type": "rope",
+    "rotary_percent": 1.0,
+    "rotary_interleaved": False,
+    "rotary_seq_len_interpolation_factor": None,
+    "no_rope_freq": None,
+    "normalization": "RMSNorm",
+    "layernorm_zero_centered_gamma": False,
+    "apply_residual_connection_post_layernorm": False,
+    "swiglu": True,
+    "glu_linear_offset": 0.0,
+    "activation_func_clamp_value": None,
+    "qk_layernorm": False,
+    "qk_l2_norm": False,
+    "softmax_type": "vanilla",
+    "window_size": None,
+    "attention_output_gate": False,
+    "multi_latent_attention": False,
+    "num_experts": None,
+    "mtp_num_layers": None,
+    "use_mup": False,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Llama:
+    """Sizes and switches of a model that both sides can hold.
+
+    Attributes:
+        vocab_size: rows of the embedding without padding.
+        kv_channels: size of a head.
+        rope_scaling_factor: of llama3's rotary scaling, `None` without it.
+        bias: linear layers with a bias: none, only queries, keys and values, or all.
+        tied: whether the output layer is the embedding.
+    """
+
+    vocab_size: int
+    hidden_size: int
+    ffn_hidden_size: int
+    num_layers: int
+    num_attention_heads: int
+    num_query_groups: int
+    kv_channels: int
+    max_position_embeddings: int
+    norm_epsilon: float
+    rotary_base: int
+    rope_scaling_factor: float | None
+    bias: Literal["none", "qkv", "all"]
+    tied: bool
+
+    @classmethod
+    def from_config(cls, config: Any) -> Llama:
+        """Read a Hugging Face config.
+
+        Args:
+            config: `transformers.LlamaConfig`, or the config of a model that will be refused.
+
+        Raises:
+            CheckpointError: the model is no Llama that Megatron can run; names the field.
+        """
+        for field, expected in _CONFIG.items():
+            found = getattr(config, field, None)
+            if found not in (expected, None):
+                _refuse(field, expected, found)
+        if config.mlp_bias and not config.attention_bias:
+            _refuse("mlp_bias", "False where attention_bias is False", True)
+        if config.num_attention_heads % config.num_key_value_heads:
+            divisor = f"a divisor of num_attention_heads {config.num_attention_heads}"
+            _refuse("num_key_value_heads", divisor, config.num_key_value_heads)
+        return cls(
+            vocab_size=config.vocab_size,
+            hidden_size=config.hidden_size,
+            ffn_hidden_size=config.intermediate_size,
+            num_layers=config.num_hidden_layers,
+            num_attention_heads=config.num_attention_heads,
+            num_query_groups=config.num_key_value_heads,
+            kv_channels=config.head_dim,
+            max_position_embeddings=config.max_position_embeddings,
+            norm_epsilon=config.rms_norm_eps,
+            rotary_base=_rotary_base(config.rope_parameters),
+            rope_scaling_factor=_rope_scaling_factor(config.rope_parameters),
+            bias="all" if config.mlp_bias else "qkv" if config.attention_bias else "none",
+            tied=config.tie_word_embeddings,
+        )
+
+    @classmethod
+    def from_arguments(cls, args: Namespace, *, vocab_size: int) -> Llama:
+        """Read the arguments that a Megatron checkpoint holds.
+
+        Args:
+            args: arguments of the run that wrote it.
+            vocab_size: rows of the embedding without padding.
+
+        Raises:
+            CheckpointError: the model is not a Llama; names the argument.
+        """
+        for name, expected in _ARGUMENTS.items():
+            found = getattr(args, name, expected)
+            if found != expected:
+                _refuse(f"--{name.replace('_', '-')}", expected, found)
+        heads = args.num_attention_heads
+        scaled = getattr(args, "use_rope_scaling", False)
+        qkv_bias = getattr(args, "add_qkv_bias", False)
+        return cls(
+            vocab_size=vocab_size,
+            hidden_size=args.hidden_size,
+            ffn_hidden_size=args.ffn_hidden_size,
+            num_layers=args.num_layers,
+            num_attention_heads=heads,
+            num_query_groups=args.num_query_groups if args.group_query_attention else heads,
+            kv_channels=args.kv_channels,
+            max_position_embeddings=args.max_position_embeddings,
+            norm_epsilon=args.layernorm_epsilon,
+            rotary_base=args.rotary_base,
+            rope_scaling_factor=args.rope_scaling_factor if scaled else None,
+            bias="all" if args.add_bias_linear else "qkv" if qkv_bias else "none",
+            tied=not args.untie_embeddings_and_output_weights,
+        )
+
+    def to_config(self) -> dict[str, Any]:
+        """The fields of a Hugging Face config that say the same."""
+        rope: dict[str, Any] = {"rope_theta": float(self.rotary_base), "rope_type": "default"}
+        if self.rope_scaling_factor is not None:
+            rope |= {"rope_type": "llama3", "factor": self.rope_scaling_factor, **LLAMA3_ROPE}
+        return {
+            "vocab_size": self.vocab_size,
+            "hidden_size": self.hidden_size,
+            "intermediate_size": self.ffn_hidden_size,
+            "num_hidden_layers": self.num_layers,
+            "num_attention_heads": self.num_attention_heads,
+            "num_key_value_heads": self.num_query_groups,
+            "head_dim": self.kv_channels,
+            "max_position_embeddings": self.max_position_embeddings,
+            "rms_norm_eps": self.norm_epsilon,
+            "rope_parameters": rope,
+            "attention_bias": self.bias != "none",
+            "mlp_bias": self.bias == "all",
+            "tie_word_embeddings": self.tied,
+            "hidden_act": "silu",
+        }
+
+    def to_flags(self) -> list[list[str]]:
+        """Megatron's flags of the architecture, each with its value."""
+        flags: list[list[object]] = [
+            ["--num-layers", self.num_layers],
+            ["--hidden-size", self.hidden_size],
+            ["--ffn-hidden-size", self.ffn_hidden_size],
+            ["--num-attention-heads", self.num_attention_heads],
+            ["--kv-channels", self.kv_channels],
+            ["--max-position-embeddings", self.max_position_embeddings],
+            ["--position-embedding-type", "rope"],
+            ["--rotary-base", self.rotary_base],
+            ["--normalization", "RMSNorm"],
+            ["--norm-epsilon", self.norm_epsilon],
+            ["--swiglu"],
+        ]
+        if self.num_query_groups != self.num_attention_heads:
+            flags += [["--group-query-attention"], ["--num-query-groups", self.num_query_groups]]
+        if self.rope_scaling_factor is not None:
+            flags += [["--use-rope-scaling"], ["--rope-scaling-factor", self.rope_scaling_factor]]
+        if self.bias != "all":
+            flags += [["--disable-bias-linear"]]
+        if self.bias == "qkv":
+            flags += [["--add-qkv-bias"]]
+        if not self.tied:
+            flags += [["--untie-embeddings-and-output-weights"]]
+        return [[str(word) for word in flag] for flag in flags]
+
+
+def _rotary_base(rope: Mapping[str, Any]) -> int:
+    theta = rope["rope_theta"]
+    if theta != int(theta):
+        _refuse("rope_theta", "a whole number, as --rotary-base is", theta)
+    if rope.get("partial_rotary_factor", 1.0) != 1.0:
+        _refuse("partial_rotary_factor", 1.0, rope["partial_rotary_factor"])
+    return int(theta)
+
+
+def _rope_scaling_factor(rope: Mapping[str, Any]) -> float | None:
+    kind = rope.get("rope_type", "default")
+    if kind == "default":
+        return None
+    if kind != "llama3":
+        _refuse("rope_parameters.rope_type", "default or llama3", kind)
+    for field, expected in LLAMA3_ROPE.items():
+        if rope[field] != expected:
+            _refuse(
+                f"rope_parameters.{field}", f"{expected}, as Megatron has built in", rope[field]
+            )
+    return float(rope["factor"])
+
+
+def _refuse(field: str, expected: object, found: object) -> None:
+    raise CheckpointError(f"{field}: expected {expected}, found {found}")

@@ -1,0 +1,191 @@
+"""From a Megatron checkpoint, of any parallel layout, to a Hugging Face folder.
+
+The peak is one safetensors file and one stored tensor.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, LlamaConfig
+
+from megatron_ext.checkpoint import torch_dist
+from megatron_ext.checkpoint.folder import new_folder
+from megatron_ext.checkpoint.huggingface import (
+    CONFIG,
+    GENERATION,
+    KEPT,
+    TOKENIZER_FILES,
+    TOKENIZER_TYPE,
+    Converted,
+    copy_files,
+    huggingface_shapes,
+    parameters,
+    read_config,
+    tokenizer_spec,
+)
+from megatron_ext.checkpoint.inspect import Checkpoint, open_checkpoint
+from megatron_ext.checkpoint.llama import Llama
+from megatron_ext.checkpoint.safetensors import write_safetensors
+from megatron_ext.checkpoint.weights import megatron_shape, parts, split, zero_shapes
+from megatron_ext.data.tokenizers import HuggingFaceReference, tokenizer_digest
+from megatron_ext.exceptions import CheckpointError, ConfigError
+
+logger = logging.getLogger(__name__)
+
+# The parts of a model in a checkpoint; the rest is optimizer and random state.
+_MODEL_KEYS = ("embedding.", "decoder.", "output_layer.")
+
+
+def export_model(
+    source: Path,
+    output: Path,
+    *,
+    iteration: int | None = None,
+    tokenizer: Path | None = None,
+    dtype: torch.dtype | None = None,
+    max_shard_bytes: int = 5 * 10**9,
+    overwrite: bool = False,
+) -> Converted:
+    """Make a Hugging Face folder of a Megatron checkpoint.
+
+    Args:
+        source: checkpoint directory.
+        output: the folder.
+        iteration: which one; by default the latest.
+        tokenizer: folder of the tokenizer; by default what the import kept.
+        dtype: of the new weights; by default that of the old ones.
+        max_shard_bytes: size of a safetensors file.
+        overwrite: whether a model that is there may be replaced.
+
+    Raises:
+        CheckpointError: the checkpoint is unreadable or no Llama; names the flag, or the tensor.
+        ConfigError: the tokenizer is missing or another one, or the output exists.
+    """
+    checkpoint = open_checkpoint(source, flag="--checkpoint", iteration=iteration)
+    kept = tokenizer or _kept(checkpoint)
+    tokens = _check_tokenizer(kept, checkpoint)
+    template = read_config(kept) if (kept / CONFIG).is_file() else None
+    reader = torch_dist.Reader(checkpoint.path)
+    (rows, *_), stored = reader.describe("embedding.word_embeddings.weight")
+    model = Llama.from_arguments(
+        checkpoint.args, vocab_size=_vocab_size(template, tokens=tokens, rows=rows)
+    )
+    _check_tensors(reader, model, rows)
+    dtype = dtype or stored
+    with new_folder(output, mark=CONFIG, overwrite=overwrite) as folder:
+        write_safetensors(
+            folder,
+            huggingface_shapes(model),
+            _tensors(reader, model),
+            dtype=dtype,
+            max_shard_bytes=max_shard_bytes,
+        )
+        copy_files(kept, folder, (GENERATION, *TOKENIZER_FILES))
+        _write_config(folder, model, kept=kept, template=template, dtype=dtype)
+    return Converted(output, parameters(model), dtype)
+
+
+def _kept(checkpoint: Checkpoint) -> Path:
+    """Where the import left what the model brought: here, or where the run took its tokenizer from."""
+    places = [checkpoint.directory / KEPT]
+    args = checkpoint.args
+    if getattr(args, "tokenizer_type", None) == TOKENIZER_TYPE and args.tokenizer_model:
+        places.append(Path(args.tokenizer_model))
+    for place in places:
+        if place.is_dir():
+            return place
+    raise ConfigError(
+        f"--tokenizer: expected the folder of a Hugging Face tokenizer, found none given and none at "
+        f"{' or '.join(map(str, places))}"
+    )
+
+
+def _check_tokenizer(folder: Path, checkpoint: Checkpoint) -> int:
+    """Whether it is the tokenizer that the model was trained with; its number of tokens."""
+    args = checkpoint.args
+    tokens = HuggingFaceReference(tokenizer_spec(folder)).vocab_size
+    facts: list[tuple[str, object, object]] = [
+        ("tokens", getattr(args, "unpadded_vocab_size", None), tokens)
+    ]
+    if getattr(args, "tokenizer_type", None) == TOKENIZER_TYPE:
+        digest = tokenizer_digest(tokenizer_spec(folder))
+        facts.append(("digest", getattr(args, "tokenizer_digest", None), digest))
+    for label, expected, found in facts:
+        if expected is not None and expected != found:
+            raise ConfigError(
+                f"--tokenizer: expected the tokenizer of {checkpoint.path} ({label} {expected}), found "
+                f"{label} {found} in {folder}"
+            )
+    return tokens
+
+
+def _vocab_size(template: LlamaConfig | None, *, tokens: int, rows: int) -> int:
+    """Rows of the embedding that are no padding."""
+    if template is None or not tokens <= template.vocab_size <= rows:
+        if template is not None:
+            logger.warning(
+                "vocab_size: %d where %s of the imported model says %d; the checkpoint has %d rows",
+                *(tokens, CONFIG, template.vocab_size, rows),
+            )
+        return tokens
+    vocab_size: int = template.vocab_size
+    return vocab_size
+
+
+def _check_tensors(reader: torch_dist.Reader, model: Llama, rows: int) -> None:
+    """Every tensor of the architecture is there with its shape, and no other."""
+    wanted = {}
+    for part in parts(model):
+        layers = () if part.layer is None else (model.num_layers,)
+        wanted[part.key] = (*layers, *megatron_shape(part, rows=rows))
+    extra = reader.keys(_MODEL_KEYS) - wanted.keys()
+    if extra:
+        raise CheckpointError(
+            f"{reader.path} has, beyond its arguments, {len(extra)} tensors, {min(extra)} among them"
+        )
+    for key, expected in wanted.items():
+        found, _ = reader.describe(key)
+        if found != expected:
+            raise CheckpointError(
+                f"{reader.path}: expected {key} of shape {expected}, found {found}"
+            )
+
+
+def _tensors(reader: torch_dist.Reader, model: Llama) -> Iterator[tuple[str, Tensor]]:
+    """Hugging Face tensors by name, in the order of `huggingface_shapes`."""
+    for part in parts(model):
+        tensor = reader.read(part.key, layer=part.layer)
+        yield from zip(part.names, split(part, tensor, groups=model.num_query_groups), strict=True)
+    for name, shape in zero_shapes(model).items():
+        yield name, torch.zeros(shape)
+
+
+def _write_config(
+    folder: Path, model: Llama, *, kept: Path, template: LlamaConfig | None, dtype: torch.dtype
+) -> None:
+    """The imported model's config as it was where it still holds, else one that says what changed."""
+    if template is not None and template.dtype == dtype and Llama.from_config(template) == model:
+        copy_files(kept, folder, (CONFIG,))
+        return
+    config = template or _config_of_tokenizer(kept)
+    for field, value in model.to_config().items():
+        setattr(config, field, value)
+    config.dtype, config.architectures = dtype, ["LlamaForCausalLM"]
+    config.save_pretrained(folder)
+    if not (folder / GENERATION).is_file():
+        GenerationConfig.from_model_config(config).save_pretrained(folder)
+
+
+def _config_of_tokenizer(folder: Path) -> LlamaConfig:
+    """A config that knows the ids at which generation begins and ends."""
+    tokenizer = HuggingFaceReference(tokenizer_spec(folder)).tokenizer
+    return LlamaConfig(
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )

@@ -1,0 +1,92 @@
+#!/usr/bin/env python
+"""Exchange Llama-architecture models with Hugging Face folders.
+
+    python tools/convert_checkpoint.py import --source Llama-3.2-1B --output ckpt/base
+    torchrun ... pretrain_unlearn.py $(cat ckpt/base/ARGS.txt) --pretrained-checkpoint ckpt/base ...
+    python tools/convert_checkpoint.py export --checkpoint ckpt/unlearn --output Llama-3.2-1B-unlearned
+
+One process on the CPU; training loads the result at any parallel layout, and export reads any. The
+tokenizer with its chat template stays with the model. A model that does not fit is refused by the name
+of the field.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import warnings
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+warnings.filterwarnings("ignore", message=".*(Transformer Engine|Apex|transformer-engine).*")
+warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+
+from megatron_ext.runtime import compat, cpu  # noqa: E402
+
+cpu.enable()
+
+from tools.common import run_tool  # noqa: E402
+
+
+def parse_args() -> argparse.Namespace:
+    """Parse the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    verbs = parser.add_subparsers(dest="verb", required=True)
+    to_megatron = verbs.add_parser("import", help="Hugging Face folder to Megatron checkpoint")
+    to_megatron.add_argument("--source", type=Path, required=True, help="folder of the model")
+    to_huggingface = verbs.add_parser("export", help="Megatron checkpoint to Hugging Face folder")
+    to_huggingface.add_argument(
+        "--checkpoint", type=Path, required=True, help="checkpoint directory, as --load names it"
+    )
+    to_huggingface.add_argument("--iteration", type=int, help="which one; by default the latest")
+    to_huggingface.add_argument(
+        "--tokenizer", type=Path, help="folder of the tokenizer; by default what the import kept"
+    )
+    to_huggingface.add_argument(
+        "--max-shard-size", type=float, default=5.0, metavar="GB", help="of a safetensors file"
+    )
+    for verb in (to_megatron, to_huggingface):
+        verb.add_argument("--output", type=Path, required=True, help="folder to write")
+        verb.add_argument(
+            "--dtype", choices=["float32", "bfloat16"], help="of the weights; by default as stored"
+        )
+        verb.add_argument("--overwrite", action="store_true", help="replace what is there")
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Run a verb and say what it wrote."""
+    options = parse_args()
+    compat.check_megatron_version()
+    import torch
+
+    dtype = getattr(torch, options.dtype) if options.dtype else None
+    if options.verb == "import":
+        from megatron_ext.checkpoint.from_huggingface import ARGS_FILE, import_model
+
+        result = import_model(
+            options.source, options.output, dtype=dtype, overwrite=options.overwrite
+        )
+        print("\n".join(result.flags))
+        note = f"; the flags above are in {options.output / ARGS_FILE}"
+    else:
+        from megatron_ext.checkpoint.to_huggingface import export_model
+
+        result = export_model(
+            options.checkpoint,
+            options.output,
+            iteration=options.iteration,
+            tokenizer=options.tokenizer,
+            dtype=dtype,
+            max_shard_bytes=int(options.max_shard_size * 1e9),
+            overwrite=options.overwrite,
+        )
+        note = ""
+    kind = str(result.dtype).removeprefix("torch.")
+    print(f"{result.path}: {result.parameters:,} parameters in {kind}{note}")
+
+
+if __name__ == "__main__":
+    run_tool(main)
