@@ -6,6 +6,5 @@ source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 begin "$@"
 
 start_from MODEL "the checkpoint directory of the model to tune"
-need CHAT_DATA "a JSONL file of conversations"
-[[ -f $CHAT_DATA ]] || fail "CHAT_DATA: no file $CHAT_DATA"
-tune_chat "$CHAT_DATA"
+need_files CHAT_DATA "JSON lines of conversations, one file or several"
+tune_chat

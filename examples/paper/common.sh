@@ -111,7 +111,7 @@ pretrain() {
     shift
     launch --global-batch-size "$batch" --data-path "${BLEND[@]}" --split "$SPLIT" \
         --train-iters "$(iterations "$tokens" $((batch * SEQ_LENGTH)))" \
-        --save-interval "${SAVE_INTERVAL:-$LEARN_SAVE_INTERVAL}" "$@"
+        --save-interval "${SAVE_INTERVAL:-$LEARN_SAVE_INTERVAL}" "${EVALUATION[@]}" "$@"
 }
 
 # continue_on TOKENS: plain training from START at the constant rate of the paper.
@@ -130,14 +130,26 @@ unlearn() {
         --forget-weight "$FORGET_WEIGHT" --replay-weight 1 --mitigation-weight 1 \
         --lr "$UNLEARN_LR" --lr-decay-style constant \
         --train-iters "$(iterations "$FORGET_TOKENS" $((forget * SEQ_LENGTH)))" \
-        --save-interval "${SAVE_INTERVAL:-$UNLEARN_SAVE_INTERVAL}" "$@"
+        --save-interval "${SAVE_INTERVAL:-$UNLEARN_SAVE_INTERVAL}" "${EVALUATION[@]}" "$@"
 }
 
-# tune_chat FILE: chat tuning from START; the entry point counts the iterations of the epochs.
+# need_files VARIABLE MEANING: one file or several.
+need_files() {
+    need "$1" "$2"
+    local words file
+    read -r -a words <<<"${!1}"
+    for file in "${words[@]}"; do
+        [[ -f $file ]] || fail "$1: no file $file"
+    done
+}
+
+# tune_chat: chat tuning of START on the files of CHAT_DATA; the entry point counts the iterations of the epochs.
 tune_chat() {
+    local files
+    read -r -a files <<<"$CHAT_DATA"
     launch --global-batch-size "${GLOBAL_BATCH:-$CHAT_BATCH}" \
-        --chat-data-path "$1" --chat-epochs "$CHAT_EPOCHS" \
-        --lr "$CHAT_LR" --lr-decay-style constant \
+        --chat-data-path "${files[@]}" --chat-epochs "$CHAT_EPOCHS" \
+        --lr "$CHAT_LR" --lr-decay-style constant --eval-iters 0 \
         --save-interval "${SAVE_INTERVAL:-$UNLEARN_SAVE_INTERVAL}"
 }
 
@@ -152,7 +164,7 @@ launch() {
         --tokenizer-type "$TOKENIZER_TYPE" --tokenizer-model "$TOKENIZER"
         --tensor-model-parallel-size "$TP" --pipeline-model-parallel-size "$PP"
         --micro-batch-size "$MICRO_BATCH" --seed "${SEED:-1234}"
-        "${PRECISION[@]}" "${OPTIMIZER[@]}" "${EVALUATION[@]}"
+        "${PRECISION[@]}" "${OPTIMIZER[@]}"
         "${START[@]}" --load "$OUT" --save "$OUT" --tensorboard-dir "$OUT/tensorboard"
         --data-cache-path "${DATA_CACHE:-$OUT/data-cache}" --log-interval 1
         # SIGTERM (preemption, or shortly before a time limit) saves and ends.

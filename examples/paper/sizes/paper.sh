@@ -43,5 +43,6 @@ PRECISION=(--bf16 --use-distributed-optimizer --overlap-grad-reduce --overlap-pa
 OPTIMIZER=(--weight-decay 0.1 --adam-beta1 0.9 --adam-beta2 0.95 --clip-grad 1.0)
 SPLIT=999,1,0
 LEARN_SAVE_INTERVAL=2000
+# Chat tuning's as well.
 UNLEARN_SAVE_INTERVAL=200
 EVALUATION=(--eval-interval 500 --eval-iters 10)
