@@ -5,6 +5,7 @@ A peer is a function of a `Workload` that returns the scalar loss; its gradients
 
 | peer | how |
 |---|---|
+| ours-candidate | ours with the kernels that are to replace the default ones (GPU) |
 | ours-lean | ours with a budget that keeps the student's logits but not the reference's (GPU) |
 | naive | logits, log-softmax and probabilities of all tokens in fp32 memory, autograd |
 | compiled | `torch.compile` of naive |
@@ -165,6 +166,10 @@ class _VocabParallelKL(torch.autograd.Function):
         return ((log_p.exp() - p_t) * grad[:, None]).to(ctx.dtype), None, None
 
 
+def candidate(w: Workload) -> Tensor:
+    return ours(w, backend="triton-candidate")
+
+
 def lean(w: Workload) -> Tensor:
     """Ours, in at most a quarter of the memory of `compiled` with the reference on all tokens."""
     element = w.weight.element_size()
@@ -237,6 +242,7 @@ def make_cut_cross_entropy() -> Callable[[Workload], Tensor]:
 # Name -> factory. The first is what the others are compared with.
 PEERS: dict[str, Callable[[], Callable[[Workload], Tensor]]] = {
     "ours": lambda: ours,
+    "ours-candidate": lambda: candidate,
     "ours-lean": lambda: lean,
     "naive": lambda: naive,
     "compiled": make_compiled,

@@ -4,10 +4,6 @@
 wrapped schedule reads all microbatches of the step first, because two things need them before the
 student's first backward pass: the reference's hidden states, and the number of forgotten and replayed
 tokens in the whole global batch, by which each term is averaged.
-
-Source of the objective: arXiv 2406.12397. The paper sums over each text; here every term is the mean
-over its own tokens of the global batch, so the result does not depend on TP, PP, DP or the
-micro-batch size.
 """
 
 from __future__ import annotations
@@ -27,13 +23,9 @@ from megatron.training import get_timers
 from megatron_ext.config import UnlearnConfig
 from megatron_ext.data.batch import MicroBatch, read_micro_batch
 from megatron_ext.head import head_terms
-from megatron_ext.losses import FORGET_LOSSES, cross_entropy
+from megatron_ext.objective import Objective
 from megatron_ext.plain import check_finite
 from megatron_ext.reference import FrozenReference
-
-# Denominator of a term without tokens: its mean is then 0 instead of 0/0, and adding it to the token
-# counts of other batches changes nothing.
-_NO_TOKENS = 1e-30
 
 
 @dataclass
@@ -71,6 +63,7 @@ class UnlearnStep:
     ) -> None:
         self.args = args
         self.config = config
+        self.objective = Objective(config)
         self._reference = reference
 
     def install(self) -> None:
@@ -84,7 +77,7 @@ class UnlearnStep:
 
         def evaluate_and_derive(*args: Any, **kwargs: Any) -> Any:
             totals, collected, out_of_time = evaluate(*args, **kwargs)
-            return (self.derive(totals) if totals else totals), collected, out_of_time
+            return (self.objective.derive(totals) if totals else totals), collected, out_of_time
 
         loop.get_forward_backward_func = get_wrapped_schedule
         loop.evaluate = evaluate_and_derive
@@ -195,43 +188,12 @@ class UnlearnStep:
             ``sums``, fp64 ``[4]``: forget, replay, KL and probability of the forgotten tokens.
         """
         assert batch.loss_mask is not None
-        margin, kl = terms.unbind(0)
         mask = batch.loss_mask.transpose(0, 1).reshape(-1)
-        forget, replay = (-mask).clamp(min=0), mask.clamp(min=0)
-        forget_sum = (FORGET_LOSSES[self.config.forget_loss](margin) * forget).sum()
-        replay_sum = (cross_entropy(margin) * replay).sum()
-        kl_sum = (kl * replay).sum()
-        probability_sum = (torch.sigmoid(margin.detach()) * forget).sum()
-        context: StepContext = batch.context
-        means = torch.stack((forget_sum, replay_sum, kl_sum)).double() / self._per_term(
-            context.tokens
-        ).clamp(min=1)
-        # Weights as Python numbers: a tensor of them would be a copy to the GPU that waits for it.
-        weighted = zip(self._weights(), means.unbind(), strict=True)
-        loss = torch.stack([weight * mean for weight, mean in weighted]).sum().float()
+        sums = self.objective.sums(terms, mask)
+        loss = self.objective.loss(sums, batch.context.tokens)
         if self.args.check_for_nan_in_loss_and_grad:
             check_finite(loss)
-        sums = torch.stack((forget_sum, replay_sum, kl_sum, probability_sum)).detach().double()
-        return loss * context.scale, {"sums": sums}
-
-    def derive(self, means: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Add to the means of the terms what is a function of them.
-
-        Args:
-            means: ``forget loss``, ``replay loss``, ``forget token probability`` and, with a reference,
-                ``mitigation kl``, in nats a token.
-
-        Returns:
-            ``unlearn loss``, the means, and ``replay perplexity``.
-        """
-        names = ("forget loss", "replay loss", "mitigation kl")
-        loss = sum(
-            weight * means[name]
-            for weight, name in zip(self._weights(), names, strict=True)
-            if name in means
-        )
-        assert isinstance(loss, torch.Tensor)
-        return {"unlearn loss": loss, **means, "replay perplexity": torch.exp(means["replay loss"])}
+        return loss * batch.context.scale, {"sums": sums.detach()}
 
     def _forget_microbatches(self, num_microbatches: int, micro_batch_size: int) -> int:
         """The first microbatches of a batch are forgotten, on every data-parallel rank alike."""
@@ -286,26 +248,11 @@ class UnlearnStep:
         sums = torch.stack([report["sums"] for report in reports]).sum(dim=0)
         group = self._data_group()
         torch.distributed.all_reduce(sums, group=group)
-        counts = self._per_term(tokens, probability=True).clamp(min=_NO_TOKENS)
-        names = ["forget loss", "replay loss", "mitigation kl", "forget token probability"]
-        keep = [i for i, name in enumerate(names) if self.config.needs_reference or i != 2]
-        if forward_only:
-            # evaluate() sums what it is given over the data-parallel ranks, and then over batches.
-            ranks = group.size()
-            return {names[i]: torch.stack((sums[i], counts[i])).float() / ranks for i in keep}
-        return self.derive({names[i]: (sums[i] / counts[i]).float() for i in keep})
-
-    def _weights(self) -> tuple[float, float, float]:
-        config = self.config
-        return config.forget_weight, config.replay_weight, config.mitigation_weight
-
-    @staticmethod
-    def _per_term(tokens: torch.Tensor, *, probability: bool = False) -> torch.Tensor:
-        """Number of tokens of the forget, replay and KL terms, and of the forgotten probability."""
-        # Not by a list of indices, which would be copied to the GPU and waited for.
-        forget, replay = tokens.unbind()
-        terms = (forget, replay, replay, forget) if probability else (forget, replay, replay)
-        return torch.stack(terms)
+        if not forward_only:
+            return self.objective.metrics(sums, tokens)
+        # evaluate() sums what it is given over the data-parallel ranks, and then over batches.
+        fractions = self.objective.fractions(sums, tokens)
+        return {name: fraction / group.size() for name, fraction in fractions.items()}
 
     @staticmethod
     def _is_last_stage() -> bool:

@@ -21,10 +21,11 @@ from megatron_ext.checkpoint.inspect import (
     check_architecture,
     open_checkpoint,
 )
+from megatron_ext.checkpoint.source import ReferenceSource
 from megatron_ext.data.manifest import check_prefix
 from megatron_ext.exceptions import ConfigError
 from megatron_ext.model.layer_spec import torch_native_spec_for_builder
-from megatron_ext.reference import FrozenReference, ReferenceSource
+from megatron_ext.reference import FrozenReference
 
 # Besides the architecture, what a checkpoint's arguments say of how to run its model.
 _RUN = (

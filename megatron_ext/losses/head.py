@@ -31,7 +31,7 @@ from megatron_ext.losses.head_function import HeadPlan, UnlearningHeadFunction
 from megatron_ext.losses.head_memory import memory_budget, plan_chunks
 from megatron_ext.losses.vocab_parallel import check_labels, shard_columns
 
-Backend = Literal["torch", "triton"]
+Backend = Literal["torch", "triton", "triton-candidate"]
 
 
 class HeadOutput(NamedTuple):
@@ -161,15 +161,22 @@ def _kernels(backend: Backend | None, hidden: Tensor) -> ModuleType:
         backend = "triton" if usable and importlib.util.find_spec("triton") else "torch"
     if backend == "torch":
         return vocab_parallel
-    if backend != "triton":
-        raise ValueError(f"backend must be 'torch', 'triton' or None, got {backend!r}")
+    if backend not in ("triton", "triton-candidate"):
+        raise ValueError(
+            f"backend must be 'torch', 'triton', 'triton-candidate' or None, got {backend!r}"
+        )
     if not hidden.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
         raise ValueError(
-            f"backend 'triton' needs CUDA tensors (or TRITON_INTERPRET=1), got {hidden.device}"
+            f"backend {backend!r} needs CUDA tensors (or TRITON_INTERPRET=1), got {hidden.device}"
         )
     if hidden.dtype == torch.float64:
-        raise TypeError("backend 'triton' computes in fp32; for float64 use backend 'torch'")
-    from megatron_ext.losses import head_triton  # only here: Triton is optional
+        raise TypeError(f"backend {backend!r} computes in fp32; for float64 use backend 'torch'")
+    # Only here: Triton is optional.
+    if backend == "triton-candidate":
+        from megatron_ext.losses import head_candidate
+
+        return head_candidate
+    from megatron_ext.losses import head_triton
 
     return head_triton
 

@@ -1,24 +1,24 @@
 """Triton's side of the unlearning head: drop-in replacements for the functions of `vocab_parallel`.
 
-Legend: N tokens, V columns of this shard. Imported only where Triton is used.
+Legend: N tokens, V columns of this shard. Imported only where Triton is used. These are the kernels
+that were run and measured on a GPU; `head_candidate` is to replace them once it has been.
 """
+
+import math
 
 import torch
 import triton
 from torch import Tensor
 
-from megatron_ext.losses.head_gradient import gradient_kernel
-from megatron_ext.losses.head_joins import combine_kernel, finish_kernel
-from megatron_ext.losses.head_kernels import WIDTH, divergence_kernel, margin_kernel
-from megatron_ext.losses.vocab_parallel import RowStatistics
+from megatron_ext.losses.head_kernels import divergence_kernel, gradient_kernel, margin_kernel
+from megatron_ext.losses.vocab_parallel import RowStatistics, combine_statistics
 
-# Warps of a program, and loads (of a thread's `WIDTH` columns, a matrix) under way at a time.
-MARGIN_WARPS, MARGIN_LOADS = 4, 4
-DIVERGENCE_WARPS, DIVERGENCE_LOADS = 4, 2
-# Columns of a program's tile, its warps, and its tiles.
-GRADIENT_BLOCK, GRADIENT_WARPS, GRADIENT_TILES = 1024, 4, 16
-# Rows of a program that joins statistics.
-JOIN_ROWS = 64
+__all__ = ["combine_statistics", "logits_gradient", "shard_statistics"]
+
+# Columns that a program takes at once, at most.
+MARGIN_BLOCK = 8192
+DIVERGENCE_BLOCK = 4096
+GRADIENT_BLOCK = 4096
 
 
 def shard_statistics(
@@ -32,66 +32,38 @@ def shard_statistics(
     """As `vocab_parallel.shard_statistics`; `[2, N]` or, with a reference, `[5, N]` fp64."""
     tokens = logits.shape[0]
     assert logits.stride(1) == 1
+    fields = 2 if reference_logits is None else 5
+    stats = logits.new_empty(fields, tokens, dtype=torch.float64)
     if tokens == 0:
-        return logits.new_empty(2 if reference_logits is None else 5, 0, dtype=torch.float64)
+        return stats
     if reference_logits is None:
-        stats = logits.new_empty(2, tokens, dtype=torch.float64)
         margin_kernel[(tokens,)](
             logits,
             labels,
             stats,
             logits.stride(0),
-            tokens,
+            stats.stride(0),
             vocab_start,
             valid_columns,
-            LANES=32 * MARGIN_WARPS,
-            LOADS=_loads(valid_columns, MARGIN_WARPS, MARGIN_LOADS),
-            num_warps=MARGIN_WARPS,
+            BLOCK=_block(valid_columns, MARGIN_BLOCK),
+            num_warps=8,
         )
         return stats
     assert reference_logits.stride(1) == 1
-    sums = logits.new_empty(8, tokens, dtype=torch.float32)
     divergence_kernel[(tokens,)](
         logits,
         reference_logits,
         labels,
-        sums,
+        stats,
         logits.stride(0),
         reference_logits.stride(0),
-        tokens,
+        stats.stride(0),
         vocab_start,
         valid_columns,
-        LANES=32 * DIVERGENCE_WARPS,
-        LOADS=_loads(valid_columns, DIVERGENCE_WARPS, DIVERGENCE_LOADS),
-        num_warps=DIVERGENCE_WARPS,
-    )
-    stats = logits.new_empty(5, tokens, dtype=torch.float64)
-    finish_kernel[(triton.cdiv(tokens, JOIN_ROWS),)](
-        sums, stats, tokens, BLOCK=JOIN_ROWS, num_warps=2
+        BLOCK=_block(valid_columns, DIVERGENCE_BLOCK),
+        num_warps=8,
     )
     return stats
-
-
-def combine_statistics(gathered: Tensor) -> RowStatistics:
-    """As `vocab_parallel.combine_statistics`, in one launch."""
-    tp, fields, tokens = gathered.shape
-    margin, kl = gathered.new_empty(2, tokens, dtype=torch.float32)
-    lse = gathered.new_empty(1 if fields == 2 else 3, tokens)
-    if tokens:
-        combine_kernel[(triton.cdiv(tokens, JOIN_ROWS),)](
-            gathered.contiguous(),
-            margin,
-            kl,
-            lse,
-            tokens,
-            tp,
-            FIELDS=fields,
-            BLOCK=JOIN_ROWS,
-            num_warps=2,
-        )
-    if fields == 2:
-        return RowStatistics(margin, kl, lse[0], None, None)
-    return RowStatistics(margin, kl, lse[0], lse[1], lse[2])
 
 
 def logits_gradient(
@@ -117,8 +89,8 @@ def logits_gradient(
     with_kl = grad_kl is not None
     reference = reference_logits if with_kl else logits
     assert reference is not None
-    block = min(GRADIENT_BLOCK, max(16, triton.next_power_of_2(columns)))
-    gradient_kernel[(tokens, triton.cdiv(columns, block * GRADIENT_TILES))](
+    block = _block(columns, GRADIENT_BLOCK)
+    gradient_kernel[(tokens, math.ceil(columns / block))](
         logits,
         reference,
         out,
@@ -136,15 +108,13 @@ def logits_gradient(
         valid_columns,
         columns,
         BLOCK=block,
-        TILES=GRADIENT_TILES,
         WITH_MARGIN=grad_margin is not None,
         WITH_KL=with_kl,
-        num_warps=GRADIENT_WARPS,
+        num_warps=8,
     )
     return out
 
 
-def _loads(columns: int, warps: int, limit: int) -> int:
-    """Loads under way at a time: a power of two, fewer where a row is short."""
-    whole = max(1, columns // (32 * warps * WIDTH.value))
-    return min(limit, 1 << (whole.bit_length() - 1))
+def _block(columns: int, limit: int) -> int:
+    """Columns a program takes at once: a power of two."""
+    return min(limit, max(16, triton.next_power_of_2(columns)))

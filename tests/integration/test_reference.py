@@ -6,7 +6,7 @@ from unittest import mock
 import pytest
 import torch.distributed.checkpoint as dcp
 
-from megatron_ext import reference
+from megatron_ext.checkpoint import source
 from megatron_ext.config import UnlearnConfig
 from megatron_ext.exceptions import CheckpointError
 from tests.helpers.entry import ROOT, Launch, run, run_all
@@ -68,7 +68,7 @@ def test_a_recorded_reference_that_was_moved_is_asked_for(tmp_path):
     record = {"directory": str(gone), "iteration": 3, "digest": "0"}
     args, config = Namespace(load="runs/a"), UnlearnConfig(forget_data_path=["a"])
     with (
-        mock.patch.object(reference, "_recorded_reference", return_value=record),
+        mock.patch.object(source, "_recorded_reference", return_value=record),
         pytest.raises(CheckpointError, match=f"--reference-load: .* runs/a .* nothing at {gone}"),
     ):
-        reference.find_reference(args, config)
+        source.find_reference(args, config)

@@ -10,7 +10,14 @@ Legend and precision as in `head_kernels`.
 import triton
 import triton.language as tl
 
-from megatron_ext.losses.head_kernels import _APART, _EMPTY, _LOG2E, _NEAR, _exp, _expm1_over_x
+from megatron_ext.losses.head_candidate_kernels import (
+    _APART,
+    _EMPTY,
+    _LOG2E,
+    _NEAR,
+    _exp,
+    _expm1_over_x,
+)
 
 
 @triton.jit
