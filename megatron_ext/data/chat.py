@@ -176,7 +176,7 @@ def _parse(line: bytes) -> Any:
             raise _ShapeError("expected a JSON object or list", "a blank line") from error
         raise _ShapeError("expected valid JSON", f"{error} in {_excerpt(line.decode())}") from error
     if not isinstance(record, dict | list):
-        raise _ShapeError("expected a JSON object or list", _excerpt(line.decode()))
+        raise _ShapeError("expected a JSON object or list", _excerpt(line.decode().strip()))
     return record
 
 

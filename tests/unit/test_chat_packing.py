@@ -1,0 +1,157 @@
+"""Packed conversations: nothing is lost, nothing is twice, and an index has one content."""
+
+import numpy as np
+import pytest
+
+from megatron_ext.data.chat_dataset import ChatDataset, Packing, pack
+from megatron_ext.data.chat_tokens import ChatTokens, load_tokens
+from megatron_ext.exceptions import DataError
+from tests.helpers.conversations import conversations, write_jsonl
+
+LENGTH = 20
+EOD = 9999
+
+
+class Letters:
+    """A template of one token a character, `EOD` at the end of a turn."""
+
+    source = "letters"
+
+    def encode(self, messages):
+        ids, mask = [], []
+        for message in messages:
+            if "forbidden" in message["content"]:
+                raise DataError("expected no forbidden text")
+            new = [*message["content"].encode(), EOD]
+            ids += new
+            mask += [int(message["role"] == "assistant")] * len(new)
+        return ids, mask
+
+
+def tokens(lengths):
+    """Conversations whose tokens are all different, the last half of each the assistant's."""
+    bounds = np.concatenate(([0], np.cumsum(lengths)))
+    ids = np.arange(bounds[-1], dtype=np.int32)
+    mask = np.concatenate([[0] * (n // 2) + [1] * (n - n // 2) for n in lengths])
+    return ChatTokens(ids, mask.astype(np.uint8), bounds, 0, 0, 0, "digest")
+
+
+@pytest.fixture
+def packing():
+    lengths = np.random.RandomState(0).randint(2, LENGTH + 2, size=300)
+    return Packing(tokens(lengths), seq_length=LENGTH, seed=5)
+
+
+def test_every_epoch_has_every_token_once(packing):
+    for epoch in range(3):
+        span = range(packing.sequences(epoch), packing.sequences(epoch + 1))
+        found = np.concatenate([packing.sequence(i)[0] for i in span])
+        assert sorted(found.tolist()) == packing.tokens.ids.tolist()
+
+
+def test_conversations_stay_whole_and_sequences_within_the_context(packing):
+    lengths = packing.tokens.lengths
+    for index in range(packing.sequences(1)):
+        ids, mask = packing.sequence(index)
+        assert len(ids) == sum(lengths[i] for i in packing.conversations(index)) <= LENGTH + 1
+        breaks = np.flatnonzero(np.diff(ids) != 1) + 1
+        assert {int(ids[b]) for b in [0, *breaks]} <= set(packing.tokens.bounds.tolist())
+        assert mask.any()
+    assert packing.fill > 0.9
+
+
+def test_epochs_differ_and_are_the_same_for_the_same_seed(packing):
+    def order(packing, epoch):
+        span = range(packing.sequences(epoch), packing.sequences(epoch + 1))
+        return [packing.conversations(i) for i in span]
+
+    again = Packing(packing.tokens, seq_length=LENGTH, seed=5)
+    other = Packing(packing.tokens, seq_length=LENGTH, seed=6)
+    assert order(packing, 0) != order(packing, 1)
+    # Another process may ask for the second epoch first.
+    assert order(again, 1) == order(packing, 1)
+    assert order(again, 0) == order(packing, 0)
+    assert order(other, 0) != order(packing, 0)
+
+
+def test_the_order_of_a_seed_is_written_down():
+    """A resumed run must see the samples that were left, also after an upgrade."""
+    packing = Packing(tokens([5, 9, 3, 12, 7, 20, 4]), seq_length=LENGTH, seed=1234)
+    found = [packing.conversations(i) for i in range(packing.sequences(1))]
+    assert found == [[4, 3], [5], [1, 2, 0, 6]]
+
+
+def test_first_fit_takes_the_first_sequence_with_room():
+    order = np.arange(6)
+    assert pack(np.array([6, 7, 3, 4, 3, 1]), order, capacity=10) == [[0, 2, 5], [1, 4], [3]]
+    # With one sequence open at a time none is gone back to.
+    found = pack(np.array([6, 7, 3, 4, 3, 1]), order, capacity=10, window=1)
+    assert found == [[0], [1, 2], [3, 4, 5]]
+
+
+def test_a_sample_is_that_of_megatrons_gpt_dataset(packing):
+    dataset = ChatDataset(packing, samples=1000, eod=EOD, split="train")
+    assert len(dataset) == 1000 > packing.sequences(1)
+    for index in (0, packing.sequences(1) + 3, 999):
+        ids, mask = packing.sequence(index)
+        sample = dataset[index]
+        assert {key: str(value.dtype) for key, value in sample.items()} == {
+            "tokens": "torch.int64",
+            "labels": "torch.int64",
+            "loss_mask": "torch.float32",
+            "position_ids": "torch.int64",
+        }
+        count = len(ids)
+        filled = [*ids.tolist(), *[EOD] * (LENGTH + 1 - count)]
+        assert sample["tokens"].tolist() == filled[:-1]
+        assert sample["labels"].tolist() == filled[1:]
+        assert sample["loss_mask"].tolist() == [*mask[1:].tolist(), *[0] * (LENGTH + 1 - count)]
+        assert sample["position_ids"].tolist() == list(range(LENGTH))
+        # Every token that the assistant writes is a label: none is first in its sequence.
+        assert sample["labels"][sample["loss_mask"] > 0].tolist() == ids[mask > 0].tolist()
+
+
+def test_long_conversations_are_cut_at_the_end_or_dropped(tmp_path):
+    def turns(question, answer):
+        return [
+            {"role": "user", "content": "q" * question},
+            {"role": "assistant", "content": "a" * answer},
+        ]
+
+    path = write_jsonl(tmp_path / "a.jsonl", [turns(3, 4), turns(5, 30), turns(40, 2)])
+    found = load_tokens([path], Letters(), limit=LENGTH + 1, tokenizer_digest="")
+    assert found.lengths.tolist() == [9, LENGTH + 1]
+    assert (found.truncated, found.lost, found.dropped) == (1, 37 - LENGTH - 1, 1)
+    assert found.mask.tolist() == [0] * 4 + [1] * 5 + [0] * 6 + [1] * 15
+    with pytest.raises(DataError, match="found 3 conversations, 3 of them without"):
+        load_tokens([path], Letters(), limit=3, tokenizer_digest="")
+
+
+def test_tokens_are_kept_and_found_again(tmp_path, monkeypatch):
+    path = write_jsonl(tmp_path / "a.jsonl", conversations(20, seed=1))
+    options = {"limit": 100, "tokenizer_digest": "x", "cache": tmp_path / "cache"}
+    first = load_tokens([path], Letters(), **options)
+    monkeypatch.setattr(Letters, "encode", lambda *_: pytest.fail("tokenised a second time"))
+    second = load_tokens([path], Letters(), **options)
+    assert second.ids.tolist() == first.ids.tolist()
+    assert second.mask.tolist() == first.mask.tolist()
+    assert second.describe() == first.describe()
+    monkeypatch.undo()
+    write_jsonl(path, conversations(20, seed=2))
+    changed = load_tokens([path], Letters(), **options)
+    assert changed.digest != first.digest
+    assert load_tokens([path], Letters(), **{**options, "limit": 50}).digest != changed.digest
+    other = {**options, "tokenizer_digest": "y"}
+    assert load_tokens([path], Letters(), **other).digest != changed.digest
+
+
+def test_all_bad_records_are_counted_and_the_first_are_named(tmp_path):
+    bad = [{"role": "user", "content": "forbidden"}, {"role": "assistant", "content": "a"}]
+    good = conversations(3, seed=1)
+    path = write_jsonl(tmp_path / "a.jsonl", [*good, bad, 5, *[bad] * 6])
+    with pytest.raises(DataError) as error:
+        load_tokens([path], Letters(), limit=100, tokenizer_digest="")
+    assert str(error.value).startswith(
+        f"8 of 11 conversations are bad: {path}:4: expected no forbidden text; {path}:5: expected a JSON"
+    )
+    assert str(error.value).endswith("; and 3 more")
