@@ -1,6 +1,6 @@
 import pytest
 
-from megatron_ext.config import UnlearnConfig
+from megatron_ext.config import ChatConfig, UnlearnConfig
 from megatron_ext.exceptions import ConfigError
 
 
@@ -53,3 +53,22 @@ def test_a_proportion_that_gives_no_whole_sample_is_refused():
     config = UnlearnConfig(forget_data_path=["a"], forget_batch_size=12)
     with pytest.raises(ConfigError, match=r"--eval-global-batch-size: .* 12 of every 16 .*found 6"):
         config.forget_samples(6, train_global_batch_size=16)
+
+
+def test_conversations_turn_chat_tuning_on():
+    assert not ChatConfig().enabled
+    config = ChatConfig(chat_data_path=["a"])
+    assert config.enabled
+    assert config.chat_epochs == 2  # the paper's
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"chat_epochs": 0}, "--chat-epochs: expected at least 1, found 0"),
+        ({"chat_valid_data_path": ["a"]}, "--chat-valid-data-path: .*--chat-data-path"),
+    ],
+)
+def test_chat_settings_that_no_run_can_use(fields, message):
+    with pytest.raises(ConfigError, match=message):
+        ChatConfig(**fields)
