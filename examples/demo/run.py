@@ -302,6 +302,7 @@ def main() -> None:
     """Run every stage and print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output-dir", type=Path, default=ROOT / "runs" / "demo")
+    parser.add_argument("--preset", choices=PRESETS, default="laptop")
     parser.add_argument(
         "--scale", type=float, default=1.0, help="share of the steps, to try it out"
     )

@@ -1,0 +1,71 @@
+"""The demo as a user starts it, with a hundredth of the steps."""
+
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+from tests.helpers.entry import ROOT
+
+DEMO = [sys.executable, "examples/demo/run.py", "--scale", "0.01", "--output-dir"]
+
+
+def demo(directory, *, check=True):
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*DEMO, str(directory)], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0 or not check, done.stdout + done.stderr
+    return done
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("demo")
+    return directory, demo(directory).stdout
+
+
+def test_ends_with_table_plots_and_verdict(finished):
+    directory, output = finished
+    for model in ("BaseLM", "SynthLM", "UnlearnLM", "UnlearnLM (GA)"):
+        assert f"\n{model} " in output
+    # So few steps teach nothing: the demo must say that the pattern does not show.
+    assert "NOT SEEN" in output
+    assert "Part of the paper's pattern does not show in this run" in output
+    for picture in ("losses.png", "perplexity.png"):
+        assert (directory / picture).read_bytes().startswith(b"\x89PNG")
+
+
+def test_prints_each_command_as_it_can_be_typed(finished):
+    _, output = finished
+    commands = [line for line in output.splitlines() if line.startswith("$ ")]
+    assert len(commands) == 12  # text, tokenizer, 5 data sets, 4 models, perplexities
+    assert sum("pretrain_unlearn.py" in command for command in commands) == 4
+    assert str(ROOT) not in "".join(commands)
+
+
+def test_second_call_reuses_what_is_finished(finished):
+    directory, _ = finished
+    again = demo(directory).stdout
+    assert again.count("finished before") == 12
+    assert "$ " not in again
+    # A stage that is lost is run again, and nothing else.
+    (directory / "perplexity.json").unlink()
+    (directory / "finished" / "perplexity").unlink()
+    assert demo(directory).stdout.count("finished before") == 11
+
+
+def test_failed_stage_names_its_log(finished, tmp_path):
+    directory, _ = finished
+    shutil.copytree(directory, tmp_path / "copy", symlinks=True)
+    copy = tmp_path / "copy"
+    for stage in (copy / "finished").iterdir():
+        stage.unlink()
+    (copy / "text").rename(copy / "elsewhere")
+    (copy / "text").write_text("a file where a folder should be")
+    done = demo(copy, check=False)
+    assert done.returncode == 1
+    assert "error: stage corpus ended with exit code" in done.stderr
+    assert "logs/corpus.log" in done.stderr
