@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import hashlib
 import json
+import os
+import tempfile
 from array import array
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, cast
 
 import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from megatron_ext.data.atomic import AtomicFiles
 from megatron_ext.data.chat import read_conversations
 from megatron_ext.data.chat_template import ChatTemplate
 from megatron_ext.data.documents import BadRecord
@@ -92,10 +95,11 @@ def load_tokens(
         return _tokenise(paths, template, limit, key)
     cache.mkdir(parents=True, exist_ok=True)
     names = [cache / f"chat_{key[:32]}.{part}" for part in ("ids", "mask", "bounds", "json")]
-    # One process of a machine works, the others wait here and then read its files. Where the lock does
-    # not reach other machines each makes the same files.
+    # One process works, the others wait here and then read its files. The lock only saves work: where it
+    # does not reach other machines, or a file system has none, each makes the same files.
     with (cache / f"chat_{key[:32]}.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        with contextlib.suppress(OSError):
+            fcntl.flock(lock, fcntl.LOCK_EX)
         if not names[-1].is_file():
             _save(_tokenise(paths, template, limit, key), names)
     return _map(names)
@@ -148,12 +152,25 @@ def _tokenise(paths: Sequence[Path], template: ChatTemplate, limit: int, digest:
 
 def _save(tokens: ChatTokens, names: Sequence[Path]) -> None:
     counts = {name: getattr(tokens, name) for name in ("truncated", "lost", "dropped", "digest")}
-    with AtomicFiles(names, overwrite=True) as files:
-        arrays: list[NDArray[Any]] = [tokens.ids, tokens.mask, tokens.bounds]
-        for name, values in zip(names[:3], arrays, strict=True):
-            np.lib.format.write_array(files[name], values)
-        files[names[-1]].write(json.dumps(counts).encode())
-        files.commit()
+    arrays: list[NDArray[Any]] = [tokens.ids, tokens.mask, tokens.bounds]
+    for name, values in zip(names[:3], arrays, strict=True):
+        _publish(name, partial(np.lib.format.write_array, array=values))
+    # Last: it is the mark of a complete set.
+    _publish(names[3], lambda file: file.write(json.dumps(counts).encode()))
+
+
+def _publish(path: Path, write: Callable[[BinaryIO], object]) -> None:
+    """Let a complete file appear under its name, unless another machine has published the same by now.
+
+    A file is never replaced: over NFS that would pull it from under those who have mapped it.
+    """
+    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=path.name, suffix=".partial") as file:
+        write(cast(BinaryIO, file))
+        file.flush()
+        os.fsync(file.fileno())
+        os.chmod(file.name, 0o644)
+        with contextlib.suppress(FileExistsError):
+            os.link(file.name, path)
 
 
 def _map(names: Sequence[Path]) -> ChatTokens:
