@@ -119,6 +119,7 @@ class ChatRun:
             raise ConfigError(
                 f"--eval-iters: expected --chat-valid-data-path beside it or 0, found {args.eval_iters}"
             )
+        assert all(getattr(args, name) == value for name, value in NORMALISATION.items())
         args.chat_template = self.template.source
         args.chat_digest = self.digest
 

@@ -128,12 +128,13 @@ def test_the_tokenizers_own_template_counts_no_newline_behind_the_turn(huggingfa
     ]
 
 
-def test_rendered_text_is_that_of_transformers(huggingface_spec):
+@pytest.mark.parametrize("source", [BUILT_IN, CHATML, GLUED])
+def test_rendered_text_is_that_of_transformers(huggingface_spec, source):
     tokenizer = PreTrainedTokenizerFast.from_pretrained(huggingface_spec.tokenizer_model)
-    template = load_template(huggingface_spec)
+    template = ChatTemplate(source, huggingface_spec)
     for turns, prompt in ((TURNS, False), (TURNS[:2], True), (TURNS[:4], True)):
         expected = tokenizer.apply_chat_template(
-            turns, tokenize=False, add_generation_prompt=prompt
+            turns, chat_template=source, tokenize=False, add_generation_prompt=prompt
         )
         assert template.render(turns, add_generation_prompt=prompt) == expected
     # The first prompt is one segment: its tokens are those of any engine.
