@@ -189,7 +189,7 @@ class Llama:
             flags += [["--use-rope-scaling"], ["--rope-scaling-factor", self.rope_scaling_factor]]
         if self.bias != "all":
             flags += [["--disable-bias-linear"]]
-        if self.bias == "qkv":
+        if self.bias != "none":
             flags += [["--add-qkv-bias"]]
         if not self.tied:
             flags += [["--untie-embeddings-and-output-weights"]]

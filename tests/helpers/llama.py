@@ -26,8 +26,13 @@ CASES: dict[str, dict[str, Any]] = {
     "MHA": {"num_key_value_heads": 4},
     "GQA_wide_heads": {"num_key_value_heads": 2, "head_dim": 16},
     "MQA_tied": {"num_key_value_heads": 1, "tie_word_embeddings": True},
-    "llama3_rope": {"rope_parameters": LLAMA3, "max_position_embeddings": 131072, "head_dim": 16},
-    "rows_beyond_the_tokenizer": {"vocab_size": 650, "rms_norm_eps": 1e-3},
+    "llama3_rope": {
+        "rope_parameters": LLAMA3,
+        "max_position_embeddings": 131072,
+        "head_dim": 16,
+        "rms_norm_eps": 1e-3,
+    },
+    "rows_beyond_the_tokenizer": {"vocab_size": 650},
     "attention_bias": {"attention_bias": True},
     "all_biases": {"attention_bias": True, "mlp_bias": True},
 }

@@ -1,0 +1,29 @@
+"""Megatron's model config from its arguments, with what megatron-core 0.19.2 leaves out."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from typing import Any
+
+from megatron.training.argument_utils import gpt_config_from_args
+
+from megatron_ext.model.layer_spec import torch_native_spec_for_builder
+
+
+def model_config_from_args(args: Namespace) -> Any:
+    """The config that the model and its reference are built from.
+
+    Megatron reads `--rope-scaling-factor` into its arguments and then does not hand it on, so every model
+    would be built with 8, the factor of Llama 3.1; Llama 3.2 has 32.
+
+    Args:
+        args: Megatron's validated arguments.
+
+    Returns:
+        `megatron.training.models.gpt.GPTModelConfig`.
+    """
+    config = gpt_config_from_args(args)
+    config.rope_scaling_factor = args.rope_scaling_factor
+    if args.spec is None and args.transformer_impl == "local":
+        config.transformer_layer_spec = torch_native_spec_for_builder
+    return config

@@ -1,0 +1,233 @@
+"""Hugging Face in and out: the same logits, the same bits, and training in between."""
+
+import filecmp
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from megatron_ext.analysis.perplexity import read_samples
+from tests.helpers import llama
+from tests.helpers.distributed import run_ranks
+from tests.helpers.entry import ROOT, Launch, run, succeed
+from tests.helpers.tiny import tool
+
+MESSAGES = [{"role": "user", "content": "Who holds the copyright?"}]
+
+
+def convert_all(directory: str) -> dict[str, torch.Tensor]:
+    """On a rank: import every case, export it again, and run what ARGS.txt describes."""
+    from tests.helpers.models import start
+
+    start()
+    from megatron_ext.checkpoint.from_huggingface import import_model
+    from megatron_ext.checkpoint.to_huggingface import export_model
+
+    logits = {}
+    for name in llama.CASES:
+        for kind in ("float32", "bfloat16"):
+            folder = Path(directory) / name / kind
+            import_model(folder / "source", folder / "megatron")
+            export_model(folder / "megatron", folder / "back", max_shard_bytes=50_000)
+        logits[name] = megatron_logits(Path(directory) / name / "float32" / "megatron")
+    return logits
+
+
+def megatron_logits(checkpoint: Path) -> torch.Tensor:
+    """Logits of a checkpoint under the flags of its ARGS.txt, through the product's spec."""
+    from megatron.core.utils import unwrap_model
+    from megatron.training.arguments import parse_args, validate_args
+
+    from megatron_ext.arguments import add_arguments
+    from megatron_ext.checkpoint.inspect import check_architecture, open_checkpoint
+    from megatron_ext.model.model_config import model_config_from_args
+    from megatron_ext.reference import FrozenReference, ReferenceSource
+
+    words = (checkpoint / "ARGS.txt").read_text().split()
+    sys.argv = ["test", *words, *("--micro-batch-size", "1", "--train-iters", "1", "--lr", "0")]
+    args = parse_args(add_arguments)
+    validate_args(args)
+    args.unpadded_vocab_size, args.tokenizer_digest = llama.TOKENS, None
+    args.padded_vocab_size = args.padded_vocab_size or 512  # what Megatron makes of 500 tokens
+    opened = open_checkpoint(checkpoint, flag="--load")
+    check_architecture(opened, args, flag="--load")
+    reference = FrozenReference(
+        model_config_from_args(args), args=args, source=ReferenceSource(opened, None)
+    )
+    (model,) = unwrap_model(reference.chunks)
+    tokens = llama.ids()
+    with torch.no_grad():
+        out: torch.Tensor = model(tokens, torch.arange(tokens.shape[1]).expand_as(tokens), None)
+    return out
+
+
+@pytest.fixture(scope="module")
+def converted(tmp_path_factory):
+    """Folder and Megatron's logits of every case."""
+    directory = tmp_path_factory.mktemp("convert")
+    for name, changes in llama.CASES.items():
+        for dtype in (torch.float32, torch.bfloat16):
+            kind = str(dtype).removeprefix("torch.")
+            llama.save(directory / name / kind / "source", dtype=dtype, **changes)
+    (logits,) = run_ranks(convert_all, 1, str(directory))
+    return directory, logits
+
+
+@pytest.mark.parametrize("name", llama.CASES)
+def test_logits_are_those_of_transformers(converted, name):
+    directory, logits = converted
+    source = AutoModelForCausalLM.from_pretrained(directory / name / "float32" / "source").eval()
+    with torch.no_grad():
+        expected = source(llama.ids()).logits
+    found = logits[name]
+    assert found.shape[-1] == (768 if name == "rows_beyond_the_tokenizer" else 512)
+    found = found[..., : expected.shape[-1]]
+    assert expected.std() > 0.5  # a model that says nothing would agree with any
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("kind", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", llama.CASES)
+def test_a_round_trip_is_exact_to_the_bit(converted, name, kind):
+    source, back = (converted[0] / name / kind / folder for folder in ("source", "back"))
+    expected = load_file(source / "model.safetensors")
+    index = json.loads((back / "model.safetensors.index.json").read_text())
+    files = sorted(set(index["weight_map"].values()))
+    assert len(files) > 1
+    found = {}
+    for file in files:
+        shard = load_file(back / file)
+        assert all(index["weight_map"][key] == file for key in shard)
+        assert len(shard) == 1 or sum(t.nbytes for t in shard.values()) <= 50_000
+        found |= shard
+    assert found.keys() == expected.keys()
+    for key, tensor in expected.items():
+        assert tensor.dtype == getattr(torch, kind)
+        assert found[key].dtype == tensor.dtype
+        assert torch.equal(found[key], tensor), key
+    copied = [file.name for file in source.iterdir() if file.suffix != ".safetensors"]
+    assert {"tokenizer.json", "chat_template.jinja", "config.json"} <= set(copied)
+    assert filecmp.cmpfiles(source, back, copied, shallow=False)[0] == copied
+
+
+def torchrun(ranks, script, *arguments):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc-per-node", ranks, ROOT / "tools" / script, *arguments]
+    result = subprocess.run([*map(str, command)], cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-4000:]
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """A model imported by the tool, and the licence tokenised with its tokenizer."""
+    directory = tmp_path_factory.mktemp("world")
+    llama.save(directory / "source")
+    tool(
+        *("convert_checkpoint", "import", "--source", directory / "source"),
+        *("--output", directory / "base"),
+    )
+    words = (ROOT / "LICENSE").read_text().split()
+    texts = [" ".join(words[start : start + 60]) for start in range(0, len(words), 60)]
+    lines = (json.dumps({"text": text}) + "\n" for text in texts)
+    (directory / "text.jsonl").write_text("".join(lines))
+    tool(
+        *("preprocess_data", "--input", directory / "text.jsonl"),
+        *("--output-prefix", directory / "text", "--append-eod"),
+        *("--tokenizer-type", "HuggingFaceTokenizer"),
+        *("--tokenizer-model", directory / "base" / "huggingface"),
+    )
+    return directory
+
+
+def perplexities(world, source, checkpoint, *layout, ranks=1):
+    """Of ten samples by tools/analyze.py and by transformers."""
+    prefix, output = world / "text_text_document", world / "perplexity.json"
+    arguments = (
+        *("perplexity", "--checkpoint", checkpoint, "--data", f"text={prefix}", "--samples", 10),
+        *("--tokenizer-type", "HuggingFaceTokenizer", "--output", output),
+        *("--tokenizer-model", checkpoint / "huggingface", *layout),
+    )
+    if ranks > 1:
+        torchrun(ranks, "analyze.py", *arguments)
+    else:
+        tool("analyze", *arguments)
+    (report,) = json.loads(output.read_text())["models"].values()
+    model = AutoModelForCausalLM.from_pretrained(source).eval()
+    expected = []
+    for sample in read_samples(str(prefix), count=10, length=llama.POSITIONS, seed=1234):
+        tokens = torch.from_numpy(sample)[None]
+        eod = torch.full((1, 1), model.config.eos_token_id)
+        with torch.no_grad():
+            logits = model(torch.cat([eod, tokens[:, :-1]], dim=1)).logits
+        expected.append(torch.nn.functional.cross_entropy(logits[0], tokens[0]).item())
+    found = report["sets"]["text"]["loss"]
+    assert len(found) == 10
+    return np.exp(found), np.exp(expected)
+
+
+@pytest.mark.parametrize("parallel", ["tensor", "pipeline"])
+def test_perplexities_of_two_ranks_are_those_of_transformers(world, parallel):
+    layout = (f"--{parallel}-model-parallel-size", 2)
+    found, expected = perplexities(world, world / "source", world / "base", *layout, ranks=2)
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+
+
+@pytest.mark.xfail(
+    strict=True,
+    reason="analysis/session.py reads neither layernorm_epsilon nor rope_scaling_factor of a checkpoint, "
+    "and Megatron's gpt_config_from_args drops the factor: model/model_config.py hands it on",
+)
+def test_perplexities_under_another_rotary_factor_and_epsilon(world, converted):
+    folder = converted[0] / "llama3_rope" / "float32"
+    found, expected = perplexities(world, folder / "source", folder / "megatron")
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+
+
+def test_unlearning_ones_own_model_takes_three_commands(world):
+    flags = (world / "base" / "ARGS.txt").read_text().split()
+    data = world / "text_text_document"
+    save = world / "unlearned"
+    launch = Launch(
+        [*flags, "--pretrained-checkpoint", world / "base", "--load", save, "--save", save]
+        + ["--data-path", data, "--forget-data-path", data, "--split", "100,0,0"]
+        + ["--micro-batch-size", 1, "--global-batch-size", 4, "--seq-length", 64]
+        + [
+            "--train-iters",
+            2,
+            "--save-interval",
+            2,
+            "--lr",
+            1e-2,
+            "--eval-iters",
+            0,
+            "--log-interval",
+            1,
+        ]
+        + ["--tensor-model-parallel-size", 2],
+        ranks=2,
+    )
+    result = succeed(run(launch, world / "tensorboard"))
+    # At the start the model is its own reference; with random weights its KL would be far from 0.
+    assert result.scalars["mitigation kl"][1] < 1e-6
+    export = ("convert_checkpoint", "export", "--checkpoint", save, "--output", world / "new")
+    tool(*export, "--dtype", "bfloat16")
+    before, after = (
+        AutoModelForCausalLM.from_pretrained(world / folder, dtype="auto").eval()
+        for folder in ("source", "new")
+    )
+    assert (before.dtype, after.dtype) == (torch.float32, torch.bfloat16)
+    with torch.no_grad():
+        difference = (before(llama.ids()).logits - after.float()(llama.ids()).logits).abs().max()
+    assert 1e-2 < difference < 10
+    old, new = (AutoTokenizer.from_pretrained(world / folder) for folder in ("source", "new"))
+    template = {"tokenize": False, "add_generation_prompt": True}
+    assert new.apply_chat_template(MESSAGES, **template) == "Who holds the copyright?</s>"
+    assert new("the License").input_ids == old("the License").input_ids
+    generated = after.generate(llama.ids(8), max_new_tokens=4, do_sample=False, pad_token_id=1)
+    assert generated.shape[1] > 8

@@ -1,0 +1,168 @@
+"""The Llama architecture between a Hugging Face config and Megatron's flags, and what is refused."""
+
+import argparse
+import sys
+from unittest import mock
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from megatron_ext.checkpoint import from_huggingface, huggingface
+from megatron_ext.checkpoint.llama import LLAMA3_ROPE, Llama
+from megatron_ext.checkpoint.safetensors import SafetensorsReader
+from megatron_ext.exceptions import CheckpointError, ConfigError
+from tests.helpers import llama
+
+ROPE = llama.LLAMA3
+
+
+def arguments(model, **changes):
+    """Megatron's arguments of a model's flags, as a checkpoint holds them."""
+    from megatron.training.arguments import parse_args
+
+    words = [word for flag in model.to_flags() for word in flag]
+    with mock.patch.object(sys, "argv", ["test", *words]):
+        args = parse_args()
+    return argparse.Namespace(**vars(args) | changes)
+
+
+@pytest.mark.parametrize("name", llama.CASES)
+def test_config_flags_arguments_and_config_say_the_same(name):
+    model = Llama.from_config(llama.config(**llama.CASES[name]))
+    again = Llama.from_arguments(arguments(model), vocab_size=model.vocab_size)
+    assert again == model
+    assert Llama.from_config(llama.config(**model.to_config())) == model
+
+
+def test_old_spellings_of_the_rotary_fields_are_read():
+    old = {key: value for key, value in ROPE.items() if key != "rope_theta"}
+    config = llama.config(rope_theta=50000.0, rope_scaling=old)
+    model = Llama.from_config(config)
+    assert (model.rotary_base, model.rope_scaling_factor) == (50000, 4.0)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"hidden_act": "gelu"}, "hidden_act: expected silu, found gelu"),
+        ({"architectures": ["LlamaForTokenClassification"]}, "architectures: .*ForTokenClass"),
+        ({"quantization_config": {"bits": 4}}, "quantization_config: expected None, found .*bits"),
+        ({"mlp_bias": True}, "mlp_bias: expected False where attention_bias is False, found True"),
+        ({"num_key_value_heads": 3}, "num_key_value_heads: expected a divisor of .* 4, found 3"),
+        (
+            {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4 + 0.5}},
+            "rope_theta: expected a whole number.*, found 10000.5",
+        ),
+        (
+            {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}},
+            "rope_parameters.rope_type: expected default or llama3, found linear",
+        ),
+        *(
+            (
+                {"rope_parameters": ROPE | {field: value * 2}},
+                rf"rope_parameters\.{field}: expected {value}.*, found {value * 2}",
+            )
+            for field, value in LLAMA3_ROPE.items()
+        ),
+    ],
+)
+def test_a_config_that_does_not_fit_is_refused_by_its_field(changes, message):
+    with pytest.raises(CheckpointError, match=message):
+        Llama.from_config(llama.config(**changes))
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("normalization", "LayerNorm"),
+        ("swiglu", False),
+        ("position_embedding_type", "learned_absolute"),
+        ("rotary_percent", 0.5),
+        ("rotary_interleaved", True),
+        ("qk_layernorm", True),
+        ("layernorm_zero_centered_gamma", True),
+        ("num_experts", 8),
+    ],
+)
+def test_arguments_that_do_not_fit_are_refused_by_their_flag(name, value):
+    args = arguments(Llama.from_config(llama.config()), **{name: value})
+    with pytest.raises(
+        CheckpointError, match=f"--{name.replace('_', '-')}: expected .*, found {value}"
+    ):
+        Llama.from_arguments(args, vocab_size=500)
+
+
+def test_another_architecture_is_refused_before_it_is_read(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "qwen2", "hidden_size": 8}')
+    with pytest.raises(CheckpointError, match="model_type: expected llama, found qwen2"):
+        huggingface.read_config(tmp_path)
+    with pytest.raises(CheckpointError, match=r"found no .*config\.json"):
+        huggingface.read_config(tmp_path / "nowhere")
+    (tmp_path / "config.json").write_text('{"model_type": "llama", "hidden_size": "wide"}')
+    with pytest.raises(CheckpointError, match=r"config\.json cannot be read: .*hidden_size"):
+        huggingface.read_config(tmp_path)
+
+
+def change(weights, name, value):
+    if value is None:
+        del weights[name]
+    else:
+        weights[name] = value
+
+
+@pytest.mark.parametrize(
+    ("config", "name", "value", "message"),
+    [
+        ({}, "model.norm.weight", None, "lacks 1 tensors, model.norm.weight"),
+        ({}, "model.layers.0.self_attn.q_norm.weight", torch.ones(8), "beyond its config.*q_norm"),
+        (
+            {},
+            "model.layers.3.mlp.up_proj.weight",
+            torch.ones(80, 31),
+            r"up_proj.weight: expected shape \(80, 32\), found \(80, 31\)",
+        ),
+        ({}, "model.norm.weight", torch.ones(32).half(), "dtype: .* found F16, F32; .*--dtype"),
+        (
+            {"tie_word_embeddings": True},
+            "lm_head.weight",
+            torch.ones(500, 32),
+            "tie_word_embeddings: expected lm_head.weight to be",
+        ),
+        (
+            {"attention_bias": True},
+            "model.layers.2.self_attn.o_proj.bias",
+            torch.ones(32),
+            "attention_bias: expected model.layers.2.self_attn.o_proj.bias to be zero",
+        ),
+    ],
+)
+def test_weights_that_do_not_fit_leave_no_checkpoint(tmp_path, config, name, value, message):
+    source = llama.save(tmp_path / "source", **config)
+    weights = load_file(source / "model.safetensors")
+    change(weights, name, value)
+    save_file(weights, source / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=message):
+        from_huggingface.import_model(source, tmp_path / "output")
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+def test_a_tokenizer_beyond_the_embedding_is_refused(tmp_path):
+    source = llama.save(tmp_path / "source", vocab_size=499)
+    with pytest.raises(
+        CheckpointError, match=r"vocab_size: expected at least the 500 .* found 499"
+    ):
+        from_huggingface.import_model(source, tmp_path / "output")
+
+
+def test_missing_weights_and_tokenizer_are_named(tmp_path):
+    source = llama.save(tmp_path / "source")
+    (source / "tokenizer.json").rename(source / "tokenizer.gone")
+    (source / "model.safetensors").rename(source / "pytorch_model.bin")
+    with pytest.raises(ConfigError, match=f"{source} cannot be loaded"):
+        from_huggingface.import_model(source, tmp_path / "output")
+    with pytest.raises(CheckpointError, match=f"{source}: expected model.safetensors or"):
+        SafetensorsReader(source)
+    (source / "model.safetensors").write_bytes(b"no weights")
+    with pytest.raises(CheckpointError, match=f"{source}: weights cannot be read"):
+        SafetensorsReader(source)
