@@ -121,7 +121,12 @@ def open_session(options: Namespace) -> Iterator[Session]:
     os.environ.setdefault("MASTER_ADDR", "localhost")
     os.environ.setdefault("MASTER_PORT", "0" if "RANK" not in os.environ else "29500")
     args = _arguments(options, open_checkpoint(options.checkpoint[0], flag="--checkpoint"))
-    set_global_variables(args)
+    try:
+        set_global_variables(args)
+    except (OSError, RuntimeError, ValueError) as error:
+        raise ConfigError(
+            f"--tokenizer-model {options.tokenizer_model} cannot be loaded: {error}"
+        ) from error
     record_tokenizer(args)
     loop.initialize_megatron()
     model_config = gpt_config_from_args(args)

@@ -1,0 +1,77 @@
+"""Per-sample perplexities of `tools/analyze.py` against a naive fp64 model."""
+
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from megatron.core.datasets.indexed_dataset import IndexedDataset
+
+from tests.helpers import naive_gpt
+from tests.helpers.entry import ROOT
+from tests.helpers.tiny import SEQUENCE, VOCAB
+
+HEADS, GROUPS = 4, 2
+
+END_OF_DOCUMENT = 2
+LAUNCH = [sys.executable, "-m", "torch.distributed.run", "--rdzv-backend", "c10d"]
+LAUNCH += ["--rdzv-endpoint", "localhost:0", "--nproc-per-node", "2"]
+LAYOUTS = {
+    "one rank": ([sys.executable], []),
+    "PP 2": (LAUNCH, ["--pipeline-model-parallel-size", "2"]),
+    "TP 2": (LAUNCH, ["--tensor-model-parallel-size", "2"]),
+}
+
+
+@pytest.fixture(scope="module")
+def expected(tiny):
+    """Losses and probabilities of the first documents, one at a time, without padding."""
+    weights = naive_gpt.load_weights(str(tiny.base))
+    documents = IndexedDataset(str(tiny.forget))
+    losses, probabilities = [], []
+    with torch.no_grad():
+        for index in range(len(documents)):
+            tokens = torch.from_numpy(documents[index][:SEQUENCE].astype(np.int64))
+            inputs = torch.cat((torch.tensor([END_OF_DOCUMENT]), tokens[:-1]))[None]
+            z = naive_gpt.logits(weights, inputs, heads=HEADS, groups=GROUPS)[0, :, :VOCAB]
+            log_p = z.log_softmax(-1)[torch.arange(len(tokens)), tokens]
+            losses.append(-log_p.mean().item())
+            probabilities.append(log_p.exp().mean().item())
+    return np.array(losses), np.array(probabilities)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_agrees_with_naive(layout, tiny, expected, tmp_path):
+    launcher, flags = LAYOUTS[layout]
+    output = tmp_path / "perplexity.json"
+    command = [*launcher, "tools/analyze.py", "perplexity", "--checkpoint", str(tiny.base)]
+    command += ["--data", f"pairs={tiny.forget}", "--tokenizer-model", str(tiny.tokenizer)]
+    command += ["--samples", "1000000", "--output", str(output), *flags]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    (model,) = json.loads(output.read_text())["models"].values()
+    found = model["sets"]["pairs"]
+    losses, probabilities = expected
+    # fp32 against fp64, a mean over the tokens of a sample.
+    np.testing.assert_allclose(found["loss"], losses, rtol=2e-5)
+    np.testing.assert_allclose(found["probability"], probabilities, rtol=1e-4)
+    weights = np.array(found["tokens"])
+    corpus = np.exp((losses * weights).sum() / weights.sum())
+    assert found["corpus_perplexity"] == pytest.approx(corpus, rel=1e-4)
+
+
+def test_another_tokenizer_is_refused(tiny, tmp_path):
+    other = tmp_path / "other.model"
+    other.write_bytes(b"no SentencePiece model")
+    command = [sys.executable, "tools/analyze.py", "perplexity", "--checkpoint", str(tiny.base)]
+    command += ["--data", f"pairs={tiny.forget}", "--tokenizer-model", str(other)]
+    command += ["--output", str(tmp_path / "out.json")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+    assert "other.model" in done.stderr.splitlines()[-1]
+    assert not (tmp_path / "out.json").exists()
