@@ -115,6 +115,11 @@ def _check_tokenizer(folder: Path, checkpoint: Checkpoint) -> int:
     if getattr(args, "tokenizer_type", None) == TOKENIZER_TYPE:
         digest = tokenizer_digest(tokenizer_spec(folder))
         facts.append(("digest", getattr(args, "tokenizer_digest", None), digest))
+    else:
+        logger.warning(
+            "--tokenizer: %s was trained with a %s; whether %s gives the same ids is not checked",
+            *(checkpoint.path, getattr(args, "tokenizer_type", "tokenizer of its own"), folder),
+        )
     for label, expected, found in facts:
         if expected is not None and expected != found:
             raise ConfigError(
