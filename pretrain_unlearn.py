@@ -45,10 +45,10 @@ def main() -> None:
     )
 
     from megatron_ext import arguments
+    from megatron_ext.checkpoint.source import find_reference
     from megatron_ext.data.providers import check_datasets, datasets_provider
     from megatron_ext.model.layer_spec import torch_native_spec_for_builder
     from megatron_ext.plain import PlainStep
-    from megatron_ext.checkpoint.source import find_reference
     from megatron_ext.reference import FrozenReference
     from megatron_ext.training import UnlearnStep
 
