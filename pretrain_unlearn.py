@@ -39,15 +39,13 @@ def main() -> None:
         print_rank_0,
         set_startup_timestamps,
     )
-    from megatron.training.argument_utils import (
-        gpt_config_from_args,
-        pretrain_cfg_container_from_args,
-    )
+    from megatron.training.argument_utils import pretrain_cfg_container_from_args
 
     from megatron_ext import arguments
     from megatron_ext.checkpoint.source import find_reference
-    from megatron_ext.data.providers import check_datasets, datasets_provider
-    from megatron_ext.model.layer_spec import torch_native_spec_for_builder
+    from megatron_ext.data.checks import check_datasets
+    from megatron_ext.data.providers import datasets_provider
+    from megatron_ext.model.model_config import model_config_from_args
     from megatron_ext.plain import PlainStep
     from megatron_ext.reference import FrozenReference
     from megatron_ext.training import UnlearnStep
@@ -60,15 +58,13 @@ def main() -> None:
         print(arguments.describe_runtime(), flush=True)
     if chat is None:
         check_datasets(args, config)
-    arguments.check_checkpoints(args, config)
+    start = arguments.check_checkpoints(args, config)
     if chat is not None and args.rank == 0:
         print(chat.describe(), flush=True)
         chat.write_template(args.save)
-    source = find_reference(args, config) if config.needs_reference else None
+    source = find_reference(args, config, start) if config.needs_reference else None
 
-    model_config = gpt_config_from_args(args)
-    if args.spec is None and args.transformer_impl == "local":
-        model_config.transformer_layer_spec = torch_native_spec_for_builder
+    model_config = model_config_from_args(args)
     container = pretrain_cfg_container_from_args(args, model_config)
 
     built: list[FrozenReference] = []
@@ -81,6 +77,7 @@ def main() -> None:
                 built.append(
                     FrozenReference(model_config, args=args, source=source, offload=offload)
                 )
+                args.unlearn_reference = built[0].record  # and so in every checkpoint
                 print_rank_0(f"reference: {source.checkpoint.path}, digest {built[0].digest}")
                 return model
 

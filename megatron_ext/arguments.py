@@ -20,7 +20,7 @@ from megatron.training.arguments import parse_and_validate_args, parse_args
 
 from megatron_ext.chat import ChatRun, chat_run
 from megatron_ext.chat import check_resume as check_chat_resume
-from megatron_ext.checkpoint.inspect import check_architecture, has_checkpoint, open_checkpoint
+from megatron_ext.checkpoint.source import Start, check_resume, resolve_start
 from megatron_ext.config import ChatConfig, UnlearnConfig
 from megatron_ext.data.tokenizers import TOKENIZER_TYPES, TokenizerSpec, tokenizer_digest
 from megatron_ext.exceptions import ConfigError
@@ -39,13 +39,21 @@ _NEVER: tuple[tuple[str, str], ...] = (
     ("use_mup", "the head does not scale logits by width"),
     ("modelopt_enabled", "ModelOpt replaces the loss"),
     ("fim_data", "fill-in-the-middle samples are not built here"),
+    ("sft", "conversations are named by --chat-data-path"),
+    (
+        "mtp_num_layers",
+        "the head has no loss for further predictions, with --forget-data-path or without",
+    ),
+    ("reset_attention_mask", "attention is causal over the whole sample"),
+    ("dataloader_inter_document_masking", "attention is causal over the whole sample"),
+    ("defer_embedding_wgrad_compute", "the head computes the output layer's gradient itself"),
+    ("tensor_parallel_num_weight_shards", "weights are sharded by tensor parallelism alone"),
 )
 _NEVER_WITH_UNLEARNING: tuple[tuple[str, str], ...] = (
     ("rampup_batch_size", "the composition of a batch is fixed for the whole run"),
     ("step_batch_size_schedule", "the composition of a batch is fixed for the whole run"),
     ("decrease_batch_size_if_needed", "the composition of a batch is fixed for the whole run"),
     ("phase_transition_iterations", "the composition of a batch is fixed for the whole run"),
-    ("mtp_num_layers", "multi-token prediction adds a loss that unlearning does not define"),
     (
         "calculate_per_token_loss",
         "each term is already averaged over its tokens of the global batch",
@@ -55,7 +63,6 @@ _NEVER_WITH_UNLEARNING: tuple[tuple[str, str], ...] = (
     ("overlap_moe_expert_parallel_comm", "it replaces the schedule that runs the reference"),
     ("hybrid_context_parallel", "it replaces the schedule that runs the reference"),
     ("mock_data", "there is nothing to forget in random tokens"),
-    ("sft", "the roles of the tokens would be ambiguous"),
 )
 
 
@@ -80,8 +87,6 @@ def machine_defaults() -> dict[str, Any]:
         defaults |= {"transformer_impl": "local"}
     if not _installed("apex"):
         defaults |= {"no_persist_layer_norm": True, "masked_softmax_fusion": False}
-    if not (_installed("fused_weight_gradient_mlp_cuda") or _installed("transformer_engine")):
-        defaults |= {"gradient_accumulation_fusion": False}
     if not _installed("transformer_engine") and not _installed("apex"):
         defaults |= {"apply_rope_fusion": False}
     return defaults | (cpu.CPU_FLAGS if cpu.is_enabled() else {})
@@ -143,38 +148,36 @@ def record_tokenizer(args: Namespace) -> None:
         args.tokenizer_digest = tokenizer_digest(spec)
 
 
-def check_checkpoints(args: Namespace, config: UnlearnConfig) -> None:
-    """Check the checkpoint that the run starts from or goes on from, before any process group exists.
+def check_checkpoints(args: Namespace, config: UnlearnConfig) -> Start:
+    """Find and check the checkpoint that the run starts from or goes on from.
+
+    What the run records of itself goes into the arguments, and so into every checkpoint.
 
     Raises:
         CheckpointError: it is missing where the run cannot do without, unreadable, or of another model.
+        ConfigError: the run cannot go on from it.
     """
-    if has_checkpoint(args.load):
-        checkpoint = open_checkpoint(args.load, flag="--load", iteration=args.ckpt_step)
-        check_architecture(checkpoint, args, flag="--load")
-        if config.enabled and not args.finetune:
-            _check_resume(checkpoint.args, args)
-        if args.chat_digest is not None and not args.finetune:
-            check_chat_resume(checkpoint.args, args)
-    elif args.pretrained_checkpoint is not None:
-        checkpoint = open_checkpoint(args.pretrained_checkpoint, flag="--pretrained-checkpoint")
-        check_architecture(checkpoint, args, flag="--pretrained-checkpoint")
-    elif config.enabled or args.chat_digest is not None:
-        # Megatron would go on with random weights.
-        open_checkpoint(args.load, flag="--load")
+    start = resolve_start(args, required=config.enabled or args.chat_digest is not None)
+    args.unlearn_composition = args.unlearn_reference = None
+    if config.enabled:
+        args.unlearn_composition = _composition(args, config)
+        check_resume(start, args.unlearn_composition)
+        # A part of the run without the mitigation term hands the record on.
+        args.unlearn_reference = start.reference
+    if args.chat_digest is not None and start.resumed:
+        assert start.checkpoint is not None
+        check_chat_resume(start.checkpoint.args, args)
+    return start
 
 
-def _check_resume(saved: Namespace, args: Namespace) -> None:
-    """The order of the samples is a function of these; a resumed run must see those that were left."""
-    if getattr(saved, "unlearn_reference", None) is None:
-        return
-    for name in ("global_batch_size", "forget_batch_size"):
-        expected, found = getattr(saved, name), getattr(args, name)
-        if expected != found:
-            raise ConfigError(
-                f"--{name.replace('_', '-')}: expected {expected}, with which {args.load} was started, "
-                f"found {found}"
-            )
+def _composition(args: Namespace, config: UnlearnConfig) -> dict[str, int]:
+    """By flag, the samples that the order of the data follows from."""
+    batch = args.global_batch_size
+    return {
+        "--global-batch-size": batch,
+        "--forget-batch-size": config.forget_samples(batch, train_global_batch_size=batch),
+        "--eval-global-batch-size": args.eval_global_batch_size,
+    }
 
 
 def unlearn_config(args: Namespace) -> UnlearnConfig:

@@ -42,8 +42,7 @@ class FrozenReference:
 
     Args:
         model_config: the model config that the student is built from.
-        args: Megatron's validated arguments; ``unlearn_reference`` is recorded in them, and so in every
-            checkpoint of the run.
+        args: Megatron's validated arguments.
         source: the checkpoint.
         offload: keep the weights on the host between passes, see ``HostWeights``.
 
@@ -69,13 +68,18 @@ class FrozenReference:
                 f"{args.load} was unlearned against, found {self.digest} in {checkpoint.path} "
                 "(other weights, or another precision)"
             )
-        args.unlearn_reference = {
-            "directory": str(checkpoint.directory.resolve()),
-            "iteration": checkpoint.iteration,
-            "digest": self.digest,
-        }
         if offload:
             self.offload()
+
+    @property
+    def record(self) -> dict[str, str]:
+        """What a checkpoint of the run keeps of its reference."""
+        checkpoint = self.source.checkpoint
+        return {
+            "directory": str(checkpoint.directory.resolve()),
+            "folder": checkpoint.path.name,
+            "digest": self.digest,
+        }
 
     def offload(self) -> None:
         """Move the weights to the host; from now on they visit the device for each pass.

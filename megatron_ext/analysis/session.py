@@ -24,7 +24,7 @@ from megatron_ext.checkpoint.inspect import (
 from megatron_ext.checkpoint.source import ReferenceSource
 from megatron_ext.data.manifest import check_prefix
 from megatron_ext.exceptions import ConfigError
-from megatron_ext.model.layer_spec import torch_native_spec_for_builder
+from megatron_ext.model.model_config import model_config_from_args
 from megatron_ext.reference import FrozenReference
 
 # Besides the architecture, what a checkpoint's arguments say of how to run its model.
@@ -115,7 +115,6 @@ def open_session(options: Namespace) -> Iterator[Session]:
     """
     from megatron.training import get_tokenizer
     from megatron.training import training as loop
-    from megatron.training.argument_utils import gpt_config_from_args
     from megatron.training.global_vars import set_global_variables
 
     os.environ.setdefault("MASTER_ADDR", "localhost")
@@ -129,9 +128,7 @@ def open_session(options: Namespace) -> Iterator[Session]:
         ) from error
     record_tokenizer(args)
     loop.initialize_megatron()
-    model_config = gpt_config_from_args(args)
-    if args.transformer_impl == "local":
-        model_config.transformer_layer_spec = torch_native_spec_for_builder
+    model_config = model_config_from_args(args)
     try:
         yield Session(args, options, model_config, eod=get_tokenizer().eod)
     finally:

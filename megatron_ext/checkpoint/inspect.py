@@ -26,16 +26,32 @@ ARCHITECTURE = (
     "kv_channels",
     "swiglu",
     "normalization",
-    "norm_epsilon",
+    "layernorm_epsilon",
+    "layernorm_zero_centered_gamma",
+    "apply_residual_connection_post_layernorm",
     "qk_layernorm",
+    "qk_l2_norm",
+    "softmax_type",
+    "window_size",
+    "squared_relu",
+    "openai_gelu",
+    "quick_geglu",
+    "glu_linear_offset",
+    "activation_func_clamp_value",
     "position_embedding_type",
+    "no_rope_freq",
     "rotary_base",
     "rotary_percent",
+    "rotary_interleaved",
+    "rotary_seq_len_interpolation_factor",
     "use_rope_scaling",
+    "rope_scaling_factor",
     "untie_embeddings_and_output_weights",
     "add_bias_linear",
     "add_qkv_bias",
 )
+# Where the flag has another name than the argument.
+_FLAGS = {"layernorm_epsilon": "norm-epsilon"}
 
 
 @dataclass(frozen=True)
@@ -61,7 +77,7 @@ def has_checkpoint(directory: str | Path | None) -> bool:
 
 
 def open_checkpoint(
-    directory: str | Path, *, flag: str, iteration: int | None = None
+    directory: str | Path, *, flag: str, iteration: int | None = None, folder: str | None = None
 ) -> Checkpoint:
     """Read which checkpoint a directory holds, without its tensors.
 
@@ -69,6 +85,7 @@ def open_checkpoint(
         directory: what the flag names.
         flag: the flag, for messages.
         iteration: the iteration wanted; the latest by default.
+        folder: the name of the folder wanted, ``release`` included, instead of an iteration.
 
     Raises:
         CheckpointError: the directory, its tracker file or the iteration is missing or unreadable.
@@ -82,13 +99,15 @@ def open_checkpoint(
     if not tracker.is_file():
         raise CheckpointError(f"{flag}: expected a finished checkpoint, found no {tracker}")
     text = tracker.read_text().strip()
-    if iteration is None and not text.isdecimal() and text != "release":
+    if not text.isdecimal() and text != "release":
         raise CheckpointError(
             f"{tracker}: expected an iteration number or 'release', found {text!r}"
         )
-    release = iteration is None and text == "release"
-    number = iteration if iteration is not None else 0 if release else int(text)
-    path = directory / ("release" if release else f"iter_{number:07d}")
+    if folder is None:
+        latest = "release" if text == "release" else f"iter_{int(text):07d}"
+        folder = latest if iteration is None else f"iter_{iteration:07d}"
+    number = 0 if folder == "release" else int(folder.removeprefix("iter_"))
+    path = directory / folder
     if not dist_checkpointing.check_is_distributed_checkpoint(str(path)):
         raise CheckpointError(
             f"{flag}: expected a torch_dist checkpoint at {path}, found none (or one of another format)"
@@ -120,7 +139,7 @@ def check_architecture(checkpoint: Checkpoint, args: Namespace, *, flag: str) ->
         found = present.get(name, expected)
         if expected != found:
             raise CheckpointError(
-                f"{flag}: expected --{name.replace('_', '-')} {expected}, as this run has, "
+                f"{flag}: expected --{_FLAGS.get(name, name.replace('_', '-'))} {expected}, as this run has, "
                 f"found {found} in {checkpoint.path}"
             )
     longest = getattr(saved, "max_position_embeddings", None)

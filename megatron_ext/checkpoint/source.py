@@ -1,4 +1,8 @@
-"""Which checkpoint the frozen reference is, decided before any process group exists."""
+"""Where a run's weights come from, decided once and before any process group exists.
+
+Megatron decides by itself too, when it loads; :func:`resolve_start` follows its rules, so that the
+reference, the checks and the load all mean the same checkpoint.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +18,94 @@ from megatron_ext.checkpoint.inspect import (
     open_checkpoint,
 )
 from megatron_ext.config import UnlearnConfig
-from megatron_ext.exceptions import CheckpointError
+from megatron_ext.exceptions import CheckpointError, ConfigError
+
+
+@dataclass(frozen=True)
+class Start:
+    """The checkpoint that a run begins with.
+
+    Attributes:
+        checkpoint: what will be loaded; ``None`` starts from random weights.
+        flag: the flag that named it.
+        resumed: whether iterations, optimizer and the order of the data go on from it.
+    """
+
+    checkpoint: Checkpoint | None
+    flag: str
+    resumed: bool
+
+    @property
+    def composition(self) -> dict[str, int] | None:
+        """Batch sizes of the unlearning run that is resumed; ``None`` if it is none."""
+        if self.checkpoint is None or not self.resumed:
+            return None
+        return getattr(self.checkpoint.args, "unlearn_composition", None)
+
+    @property
+    def reference(self) -> dict[str, Any] | None:
+        """What the resumed run recorded of its reference: ``directory``, ``folder`` and ``digest``."""
+        if self.checkpoint is None or not self.resumed:
+            return None
+        return getattr(self.checkpoint.args, "unlearn_reference", None)
+
+
+def resolve_start(args: Namespace, *, required: bool) -> Start:
+    """Find the checkpoint that Megatron will load.
+
+    Args:
+        args: Megatron's validated arguments.
+        required: whether random weights would be a mistake.
+
+    Raises:
+        CheckpointError: it is missing where the run cannot do without, unreadable, or of another model.
+    """
+    step = args.ckpt_step or None  # Megatron ignores 0
+    if has_checkpoint(args.load):
+        start = Start(
+            open_checkpoint(args.load, flag="--load", iteration=step),
+            "--load",
+            resumed=not args.finetune,
+        )
+    elif args.pretrained_checkpoint is not None:
+        flag = "--pretrained-checkpoint"
+        opened = open_checkpoint(args.pretrained_checkpoint, flag=flag, iteration=step)
+        start = Start(opened, flag, resumed=False)
+    elif required:
+        start = Start(open_checkpoint(args.load, flag="--load", iteration=step), "--load", False)
+    else:
+        return Start(None, "--load", resumed=False)
+    assert start.checkpoint is not None
+    check_architecture(start.checkpoint, args, flag=start.flag)
+    return start
+
+
+def check_resume(start: Start, composition: dict[str, int]) -> None:
+    """The order of the samples follows from the batch sizes; a resumed run must see those that were left.
+
+    Args:
+        start: where the run begins.
+        composition: by flag, the samples of this run's batches.
+
+    Raises:
+        ConfigError: the run goes on from another kind of run, or with other batches.
+    """
+    if not start.resumed:
+        return
+    assert start.checkpoint is not None
+    if start.composition is None:
+        raise ConfigError(
+            f"--load {start.checkpoint.directory}: expected the checkpoint of an unlearning run to go on "
+            "with, found one of another kind; to unlearn from it, name it with --pretrained-checkpoint, or "
+            "add --finetune"
+        )
+    for flag, found in composition.items():
+        expected = start.composition.get(flag, found)
+        if expected != found:
+            raise ConfigError(
+                f"{flag}: expected {expected} samples, with which {start.checkpoint.directory} was started, "
+                f"found {found}"
+            )
 
 
 @dataclass(frozen=True)
@@ -30,8 +121,8 @@ class ReferenceSource:
     recorded_digest: str | None
 
 
-def find_reference(args: Namespace, config: UnlearnConfig) -> ReferenceSource:
-    """Decide which checkpoint the reference is, before any process group exists.
+def find_reference(args: Namespace, config: UnlearnConfig, start: Start) -> ReferenceSource:
+    """Decide which checkpoint the reference is.
 
     A new run takes ``--reference-load``, or else the checkpoint that it starts from. A resumed run takes
     the one that its checkpoint recorded; taking the resumed student instead would silently change the
@@ -40,31 +131,26 @@ def find_reference(args: Namespace, config: UnlearnConfig) -> ReferenceSource:
     Raises:
         CheckpointError: the checkpoint is missing, unreadable or of another model.
     """
-    recorded = _recorded_reference(args)
-    if recorded is None:
-        flag, directory = "--reference-load", config.reference_load
-        if directory is None:
-            flag = "--load" if has_checkpoint(args.load) else "--pretrained-checkpoint"
-            directory = args.load if has_checkpoint(args.load) else args.pretrained_checkpoint
-        # Without --pretrained-checkpoint an empty --load must be reported, not taken for a fresh start.
-        flag, directory = (flag, directory) if directory is not None else ("--load", args.load)
-        source = ReferenceSource(open_checkpoint(directory, flag=flag), None)
-    else:
-        flag = "--reference-load"
+    flag = "--reference-load"
+    recorded = start.reference
+    if recorded is not None:
         directory = config.reference_load or recorded["directory"]
         if not Path(directory).is_dir():
             raise CheckpointError(
                 f"{flag}: expected the reference that {args.load} was unlearned against, found nothing at "
                 f"{directory}; name its new place with {flag}"
             )
-        opened = open_checkpoint(directory, flag=flag, iteration=recorded["iteration"])
+        opened = open_checkpoint(directory, flag=flag, folder=recorded["folder"])
         source = ReferenceSource(opened, recorded["digest"])
+    elif config.reference_load is not None:
+        source = ReferenceSource(open_checkpoint(config.reference_load, flag=flag), None)
+    elif start.resumed:
+        raise CheckpointError(
+            f"{flag}: expected the reference's checkpoint, because {args.load} was unlearned without one so "
+            "far and cannot be its own reference; found none"
+        )
+    else:
+        assert start.checkpoint is not None
+        source = ReferenceSource(start.checkpoint, None)
     check_architecture(source.checkpoint, args, flag=flag)
     return source
-
-
-def _recorded_reference(args: Namespace) -> dict[str, Any] | None:
-    """What the checkpoint to be resumed recorded of its reference; ``None`` in a new run."""
-    if args.finetune or not has_checkpoint(args.load):
-        return None
-    return getattr(open_checkpoint(args.load, flag="--load").args, "unlearn_reference", None)

@@ -18,8 +18,6 @@ from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_l
 
 from megatron_ext.config import UnlearnConfig
 from megatron_ext.data.composition import ComposedDataset
-from megatron_ext.data.manifest import check_prefix
-from megatron_ext.exceptions import ConfigError, DataError
 
 Blend = tuple[list[str], list[float] | None] | None
 Datasets = tuple[Any, Any, Any]
@@ -151,44 +149,3 @@ def reads_data(vp_stage: int | None = None) -> bool:
         is_first_or_last_pipeline_stage(vp_stage)
         and parallel_state.get_tensor_model_parallel_rank() == 0
     )
-
-
-def check_datasets(args: Namespace, config: UnlearnConfig) -> None:
-    """Check every dataset file that the run names, cheaply and before any expensive work.
-
-    Args:
-        args: Megatron's validated arguments; the tokenizer is built.
-        config: the settings of unlearning.
-
-    Raises:
-        ConfigError: no dataset is named, or a weight is not positive.
-        DataError: a file is missing, truncated, empty or of another tokenizer; the message names it.
-    """
-    blends = {"--data-path": get_blend_and_blend_per_split(args)}
-    if config.enabled:
-        blends["--forget-data-path"] = forget_blends(config)
-    if args.mock_data:
-        return
-    vocab_size = get_tokenizer().vocab_size
-    for flag, (blend, per_split) in blends.items():
-        prefixes = _prefixes(flag, [blend] if per_split is None else per_split)
-        if not prefixes:
-            raise ConfigError(f"{flag}: expected the prefix of a tokenised dataset, found none")
-        for prefix in prefixes:
-            try:
-                check_prefix(prefix, vocab_size=vocab_size, tokenizer_digest=args.tokenizer_digest)
-            except DataError as error:
-                raise DataError(f"{flag}: {error}") from error
-
-
-def _prefixes(flag: str, blends: Sequence[Blend]) -> list[str]:
-    found: list[str] = []
-    for blend in blends:
-        if blend is None:
-            continue
-        paths, weights = blend
-        for path, weight in zip(paths, weights or [1.0] * len(paths), strict=True):
-            if not weight > 0:
-                raise ConfigError(f"{flag}: expected weights above 0, found {weight} for {path}")
-        found += paths
-    return list(dict.fromkeys(found))

@@ -52,8 +52,9 @@ def l2_norm(
 
     Signature of Apex's `multi_tensor_l2norm`, of which Megatron uses the first result only.
     """
-    norms = torch._foreach_norm(tensor_lists[0])
-    return torch.linalg.vector_norm(torch.stack(norms)).float().reshape(1), None
+    # In fp32 throughout: a norm in the gradients' bf16 would be off by up to 0.4%, and clipping with it.
+    norms = torch._foreach_norm(tensor_lists[0], dtype=torch.float32)
+    return torch.linalg.vector_norm(torch.stack(norms)).reshape(1), None
 
 
 def scale(

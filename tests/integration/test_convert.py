@@ -178,11 +178,6 @@ def test_perplexities_of_two_ranks_are_those_of_transformers(world, parallel):
     np.testing.assert_allclose(found, expected, rtol=1e-5)
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="analysis/session.py reads neither layernorm_epsilon nor rope_scaling_factor of a checkpoint, "
-    "and Megatron's gpt_config_from_args drops the factor: model/model_config.py hands it on",
-)
 def test_perplexities_under_another_rotary_factor_and_epsilon(world, converted):
     folder = converted[0] / "llama3_rope" / "float32"
     found, expected = perplexities(world, folder / "source", folder / "megatron")

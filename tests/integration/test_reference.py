@@ -1,12 +1,13 @@
 """The frozen reference leaves no trace but its digest, and nothing can change it."""
 
 from argparse import Namespace
-from unittest import mock
+from pathlib import Path
 
 import pytest
 import torch.distributed.checkpoint as dcp
 
-from megatron_ext.checkpoint import source
+from megatron_ext.checkpoint.inspect import Checkpoint
+from megatron_ext.checkpoint.source import Start, find_reference
 from megatron_ext.config import UnlearnConfig
 from megatron_ext.exceptions import CheckpointError
 from tests.helpers.entry import ROOT, Launch, run, run_all
@@ -65,10 +66,9 @@ def test_a_reference_that_changes_is_found_out(tiny, runs_directory):
 
 def test_a_recorded_reference_that_was_moved_is_asked_for(tmp_path):
     gone = tmp_path / "gone"
-    record = {"directory": str(gone), "iteration": 3, "digest": "0"}
+    record = {"directory": str(gone), "folder": "iter_0000003", "digest": "0"}
+    saved = Namespace(unlearn_reference=record)
+    resumed = Start(Checkpoint(Path("runs/a"), 3, Path("runs/a/iter"), saved), "--load", True)
     args, config = Namespace(load="runs/a"), UnlearnConfig(forget_data_path=["a"])
-    with (
-        mock.patch.object(source, "_recorded_reference", return_value=record),
-        pytest.raises(CheckpointError, match=f"--reference-load: .* runs/a .* nothing at {gone}"),
-    ):
-        source.find_reference(args, config)
+    with pytest.raises(CheckpointError, match=f"--reference-load: .* runs/a .* nothing at {gone}"):
+        find_reference(args, config, resumed)

@@ -90,3 +90,9 @@ def test_a_missing_iteration_is_refused(tmp_path, text, folder):
     (tmp_path / TRACKER).write_text(text)
     with pytest.raises(CheckpointError, match=f"expected a torch_dist checkpoint at .*{folder}"):
         open_checkpoint(tmp_path, flag="--load")
+
+
+def test_a_folder_can_be_named(tmp_path):
+    (tmp_path / TRACKER).write_text("7")
+    with pytest.raises(CheckpointError, match=r"torch_dist checkpoint at .*/release, found none"):
+        open_checkpoint(tmp_path, flag="--reference-load", folder="release")

@@ -85,6 +85,15 @@ def test_norm_and_scale_equal_plain_ones():
     torch.testing.assert_close(tensors, expected)
 
 
+def test_norm_of_half_precision_gradients_is_not_rounded_to_their_type():
+    generator = torch.Generator().manual_seed(0)
+    tensors = [torch.randn(n, generator=generator).bfloat16() for n in (1000, 37)]
+    exact = torch.cat(tensors).double().norm()
+    norm, _ = kernels.l2_norm(0, torch.zeros(1), [tensors], False)
+    assert norm.dtype == torch.float32
+    torch.testing.assert_close(norm[0].double(), exact, rtol=1e-6, atol=0)
+
+
 def _parameters_after_training(accelerate: bool, distributed_optimizer: bool) -> list[torch.Tensor]:
     from tests.helpers import models
 

@@ -1,0 +1,163 @@
+"""Whether the datasets that a run names can feed every split that it reads."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from megatron.core.datasets.blended_megatron_dataset_config import (
+    convert_split_vector_to_split_matrix,
+    parse_and_normalize_split,
+)
+from megatron.core.datasets.utils import Split
+from megatron.training import get_tokenizer
+from megatron.training.utils import get_blend_and_blend_per_split
+
+from megatron_ext.config import UnlearnConfig
+from megatron_ext.data.manifest import check_prefix
+from megatron_ext.data.providers import Blend, forget_blends
+from megatron_ext.exceptions import ConfigError, DataError
+
+
+@dataclass(frozen=True)
+class _NamedBlend:
+    """A blend, the flag that names it, and the splits that it feeds.
+
+    Attributes:
+        flag: the flag that the user typed, or should have.
+        blend: prefixes and weights; ``None`` if the flag is missing.
+        shares: bounds of each split's part of the documents, from 0 to 1; ``None`` for no part.
+    """
+
+    flag: str
+    blend: Blend
+    shares: dict[Split, tuple[float, float] | None]
+
+
+def check_datasets(args: Namespace, config: UnlearnConfig) -> None:
+    """Check every dataset file that the run names, cheaply and before any expensive work.
+
+    Megatron itself trains to the end and then fails if there is nothing to validate on, and never
+    returns from building a split into which no document falls.
+
+    Args:
+        args: Megatron's validated arguments; the tokenizer is built.
+        config: the settings of unlearning.
+
+    Raises:
+        ConfigError: no dataset is named, a split that the run reads gets no data, or a weight is not
+            positive.
+        DataError: a file is missing, truncated, empty, of another tokenizer, or too short to be split;
+            the message names it.
+    """
+    if args.mock_data:
+        return
+    sides = [_replay_named(args)]
+    if config.enabled:
+        names = [f"--forget-{split.name}-data-path" for split in Split]
+        sides.append(_named("--forget-data-path", names, forget_blends(config), args.split))
+    for side in sides:
+        _check_splits(args, side)
+    if len(sides) == 2 and args.eval_iters > 0:
+        _check_test_paths(sides)
+    for named in (named for side in sides for named in side):
+        _check_files(args, named)
+
+
+def _replay_named(args: Namespace) -> list[_NamedBlend]:
+    """Megatron's own data flags; the rules of which go together are Megatron's."""
+    whole = "--data-path" if args.data_args_path is None else "--data-args-path"
+    each = [f"--{split.name}-data-path" for split in Split]
+    if args.per_split_data_args_path is not None:
+        each = ["--per-split-data-args-path"] * len(Split)
+    try:
+        blends = get_blend_and_blend_per_split(args)
+    except (OSError, ValueError, KeyError) as error:
+        flag = whole if args.per_split_data_args_path is None else each[0]
+        found = f"{type(error).__name__}: {error}"
+        raise ConfigError(f"{flag}: expected a list of datasets, found {found}") from error
+    return _named(whole, each, blends, args.split)
+
+
+def _named(
+    whole: str,
+    each: Sequence[str],
+    blends: tuple[Blend, list[Blend] | None],
+    split: str | None,
+) -> list[_NamedBlend]:
+    """A blend over all splits, or one for each, with its flag."""
+    blend, per_split = blends
+    if per_split is not None:
+        return [
+            _NamedBlend(flag, part, {which: (0.0, 1.0) if part else None})
+            for flag, part, which in zip(each, per_split, Split, strict=True)
+        ]
+    if blend is None:
+        raise ConfigError(f"{whole}: expected the prefix of a tokenised dataset, found none")
+    if split is None:
+        raise ConfigError(f"--split: expected shares, by which {whole} is split, found none")
+    try:
+        shares = parse_and_normalize_split(split)
+    except (AssertionError, ValueError) as error:
+        raise ConfigError(f"--split: expected up to three shares, found {split}") from error
+    if not sum(shares) > 0:  # NaN where none was positive
+        raise ConfigError(f"--split: expected a share above 0, found {split}")
+    matrix = convert_split_vector_to_split_matrix(shares)
+    return [_NamedBlend(whole, blend, dict(zip(Split, matrix, strict=True)))]
+
+
+def _check_splits(args: Namespace, side: Sequence[_NamedBlend]) -> None:
+    """Training and validation need data; a test split may be missing, and then nothing is tested."""
+    validates = args.eval_iters > 0 or args.full_validation
+    wanted = {
+        Split.train: (not args.skip_train, "training", "--skip-train"),
+        Split.valid: (validates, f"validation (--eval-iters {args.eval_iters})", "--eval-iters 0"),
+    }
+    for named in side:
+        for split, (needed, purpose, way_out) in wanted.items():
+            if not needed or named.shares.get(split, (0, 1)) is not None:
+                continue
+            what = f"{named.flag}: expected a dataset for {purpose}, found none; name one"
+            if named.blend is not None:
+                what = (
+                    f"--split: expected a share of {named.flag} for {purpose}, found {args.split}"
+                )
+            raise ConfigError(f"{what}, or use {way_out}")
+
+
+def _check_test_paths(sides: Sequence[Sequence[_NamedBlend]]) -> None:
+    """A test dataset that is named must not go unread because the other blend has none."""
+    tests = [next(named for named in side if Split.test in named.shares) for side in sides]
+    for named, other in (tests, tests[::-1]):
+        explicit = len(named.shares) == 1 and named.blend is not None
+        if explicit and other.shares[Split.test] is None:
+            raise ConfigError(
+                f"{named.flag}: expected test data in {other.flag} too, found none; batches are "
+                "composed of both"
+            )
+
+
+def _check_files(args: Namespace, named: _NamedBlend) -> None:
+    """Check each dataset of a blend, and that every share of it holds a document."""
+    if named.blend is None:
+        return
+    paths, weights = named.blend
+    for path, weight in zip(paths, weights or [1.0] * len(paths), strict=True):
+        if not weight > 0:
+            raise ConfigError(f"{named.flag}: expected weights above 0, found {weight} for {path}")
+    vocab_size, digest = get_tokenizer().vocab_size, args.tokenizer_digest
+    for path in dict.fromkeys(paths):
+        try:
+            summary = check_prefix(path, vocab_size=vocab_size, tokenizer_digest=digest)
+        except DataError as error:
+            raise DataError(f"{named.flag}: {error}") from error
+        for split, share in named.shares.items():
+            if share is None:
+                continue
+            first, end = (round(bound * float(summary.sequences)) for bound in share)  # as Megatron
+            if first == end:
+                raise DataError(
+                    f"--split: expected at least one document of {named.flag} {path} for the "
+                    f"{split.name} split, found none of its {summary.sequences} with shares {args.split}"
+                )

@@ -1,0 +1,99 @@
+"""Which checkpoint a run starts from, goes on from, and takes for its reference."""
+
+import json
+import shutil
+
+import pytest
+
+from tests.helpers.entry import Launch, run, run_all, succeed
+from tests.helpers.tiny import REFERENCE_ITERATION
+
+LONGER = ("--train-iters", 3, "--lr", 1e-3, "--eval-iters", 0)
+SHORT = (*LONGER, "--exit-interval", 2, "--save-interval", 2)
+
+
+@pytest.fixture(scope="module")
+def runs(tiny, tmp_path_factory):
+    """First starts that later ones go on from."""
+    directory = tmp_path_factory.mktemp("start")
+    release = directory / "release_base"
+    release.mkdir()
+    (latest,) = tiny.base.joinpath("latest_checkpointed_iteration.txt").read_text().split()
+    shutil.copytree(tiny.base / f"iter_{int(latest):07d}", release / "release")
+    (release / "latest_checkpointed_iteration.txt").write_text("release")
+    launches = {
+        "earlier": tiny.objective(
+            *SHORT, "--load", tiny.base, "--finetune", "--ckpt-step", REFERENCE_ITERATION
+        ),
+        "alone": tiny.objective(
+            *(*SHORT, "--pretrained-checkpoint", tiny.base, "--save", directory / "alone"),
+            *("--mitigation-weight", 0),
+        ),
+        "release": tiny.objective(
+            *SHORT, "--pretrained-checkpoint", release, "--save", directory / "release"
+        ),
+    }
+    made = run_all({k: Launch(v) for k, v in launches.items()}, directory / "tensorboard")
+    return directory, {name: succeed(result) for name, result in made.items()}
+
+
+def resume(tiny, runs, name, *more):
+    directory, _ = runs
+    # Under `more` a flag of before is given again: the later one counts.
+    flags = tiny.objective(*LONGER, "--load", directory / name, *more)
+    return run(
+        Launch(flags), directory / "tensorboard" / f"{name} {json.dumps([*map(str, more)])[:20]}"
+    )
+
+
+def error_of(result):
+    (line,) = [line for line in result.output.splitlines() if "error:" in line]
+    assert result.returncode == 2
+    assert "Traceback" not in result.output
+    return line
+
+
+def test_the_reference_is_the_iteration_that_the_run_starts_from(runs):
+    _, made = runs
+    assert f"iter_{REFERENCE_ITERATION:07d}" in made["earlier"].line("reference:")
+    # Student and reference are the same weights at first; KL has only rounding left.
+    assert made["earlier"].series("mitigation kl")[0] < 1e-9
+
+
+def test_a_student_never_becomes_its_own_reference(tiny, runs):
+    error = error_of(resume(tiny, runs, "alone"))
+    assert "--reference-load" in error
+    assert "unlearned without one" in error
+    named = succeed(resume(tiny, runs, "alone", "--reference-load", tiny.base))
+    assert named.series("mitigation kl")[0] > 1e-9
+
+
+def test_a_release_checkpoint_serves_as_reference_on_resume_too(tiny, runs):
+    _, made = runs
+    again = succeed(resume(tiny, runs, "release"))
+    assert again.digest() == made["release"].digest()
+
+
+@pytest.mark.parametrize(
+    ("flag", "value", "before"),
+    [
+        ("--forget-batch-size", 4, 12),
+        ("--eval-global-batch-size", 32, 16),
+        ("--global-batch-size", 32, 16),
+    ],
+)
+@pytest.mark.parametrize("name", ["alone", "release"])
+def test_another_composition_is_refused_on_resume(tiny, runs, name, flag, value, before):
+    reference = ("--reference-load", tiny.base) if name == "alone" else ()
+    error = error_of(resume(tiny, runs, name, *reference, flag, value))
+    assert flag in error or flag == "--global-batch-size"
+    assert str(value) in error
+    assert str(before) in error
+
+
+def test_going_on_from_another_kind_of_run_is_refused(tiny, runs):
+    directory, _ = runs
+    flags = tiny.objective(*LONGER, "--load", tiny.base)
+    error = error_of(run(Launch(flags), directory / "tensorboard" / "other kind"))
+    assert f"--load {tiny.base}" in error
+    assert "--pretrained-checkpoint" in error
