@@ -202,7 +202,8 @@ set_launcher() {
     head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
     # Jobs that share a node must not meet: the port follows from the job's number.
     LAUNCHER=(srun --nodes "$NODES" --ntasks "$NODES" --ntasks-per-node 1 --kill-on-bad-exit=1
-        "${LAUNCHER[@]}" --nnodes "$NODES" --rdzv-id "$SLURM_JOB_ID" --rdzv-backend c10d
+        # torchrun's 30 s between SIGTERM and SIGKILL would end the ranks in the middle of their save.
+        "${LAUNCHER[@]}" --shutdown-timeout 280 --nnodes "$NODES" --rdzv-id "$SLURM_JOB_ID" --rdzv-backend c10d
         --rdzv-endpoint "$head:$((20000 + SLURM_JOB_ID % 20000))"
         --log-dir "$OUT/logs" --redirects 3 --tee 3)
 }

@@ -92,7 +92,7 @@ def check_arguments(args: Namespace) -> None:
         if getattr(args, name, False):
             raise ConfigError(
                 f"--{name.replace('_', '-')}: the torch-native layers attend causally over the "
-                "whole sample and know no other mask; drop the flag or install Transformer Engine"
+                "whole sample and know no other mask; drop the flag"
             )
     backend = getattr(args, "attention_backend", None)
     if getattr(backend, "name", backend) == "local":
