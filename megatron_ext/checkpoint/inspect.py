@@ -9,10 +9,13 @@ from __future__ import annotations
 from argparse import Namespace
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from megatron.core import dist_checkpointing
+from torch.distributed.checkpoint import CheckpointException
 
 from megatron_ext.exceptions import CheckpointError
+from megatron_ext.runtime import safe_load
 
 TRACKER = "latest_checkpointed_iteration.txt"
 
@@ -112,14 +115,28 @@ def open_checkpoint(
         raise CheckpointError(
             f"{flag}: expected a torch_dist checkpoint at {path}, found none (or one of another format)"
         )
-    try:
-        common = dist_checkpointing.load_common_state_dict(str(path))
-    except Exception as error:  # whatever the storage raises, the user needs the folder's name
-        raise CheckpointError(f"{flag}: {path} cannot be read: {error}") from error
-    args = common.get("args")
+    common = _load_common(path, flag)
+    args = common.get("args") if isinstance(common, dict) else None
     if args is None:
         raise CheckpointError(f"{flag}: expected the arguments of its run in {path}, found none")
     return Checkpoint(directory=directory, iteration=number, path=path, args=args)
+
+
+def _load_common(path: Path, flag: str) -> Any:
+    """All of a checkpoint but its tensors, without running what it may hold."""
+    safe_load.enable()
+    try:
+        if (
+            path / ".metadata"
+        ).is_file():  # torch would report twice, with tracebacks, what is wrong
+            with (path / ".metadata").open("rb") as stream:
+                safe_load.load_metadata(stream)
+        return dist_checkpointing.load_common_state_dict(str(path))
+    # Whatever the storage raises, the user needs the folder's name. torch's is no Exception.
+    except (Exception, CheckpointException) as error:
+        raise CheckpointError(
+            f"{flag}: {path} cannot be read: {safe_load.reason(error)}"
+        ) from error
 
 
 def check_architecture(checkpoint: Checkpoint, args: Namespace, *, flag: str) -> None:

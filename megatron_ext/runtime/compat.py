@@ -10,6 +10,7 @@ from importlib.metadata import version
 from typing import Any
 
 from megatron_ext.exceptions import ConfigError
+from megatron_ext.runtime import safe_load
 
 logger = logging.getLogger(__name__)
 
@@ -122,6 +123,7 @@ def print_negative_losses() -> None:
 def apply() -> None:
     """Apply all of the above that is no matter of flags; called once by the entry point before training."""
     check_megatron_version()
+    safe_load.enable()
     skip_helper_compilation()
     be_the_only_process()
     print_negative_losses()

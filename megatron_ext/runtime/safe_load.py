@@ -1,0 +1,99 @@
+"""A checkpoint from elsewhere is data: reading it never runs code.
+
+Megatron loads the non-tensor part of a checkpoint through torch's distributed checkpoints, and those
+(torch 2.13) unpickle without limits in two places: the file `.metadata` (`FileSystemReader.read_metadata`)
+and every object beside the tensors (`DefaultLoadPlanner.load_bytes` passes `weights_only=False`).
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import re
+from typing import IO, Any
+
+import torch
+
+from megatron_ext.exceptions import ConfigError
+
+_FORCE, _FORBID = "TORCH_FORCE_WEIGHTS_ONLY_LOAD", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"
+
+_CHECKPOINT = "torch.distributed.checkpoint"
+# What the metadata of a checkpoint consists of, besides Python's containers.
+_METADATA_CLASSES = frozenset(
+    {
+        *((f"{_CHECKPOINT}.filesystem", name) for name in ("_StorageInfo", "_StoragePrefix")),
+        *(
+            (f"{_CHECKPOINT}.metadata", name)
+            for name in (
+                *("BytesStorageMetadata", "ChunkStorageMetadata", "Metadata", "MetadataIndex"),
+                *("StorageMeta", "TensorProperties", "TensorStorageMetadata"),
+                "_MEM_FORMAT_ENCODING",
+            )
+        ),
+        *(
+            (f"{_CHECKPOINT}.planner", name)
+            for name in ("SavePlan", "TensorWriteData", "WriteItem", "WriteItemType")
+        ),
+        ("torch", "Size"),
+        ("torch.serialization", "_get_layout"),
+        ("collections", "OrderedDict"),
+        ("pathlib", "PosixPath"),
+        ("pathlib._local", "PosixPath"),  # as Python 3.13 writes it
+    }
+)
+
+
+def enable() -> None:
+    """Make every later load of a checkpoint in this process, and in those it starts, a load of data.
+
+    Raises:
+        ConfigError: the environment asks for the opposite.
+    """
+    if os.environ.get(_FORBID, "0").lower() in ("1", "y", "yes", "true"):  # as torch reads it
+        raise ConfigError(
+            f"{_FORBID}: expected it unset, found {os.environ[_FORBID]}; a checkpoint could run code"
+        )
+    # Wins over an explicit weights_only=False, which torch's planner passes.
+    os.environ[_FORCE] = "1"
+    from torch.distributed.checkpoint import filesystem
+
+    setattr(filesystem, "pickle", _MetadataPickle)  # noqa: B010  # the name that its reader looks up
+
+
+def load_metadata(stream: IO[bytes]) -> Any:
+    """Read the metadata of a checkpoint.
+
+    Args:
+        stream: the open file.
+
+    Raises:
+        pickle.UnpicklingError: it refers to anything that metadata do not consist of.
+    """
+    return _MetadataUnpickler(stream).load()
+
+
+def reason(error: BaseException) -> str:
+    """One line of what went wrong in a load; torch's own advice is to load with ``weights_only=False``."""
+    text = str(error)
+    refused = re.search(r"GLOBAL (\S+)", text) if "eights only load failed" in text else None
+    if refused:
+        return f"refused to load {refused[1]}, which is no data"
+    lines = text.strip().splitlines()
+    return lines[-1] if lines else type(error).__name__
+
+
+class _MetadataUnpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        """Look up a class of the list, or one of torch's dtypes."""
+        known = (module, name) in _METADATA_CLASSES
+        if not known and not (module == "torch" and type(getattr(torch, name, 0)) is torch.dtype):
+            raise pickle.UnpicklingError(f"refused to load {module}.{name}, which is no metadata")
+        return super().find_class(module, name)
+
+
+class _MetadataPickle:
+    """What torch's reader and writer of metadata use of the module `pickle`."""
+
+    load = staticmethod(load_metadata)
+    dump = staticmethod(pickle.dump)

@@ -1,0 +1,105 @@
+"""A checkpoint that would run code when it is unpickled is refused before it does."""
+
+import contextlib
+import os
+import pickle
+import warnings
+from argparse import Namespace
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint import filesystem
+
+from megatron_ext.checkpoint import torch_dist
+from megatron_ext.checkpoint.inspect import TRACKER, open_checkpoint
+from megatron_ext.exceptions import CheckpointError, ConfigError
+from megatron_ext.runtime import safe_load
+
+
+class Bomb:
+    """Creates a folder when it is unpickled."""
+
+    def __init__(self, mark):
+        self.mark = mark
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.mark),)
+
+
+def in_metadata(folder, bomb):
+    torch_dist.write(folder, [], dtype=torch.float32, args=Namespace())
+    (folder / ".metadata").write_bytes(pickle.dumps(bomb))
+
+
+def in_object(folder, bomb):
+    torch_dist.write(folder, [], dtype=torch.float32, args=bomb)
+
+
+def in_common(folder, bomb):
+    torch_dist.write(folder, [], dtype=torch.float32, args=Namespace())
+    torch.save({"args": bomb}, folder / "common.pt")
+
+
+PLACES = {"metadata": in_metadata, "object": in_object, "common.pt": in_common}
+
+
+@pytest.fixture
+def stock(monkeypatch):
+    """torch as it is."""
+    for name in ("TORCH_FORCE_WEIGHTS_ONLY_LOAD", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(filesystem, "pickle", pickle)
+
+
+@pytest.fixture(params=PLACES)
+def bombed(request, tmp_path):
+    folder, mark = tmp_path / "c" / "iter_0000003", tmp_path / "mark"
+    PLACES[request.param](folder, Bomb(mark))
+    (tmp_path / "c" / TRACKER).write_text("3")
+    return request.param, tmp_path / "c", mark
+
+
+@pytest.mark.usefixtures("stock")
+def test_what_would_run_code_is_refused_before_it_does(bombed):
+    _, directory, mark = bombed
+    with pytest.raises(
+        CheckpointError, match=r"--load: .*iter_0000003.* refused to load posix.mkdir"
+    ) as e:
+        open_checkpoint(directory, flag="--load")
+    assert "\n" not in str(e.value)
+    assert not mark.exists()
+
+
+@pytest.mark.usefixtures("stock")
+@pytest.mark.parametrize("bombed", ["metadata", "object"], indirect=True)
+def test_torch_alone_runs_it(bombed):
+    from megatron.core import dist_checkpointing
+
+    _, directory, mark = bombed
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        # What it makes of the metadata is none; the code has run by then.
+        with contextlib.suppress(dcp.CheckpointException):
+            dist_checkpointing.load_common_state_dict(directory / "iter_0000003")
+    assert mark.exists()
+
+
+@pytest.mark.usefixtures("stock")
+def test_an_ordinary_checkpoint_is_read(tmp_path):
+    layer = torch_dist.LazyTensor("w", None, (2, 3), lambda: torch.ones(2, 3))
+    torch_dist.write(
+        tmp_path / "iter_0000003", [layer], dtype=torch.bfloat16, args=Namespace(hidden_size=3)
+    )
+    (tmp_path / TRACKER).write_text("3")
+    checkpoint = open_checkpoint(tmp_path, flag="--load")
+    assert checkpoint.args.hidden_size == 3
+    assert torch.equal(torch_dist.Reader(checkpoint.path).read("w"), torch.ones(2, 3).bfloat16())
+
+
+@pytest.mark.usefixtures("stock")
+def test_a_setting_that_allows_code_is_refused(monkeypatch):
+    monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
+    with pytest.raises(ConfigError, match="TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD: expected it unset"):
+        safe_load.enable()
+    assert "TORCH_FORCE_WEIGHTS_ONLY_LOAD" not in os.environ
