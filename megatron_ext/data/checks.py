@@ -10,7 +10,7 @@ from megatron.core.datasets.blended_megatron_dataset_config import (
     convert_split_vector_to_split_matrix,
     parse_and_normalize_split,
 )
-from megatron.core.datasets.utils import Split
+from megatron.core.datasets.utils import Split, get_blend_from_list
 from megatron.training import get_tokenizer
 from megatron.training.utils import get_blend_and_blend_per_split
 
@@ -53,6 +53,7 @@ def check_datasets(args: Namespace, config: UnlearnConfig) -> None:
     """
     if args.mock_data:
         return
+    _check_lists(args)
     sides = [_replay_named(args)]
     if config.enabled:
         names = [f"--forget-{split.name}-data-path" for split in Split]
@@ -65,15 +66,32 @@ def check_datasets(args: Namespace, config: UnlearnConfig) -> None:
         _check_files(args, named)
 
 
+def _check_lists(args: Namespace) -> None:
+    """Every list that was typed must read as a blend; Megatron's assertion does not say which did not."""
+    for name in ("data_path", *(f"{split.name}_data_path" for split in Split)):
+        for typed in (name, f"forget_{name}"):
+            try:
+                get_blend_from_list(getattr(args, typed))
+            except (AssertionError, ValueError) as error:
+                raise ConfigError(
+                    f"--{typed.replace('_', '-')}: expected prefixes, all with a weight or none, found "
+                    f"{' '.join(getattr(args, typed)) or 'nothing'}"
+                ) from error
+
+
 def _replay_named(args: Namespace) -> list[_NamedBlend]:
-    """Megatron's own data flags; the rules of which go together are Megatron's."""
+    """Megatron's own data flags."""
     whole = "--data-path" if args.data_args_path is None else "--data-args-path"
     each = [f"--{split.name}-data-path" for split in Split]
+    typed = [s for s in Split if getattr(args, f"{s.name}_data_path") is not None]
     if args.per_split_data_args_path is not None:
-        each = ["--per-split-data-args-path"] * len(Split)
+        each, typed = ["--per-split-data-args-path"] * len(Split), list(Split)
+    named_whole = args.data_path is not None or args.data_args_path is not None
+    if named_whole and typed:  # Megatron would leave the second unread
+        raise ConfigError(f"{whole}: expected either it or {each[typed[0].value]}, found both")
     try:
         blends = get_blend_and_blend_per_split(args)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AssertionError) as error:
         flag = whole if args.per_split_data_args_path is None else each[0]
         found = f"{type(error).__name__}: {error}"
         raise ConfigError(f"{flag}: expected a list of datasets, found {found}") from error

@@ -8,6 +8,7 @@ import sys
 import pytest
 
 from megatron_ext.data.manifest import manifest_path
+from tests.helpers import bad_data
 from tests.helpers.entry import ROOT, Launch, run
 from tests.helpers.tiny import (
     ITERATIONS,
@@ -19,18 +20,9 @@ from tests.helpers.tiny import (
 from tests.integration.conftest import TRAIN
 
 # Name: what is added to a good command line (a later flag wins), and what the error must name. The first
-# word may choose the command line: plain, resume, nowhere (to start from); else it starts from the base.
+# word may choose the command line: plain, resume, nowhere (to start from), unnamed (data); else it starts
+# from the base.
 CASES: dict[str, tuple[list[str], list[str]]] = {
-    "missing data": (["--data-path", "{dir}/no_such"], ["--data-path", "{dir}/no_such"]),
-    "missing forget data": (
-        ["--forget-data-path", "{dir}/no_such"],
-        ["--forget-data-path", "{dir}/no_such"],
-    ),
-    "missing .idx": (["--data-path", "{dir}/no_idx"], ["{dir}/no_idx.idx"]),
-    "missing .bin": (["--data-path", "{dir}/no_bin"], ["{dir}/no_bin.bin"]),
-    "truncated .bin": (["--data-path", "{dir}/short_bin"], ["{dir}/short_bin.bin", "bytes"]),
-    "truncated .idx": (["--forget-data-path", "{dir}/short_idx"], ["{dir}/short_idx.idx", "bytes"]),
-    "empty data": (["--data-path", "{dir}/empty_text_document"], ["{dir}/empty_text_document"]),
     "data of another tokenizer": (
         ["--data-path", "{dir}/other_text_document"],
         ["--data-path", "{dir}/other_text_document", "400", "500"],
@@ -96,10 +88,6 @@ CASES: dict[str, tuple[list[str], list[str]]] = {
         ["--forget-weight", "0", "--replay-weight", "0", "--mitigation-weight", "0"],
         ["--forget-weight", "--replay-weight", "--mitigation-weight", "0"],
     ),
-    "negative blend weight": (
-        ["--data-path", "-1", "{replay}", "1", "{forget}"],
-        ["--data-path", "-1", "{replay}"],
-    ),
     "batch-size ramp-up": (
         ["--rampup-batch-size", "4", "4", "100"],
         ["--rampup-batch-size", "--forget-data-path"],
@@ -121,13 +109,13 @@ CASES: dict[str, tuple[list[str], list[str]]] = {
         ["--forget-batch-size", "8"],
         ["--forget-batch-size", "12", "8"],
     ),
-}
+} | bad_data.CASES
 
 
 def kind(name: str) -> str:
     """Which good command line a case starts from."""
-    word = name.split()[0]
-    return word if word in ("plain", "resume", "nowhere") else "start"
+    word = name.replace(",", "").split()[0]
+    return word if word in ("plain", "resume", "nowhere", "unnamed") else "start"
 
 
 @pytest.fixture(scope="module")
@@ -150,6 +138,10 @@ def places(tiny, halfway, runs_directory):
     for suffix in (".bin", ".idx"):
         shutil.copy(f"{tiny.replay}{suffix}", directory / f"unsigned{suffix}")
     write_tokens(directory / "empty_text_document", documents=0)
+    write_tokens(directory / "two", documents=2)
+    (directory / "list").write_text(str(tiny.replay))
+    (directory / "bad_list").write_text(f"{tiny.replay} {tiny.replay} 1 {tiny.replay}")
+    (directory / "lists.json").write_text(json.dumps({"train": [str(tiny.replay)]}))
     assert manifest_path(directory / "other_text_document").is_file()
     # The iteration that the resumed checkpoint recorded, with the weights of another.
     other_weights = directory / "other_weights"
@@ -180,6 +172,7 @@ def results(tiny, places):
         "plain": tiny.plain("--train-iters", 10),
         "nowhere": tiny.objective("--train-iters", 10),
         "start": tiny.unlearn("--train-iters", 10),
+        "unnamed": tiny.flags("--train-iters", 10, "--load", tiny.base, "--finetune"),
         "resume": tiny.objective(*TRAIN, "--load", places["halfway"]),
     }
     commands = [
