@@ -1,7 +1,7 @@
 # make demo    pre-train, continue on synthetic text, unlearn it; prints a table and draws the curves
 # make test    all tests
 # make check   format, lint, types and all tests (what CI runs)
-# make bench   the benchmarks that this machine can run
+# make bench   the benchmarks that this machine can run; MEGATRON_LM=DIR adds its preprocess_data.py
 # make setup   the virtual environment; the others make it when it is needed
 
 VENV   := .venv
@@ -36,7 +36,7 @@ bench: $(READY)
 	$(PYTHON) -m pip install --quiet --requirement requirements-bench.txt
 	$(PYTHON) -m benchmarks.head
 	$(PYTHON) -m benchmarks.step
-	$(PYTHON) -m benchmarks.preprocess
+	$(PYTHON) -m benchmarks.preprocess $(if $(MEGATRON_LM),--peer-path $(MEGATRON_LM))
 
 clean-demo:
 	rm -rf $(DEMO)

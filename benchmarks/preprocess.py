@@ -1,13 +1,15 @@
 """Throughput of tools/preprocess_data.py against Megatron-LM's tool of the same name.
 
-    python -m benchmarks.preprocess --input corpus.jsonl --tokenizer-model tokenizer.model \
-        --workers 2 --peer-path ~/Megatron-LM --out benchmarks/results
+    python -m benchmarks.preprocess --peer-path ~/Megatron-LM
+    python -m benchmarks.preprocess --input corpus.jsonl --tokenizer-model tokenizer.model --workers 2
 
-Both get the same JSON lines, SentencePiece model and number of workers, in turn, `--repeats` times;
-the outputs must be the same bytes. Wall time is that of the whole process, start and imports
-included, so the input should be large; processor time (user and system, workers included) is
-reported beside it, because it holds on a busy machine as well. Megatron-LM's tool is not on PyPI:
-without a checkout at `--peer-path` it is reported as not available.
+Without `--input` the text is that of the installed Python and its packages (source and documentation,
+250 MB where there is as much), and the tokenizer is trained on its beginning. All tools get the same JSON
+lines, SentencePiece model and number of workers, in turn, `--repeats` times; the outputs must be the
+same bytes. Wall time is that of the whole process, start and imports included, so the input should be
+large; processor time (user and system, workers included) is reported beside it, because it holds on a
+busy machine as well. Megatron-LM's tool is not on PyPI: without a checkout at `--peer-path` it is
+reported as not available.
 """
 
 import argparse
@@ -18,12 +20,40 @@ import resource
 import statistics
 import subprocess
 import sys
+import sysconfig
 import tempfile
 import time
 from importlib.metadata import version
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
+TEXT_SUFFIXES = {".py", ".pyi", ".md", ".rst", ".txt", ".h", ".hpp", ".cuh"}
+
+
+def make_corpus(path, *, megabytes):
+    """Write text files of the installed Python and its packages as JSON lines."""
+    folders = [Path(sysconfig.get_paths()[name]) for name in ("stdlib", "purelib")]
+    # Below stdlib lies purelib, unless this is a virtual environment: every file once.
+    files = sorted({file for folder in folders for file in folder.rglob("*")})
+    left = megabytes * 1e6
+    with path.open("w") as sink:
+        for file in files:
+            if file.suffix not in TEXT_SUFFIXES or not file.is_file():
+                continue
+            text = file.read_text(errors="ignore")
+            if text.strip() and left > 0:
+                sink.write(json.dumps({"text": text}) + "\n")
+                left -= len(text)
+
+
+def train_tokenizer(corpus, model):
+    """Train 16,000 pieces on the first 8 MB."""
+    with corpus.open() as lines:
+        head = lines.readlines(8_000_000)
+    beginning = corpus.with_name("beginning.jsonl")
+    beginning.write_text("".join(head))
+    tool = [sys.executable, ROOT / "tools" / "train_tokenizer.py", "--input", beginning]
+    measure([*tool, "--vocab-size", 16000, "--output", model, "--overwrite"], {}, ROOT)
 
 
 def measure(command, environment, cwd):
@@ -71,23 +101,26 @@ def candidates(args):
     return found, None if "Megatron-LM" in found else "no checkout at --peer-path"
 
 
-def run(args):
+def run(args, scratch):
+    if args.input is None:
+        args.input = scratch / "corpus.jsonl"
+        make_corpus(args.input, megabytes=args.megabytes)
+    if args.tokenizer_model is None:
+        args.tokenizer_model = scratch / "tokenizer.model"
+        train_tokenizer(args.input, args.tokenizer_model)
     found, missing = candidates(args)
     size = sum(len(json.loads(line)["text"].encode()) for line in args.input.open("rb"))
     seconds = {name: [] for name in found}
     load = os.getloadavg()[0]  # above 0.5 the wall times are not those of an idle machine
-    with tempfile.TemporaryDirectory(dir=args.scratch) as scratch:
-        for repeat in range(args.repeats):
-            for i, (name, (command, environment, cwd)) in enumerate(found.items()):
-                output = ["--output-prefix", f"{scratch}/{i}"]
-                seconds[name].append(measure([sys.executable, *command, *output], environment, cwd))
-                wall, cpu = seconds[name][-1]
-                print(
-                    f"run {repeat + 1} {name:<28} {wall:7.1f} s wall {cpu:7.1f} s processor",
-                    flush=True,
-                )
-        identical = all(same_bytes(f"{scratch}/0", f"{scratch}/{i}") for i in range(1, len(found)))
-    if not identical:
+    for repeat in range(args.repeats):
+        for i, (name, (command, environment, cwd)) in enumerate(found.items()):
+            output = ["--output-prefix", scratch / str(i)]
+            seconds[name].append(measure([sys.executable, *command, *output], environment, cwd))
+            wall, cpu = seconds[name][-1]
+            print(
+                f"run {repeat + 1} {name:<28} {wall:7.1f} s wall {cpu:7.1f} s processor", flush=True
+            )
+    if not all(same_bytes(scratch / "0", scratch / str(i)) for i in range(1, len(found))):
         raise SystemExit("the outputs differ")
     rows = {}
     for name, values in seconds.items():
@@ -105,22 +138,24 @@ def run(args):
         "versions": {name: version(name) for name in ("gigatoken", "sentencepiece", "numpy")},
         "text_mb": round(size / 1e6, 1),
         "workers": args.workers,
-        "identical_outputs": identical,
+        "identical_outputs": True,
         "tools": rows | ({"Megatron-LM": f"not available: {missing}"} if missing else {}),
     }
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--input", type=Path, required=True, help="JSON lines")
-    parser.add_argument("--tokenizer-model", type=Path, required=True)
+    parser.add_argument("--input", type=Path, help="JSON lines")
+    parser.add_argument("--megabytes", type=int, default=250, help="of text without --input")
+    parser.add_argument("--tokenizer-model", type=Path)
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--peer-path", type=Path, help="a checkout of Megatron-LM")
     parser.add_argument("--scratch", type=Path, help="folder for the outputs")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
     args = parser.parse_args()
-    result = run(args)
+    with tempfile.TemporaryDirectory(dir=args.scratch) as scratch:
+        result = run(args, Path(scratch))
     print(f"\n{'tool':<28}{'MB/s':>10}{'MB per processor s':>22}")
     for name, row in result["tools"].items():
         if isinstance(row, str):
