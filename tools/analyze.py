@@ -1,12 +1,16 @@
 #!/usr/bin/env python
-"""Look at what a model makes of text.
+"""Look at text, and at what a model makes of it.
 
+    python tools/analyze.py tokens --data real=data/real_text_document pairs=data/pairs_text_document \
+        --tokenizer-model tokenizer.model --output tokens.json
     torchrun --nproc-per-node 2 tools/analyze.py perplexity --checkpoint runs/base runs/synth \
         --data real=data/real_text_document synthetic=data/synthetic_text_document \
         --tokenizer-model tokenizer.model --output perplexity.json --tensor-model-parallel-size 2
 
-Per-sample perplexities (figure 4 of arXiv 2406.12397) of any sets under any checkpoints, computed by the
-distributed model; also without torchrun, as one process. The architecture is read from each checkpoint.
+The figures of arXiv 2406.12397 for data and models of one's own: structural tokens (figure 3, no model) and
+per-sample perplexities (figure 4). Each verb prints a table and writes a JSON file, and beside it a picture
+with the same name. Models run distributed, also without torchrun as one process; the architecture is read
+from each checkpoint.
 """
 
 from __future__ import annotations
@@ -15,63 +19,114 @@ import argparse
 import json
 import sys
 import warnings
-from argparse import Namespace
+from argparse import ArgumentParser, Namespace
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 warnings.filterwarnings("ignore", message=".*(Transformer Engine|Apex).*")
 
-from megatron_ext.runtime import compat, cpu  # noqa: E402
-
-cpu.enable()
-
+from megatron_ext.data.atomic import AtomicFiles  # noqa: E402
+from megatron_ext.exceptions import ConfigError  # noqa: E402
 from tools.common import run_tool  # noqa: E402
+
+if TYPE_CHECKING:
+    from megatron_ext.analysis.figures import Panel
 
 
 def main() -> None:
     """Parse the command line and run a verb."""
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     verbs = parser.add_subparsers(dest="verb", required=True)
+    tokens = verbs.add_parser("tokens", help="structural tokens of sets of text; needs no model")
+    _add_data(tokens)
+    tokens.add_argument("--baseline", metavar="NAME", help="set to compare with (the first)")
+    tokens.add_argument("--length", type=int, default=4096, help="tokens read of a document")
+    tokens.add_argument("--bandwidth", type=float, default=1.0, help="of the kernel, in token ids")
+    tokens.add_argument("--top", type=int, default=20, help="tokens printed for each set")
     perplexity = verbs.add_parser("perplexity", help="per-sample perplexity of sets of text")
     perplexity.add_argument("--checkpoint", nargs="+", required=True, help="checkpoint directories")
-    perplexity.add_argument(
+    _add_data(perplexity)
+    _add_layout(perplexity)
+    options = parser.parse_args()
+    _check(options)
+    {"tokens": run_tokens, "perplexity": run_perplexity}[options.verb](options)
+
+
+def _add_data(parser: ArgumentParser) -> None:
+    """Flags of every verb that reads tokenised text."""
+    parser.add_argument(
         "--data", nargs="+", required=True, metavar="NAME=PREFIX", help="tokenised datasets"
     )
-    perplexity.add_argument("--tokenizer-type", default="SentencePieceTokenizer")
-    perplexity.add_argument("--tokenizer-model", required=True)
-    perplexity.add_argument("--samples", type=int, default=2000, help="documents drawn of each set")
-    perplexity.add_argument("--seed", type=int, default=1234, help="of the draw")
-    perplexity.add_argument("--output", required=True, help="JSON file to write")
-    perplexity.add_argument("--micro-batch-size", type=int, default=8)
-    perplexity.add_argument("--tensor-model-parallel-size", type=int, default=1)
-    perplexity.add_argument("--pipeline-model-parallel-size", type=int, default=1)
-    run_perplexity(parser.parse_args())
+    parser.add_argument("--tokenizer-type", default="SentencePieceTokenizer")
+    parser.add_argument("--tokenizer-model", required=True)
+    parser.add_argument("--samples", type=int, default=2000, help="documents drawn of each set")
+    parser.add_argument("--seed", type=int, default=1234, help="of the draws")
+    parser.add_argument("--output", required=True, help="JSON file to write")
+
+
+def _add_layout(parser: ArgumentParser) -> None:
+    """Flags of every verb that runs a model."""
+    parser.add_argument("--micro-batch-size", type=int, default=8)
+    parser.add_argument("--tensor-model-parallel-size", type=int, default=1)
+    parser.add_argument("--pipeline-model-parallel-size", type=int, default=1)
+
+
+def _check(options: Namespace) -> None:
+    """Refuse numbers that are none, and an output that a picture beside it would overwrite."""
+    for name in ("samples", "length", "bandwidth", "top", "micro_batch_size"):
+        value = getattr(options, name, 1)
+        if value <= 0:
+            raise ConfigError(f"--{name.replace('_', '-')}: expected more than 0, found {value}")
+    if Path(options.output).suffix == ".png":
+        raise ConfigError(f"--output: expected the JSON file, found a picture, {options.output}")
+
+
+def run_tokens(options: Namespace) -> None:
+    """Compare the tokens of sets of text."""
+    from megatron_ext.analysis.samples import parse_sets
+    from megatron_ext.analysis.token_report import measure_tokens, token_panels, token_table
+
+    report = measure_tokens(options, parse_sets(options.data))
+    _write(options.output, report, token_panels(report), columns=2)
+    print(token_table(report, top=options.top))
 
 
 def run_perplexity(options: Namespace) -> None:
     """Score every set under every checkpoint and write one JSON file."""
-    from megatron_ext.analysis.session import open_session
-    from megatron_ext.data.atomic import write_atomically
-    from megatron_ext.exceptions import ConfigError
+    from megatron_ext.runtime import compat, cpu
 
-    sets = {}
-    for item in options.data:
-        name, separator, prefix = item.partition("=")
-        if not separator:
-            raise ConfigError(f"--data: expected NAME=PREFIX, found {item}")
-        sets[name] = prefix
+    cpu.enable()
+    from megatron_ext.analysis.samples import parse_sets
+    from megatron_ext.analysis.session import open_session
+
+    sets = parse_sets(options.data)
     compat.apply()
     report: dict[str, Any] = {"settings": vars(options), "models": {}}
     with open_session(options) as session:
         for directory in options.checkpoint:
-            scores = session.perplexities(directory, sets)
-            report["models"][directory] = scores
+            report["models"][directory] = session.perplexities(directory, sets)
         if session.is_writer:
-            text = json.dumps(report, indent=1)
-            write_atomically(Path(options.output), text.encode(), overwrite=True)
+            _write(options.output, report, [])
+
+
+def _write(
+    output: str, report: Mapping[str, Any], panels: Sequence[Panel], *, columns: int = 3
+) -> None:
+    """Write the JSON file and the picture of it, both or neither."""
+    from megatron_ext.analysis.figures import render
+
+    path = Path(output)
+    contents = {path: json.dumps(report, indent=1, ensure_ascii=False, allow_nan=False).encode()}
+    if panels:
+        contents[path.with_suffix(".png")] = render(panels, columns=columns)
+    with AtomicFiles(list(reversed(contents)), overwrite=True) as files:
+        for name, content in contents.items():
+            files[name].write(content)
+        files.commit()
 
 
 if __name__ == "__main__":

@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 import torch
 from megatron.core import parallel_state
-from megatron.core.datasets.indexed_dataset import IndexedDataset
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.utils import unwrap_model
 
@@ -47,35 +46,6 @@ class SampleScores:
     def corpus_perplexity(self) -> float:
         """Perplexity of the set as one text: every token counts once."""
         return float(np.exp(np.average(self.loss, weights=self.tokens)))
-
-
-def read_samples(prefix: str, *, count: int, length: int, seed: int) -> list[np.ndarray]:
-    """Draw documents of a tokenised dataset without replacement.
-
-    Args:
-        prefix: path without ``.bin`` and ``.idx``.
-        count: at most this many documents.
-        length: tokens kept of a document, from its start.
-        seed: of the draw.
-
-    Returns:
-        int64 arrays of at least one token each, in the order of the dataset.
-    """
-    dataset = IndexedDataset(prefix)
-    bounds = dataset.document_indices
-    documents = len(bounds) - 1
-    chosen = np.random.default_rng(seed).permutation(documents)[:count]
-    samples = []
-    for index in np.sort(chosen):
-        parts: list[np.ndarray] = []
-        for sequence in range(bounds[index], bounds[index + 1]):
-            parts.append(np.asarray(dataset[sequence], dtype=np.int64))
-            if sum(map(len, parts)) >= length:
-                break
-        tokens = np.concatenate(parts)[:length] if parts else np.empty(0, dtype=np.int64)
-        if len(tokens):
-            samples.append(tokens)
-    return samples
 
 
 def score_samples(

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from megatron.core import parallel_state
 
-from megatron_ext.analysis.perplexity import read_samples, score_samples
+from megatron_ext.analysis.perplexity import score_samples
+from megatron_ext.analysis.samples import read_samples
 from megatron_ext.arguments import add_arguments, record_tokenizer
 from megatron_ext.checkpoint.inspect import (
     ARCHITECTURE,

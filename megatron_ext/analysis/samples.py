@@ -1,0 +1,128 @@
+"""Documents drawn from tokenised datasets of any size, in bounded memory and without Megatron."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from megatron_ext.data.indexed import (
+    HEADER,
+    IndexSummary,
+    bin_path,
+    idx_path,
+    read_index_summary,
+)
+from megatron_ext.data.manifest import read_manifest
+from megatron_ext.exceptions import ConfigError
+
+# Blocks of a .bin file that its fingerprint covers, and their size in bytes: 4 MiB at most are read.
+_BLOCKS, _BLOCK = 64, 1 << 16
+
+
+def parse_sets(items: Sequence[str], *, flag: str = "--data") -> dict[str, str]:
+    """Datasets by name from ``NAME=PREFIX`` words.
+
+    Args:
+        items: the words.
+        flag: the flag they were given to, for messages.
+
+    Raises:
+        ConfigError: a word of another form, or a name that is given twice.
+    """
+    sets: dict[str, str] = {}
+    for item in items:
+        name, separator, prefix = item.partition("=")
+        if not (name and separator and prefix):
+            raise ConfigError(f"{flag}: expected NAME=PREFIX, found {item}")
+        if name in sets:
+            raise ConfigError(f"{flag}: expected each name once, found {name} twice")
+        sets[name] = prefix
+    return sets
+
+
+def read_samples(prefix: str, *, count: int, length: int, seed: int) -> list[np.ndarray]:
+    """Draw documents of a tokenised dataset without replacement.
+
+    The index is mapped, not read, and the draw keeps no list of all documents, so memory is that of the
+    samples alone.
+
+    Args:
+        prefix: path without ``.bin`` and ``.idx``.
+        count: at most this many documents.
+        length: tokens kept of a document, from its start.
+        seed: of the draw.
+
+    Returns:
+        int64 arrays of at least one token each, in the order of the dataset; empty documents are left out.
+
+    Raises:
+        DataError: the dataset is missing or broken.
+    """
+    summary = read_index_summary(prefix)
+    lengths, offsets, bounds = _map_index(prefix, summary)
+    tokens = np.memmap(bin_path(prefix), dtype=summary.dtype, mode="r")
+    chosen = np.arange(summary.documents)
+    if count < summary.documents:
+        generator = np.random.default_rng(seed)
+        chosen = generator.choice(summary.documents, size=count, replace=False, shuffle=False)
+        chosen.sort()
+    samples = []
+    for document in chosen:
+        parts: list[np.ndarray] = []
+        wanted = length
+        for sequence in range(int(bounds[document]), int(bounds[document + 1])):
+            start = int(offsets[sequence]) // summary.dtype.itemsize
+            part = tokens[start : start + min(wanted, int(lengths[sequence]))].astype(np.int64)
+            parts.append(part)
+            wanted -= len(part)
+            if wanted == 0:
+                break
+        if sum(map(len, parts)):
+            samples.append(np.concatenate(parts))
+    return samples
+
+
+def _map_index(prefix: str, summary: IndexSummary) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Lengths int32 ``[S]``, offsets in bytes int64 ``[S]``, document bounds int64 ``[D + 1]``."""
+    arrays, start = [], HEADER.size
+    layout = (
+        ("<i4", summary.sequences),
+        ("<i8", summary.sequences),
+        ("<i8", summary.documents + 1),
+    )
+    for dtype, size in layout:
+        arrays.append(
+            np.memmap(idx_path(prefix), dtype=dtype, mode="r", offset=start, shape=(size,))
+        )
+        start += arrays[-1].nbytes
+    return arrays[0], arrays[1], arrays[2]
+
+
+def describe_dataset(prefix: str) -> dict[str, Any]:
+    """What a dataset is, for the record: sizes, tokenizer, and a hash of its content.
+
+    The hash is SHA-256 of the size of the ``.bin`` file and 64 evenly spaced blocks of 64 KiB: all of a
+    small dataset, a sample of a large one, which would take hours to read.
+
+    Raises:
+        DataError: the dataset or its manifest is missing or broken.
+    """
+    summary = read_index_summary(prefix)
+    manifest = read_manifest(prefix)
+    path = bin_path(prefix)
+    size = path.stat().st_size
+    digest = hashlib.sha256(f"{size} {summary.dtype}".encode())
+    with path.open("rb") as stream:
+        for start in np.unique(np.linspace(0, max(0, size - _BLOCK), _BLOCKS).astype(np.int64)):
+            stream.seek(int(start))
+            digest.update(stream.read(_BLOCK))
+    return {
+        "prefix": str(prefix),
+        "documents": summary.documents,
+        "tokens": summary.tokens,
+        "sampled_sha256": digest.hexdigest(),
+        "tokenizer_sha256": None if manifest is None else manifest.tokenizer_digest,
+    }
