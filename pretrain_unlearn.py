@@ -49,6 +49,7 @@ def main() -> None:
     from megatron_ext.plain import PlainStep
     from megatron_ext.reference import FrozenReference
     from megatron_ext.training import UnlearnStep
+    from megatron_ext.watch import reached_before
 
     compat.apply()
     optimizer.enable()
@@ -62,6 +63,10 @@ def main() -> None:
     if chat is not None and args.rank == 0:
         print(chat.describe(), flush=True)
         chat.write_template(args.save)
+    if not args.skip_train and (reason := reached_before(config, start)):
+        if args.rank == 0:
+            print(reason, flush=True)
+        return
     source = find_reference(args, config, start) if config.needs_reference else None
 
     model_config = model_config_from_args(args)

@@ -45,7 +45,7 @@ class UnlearnConfig:
 
     mitigation_weight: float = 1.0
     """Weight of KL(reference || model), averaged over the replayed tokens. With 0 no reference model
-    is built."""
+    is built, unless --max-mitigation-kl or --max-replay-increase needs one."""
 
     reference_load: str | None = None
     """Checkpoint directory of the frozen reference model. Default: the checkpoint that the run starts
@@ -58,6 +58,18 @@ class UnlearnConfig:
     fp32_logits: bool = False
     """Leave the logits of the unlearning objective unrounded. bf16 logits carry a noise that drowns a KL
     below about 1e-4 and its gradient; costs twice the head's memory traffic. No effect in fp32 runs."""
+
+    max_mitigation_kl: float | None = None
+    """Stop, with a checkpoint and exit code 0, after the first step whose KL(reference || model) is at least
+    this, in nats a replayed token."""
+
+    min_forget_probability: float | None = None
+    """Stop, with a checkpoint and exit code 0, after the first step whose mean probability of a forgotten
+    token is at most this, between 0 and 1."""
+
+    max_replay_increase: float | None = None
+    """Stop, with a checkpoint and exit code 0, after the first step whose replay loss is at least this far
+    above the reference's on the same tokens, in nats a replayed token."""
 
     @property
     def enabled(self) -> bool:
@@ -78,8 +90,9 @@ class UnlearnConfig:
 
     @property
     def needs_reference(self) -> bool:
-        """Whether a frozen reference model takes part in the objective."""
-        return self.enabled and self.mitigation_weight > 0
+        """Whether a frozen reference model takes part in the objective, or in what is watched."""
+        watched = (self.max_mitigation_kl, self.max_replay_increase) != (None, None)
+        return self.enabled and (self.mitigation_weight > 0 or watched)
 
     def __post_init__(self) -> None:
         """Refuse what no run could use.
@@ -97,6 +110,7 @@ class UnlearnConfig:
             raise ConfigError(
                 f"--forget-batch-size: expected at least 1, found {self.forget_batch_size}"
             )
+        self._check_limits()
         if self.forget_data_path is not None and self.forget_per_split:
             raise ConfigError(
                 "--forget-data-path: expected either it or --forget-(train|valid|test)-data-path, "
@@ -109,6 +123,18 @@ class UnlearnConfig:
                 "--forget-weight, --replay-weight, --mitigation-weight: expected at least one above 0, "
                 "found 0 for all three"
             )
+
+    def _check_limits(self) -> None:
+        upper = {"max_mitigation_kl": math.inf, "max_replay_increase": math.inf}
+        for name, bound in (upper | {"min_forget_probability": 1.0}).items():
+            value, flag = getattr(self, name), f"--{name.replace('_', '-')}"
+            if value is None:
+                continue
+            if not 0 < value < bound:  # nor NaN
+                what = "between 0 and 1" if bound == 1 else "above 0"
+                raise ConfigError(f"{flag}: expected a finite number {what}, found {value}")
+            if not self.enabled:
+                raise ConfigError(f"{flag}: expected --forget-data-path beside it, found none")
 
     def forget_samples(self, global_batch_size: int, *, train_global_batch_size: int) -> int:
         """Forgotten samples of a batch whose size may differ from training's (in validation).

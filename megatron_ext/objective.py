@@ -13,7 +13,8 @@ from megatron_ext.config import UnlearnConfig
 from megatron_ext.losses import FORGET_LOSSES, cross_entropy
 
 TERMS = ("forget loss", "replay loss", "mitigation kl")
-MEANS = (*TERMS, "forget token probability")
+PROBABILITY, INCREASE = "forget token probability", "replay increase"
+MEANS = (*TERMS, PROBABILITY, "reference replay loss")
 
 # Denominator of a term without tokens: its mean is then 0 instead of 0/0, and adding it to the token
 # counts of other batches changes nothing.
@@ -30,26 +31,36 @@ class Objective:
     def __init__(self, config: UnlearnConfig) -> None:
         self._forget_loss = FORGET_LOSSES[config.forget_loss]
         self._weights = (config.forget_weight, config.replay_weight, config.mitigation_weight)
-        self._logged = [i for i, name in enumerate(MEANS) if config.needs_reference or i != 2]
+        absent = {
+            2: not config.needs_reference,
+            4: config.max_replay_increase is None,
+        }
+        self._logged = [i for i in range(len(MEANS)) if not absent.get(i, False)]
 
     def sums(self, terms: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         """Sums over the tokens of a microbatch.
 
         Args:
-            terms: fp32 ``[2, n]``, target margin and reference KL of each token.
+            terms: fp32 ``[2, n]``, target margin and reference KL of each token; ``[3, n]`` with the
+                reference's target margin.
             mask: ``[n]``, +1 learn, -1 forget, 0 ignore.
 
         Returns:
-            fp64 ``[4]`` in the order of ``MEANS``; differentiable but for the last, which is logged only.
+            fp64 ``[5]`` in the order of ``MEANS``; differentiable but for the last two, which are logged
+            only.
         """
-        margin, kl = terms.unbind(0)
+        margin, kl = terms[0], terms[1]
         forget, replay = (-mask).clamp(min=0), mask.clamp(min=0)
+        reference_loss = (
+            cross_entropy(terms[2].detach()) if len(terms) > 2 else torch.zeros_like(kl)
+        )
         return torch.stack(
             (
                 (self._forget_loss(margin) * forget).sum(),
                 (cross_entropy(margin) * replay).sum(),
                 (kl * replay).sum(),
                 (torch.sigmoid(margin.detach()) * forget).sum(),
+                (reference_loss.detach() * replay).sum(),
             )
         ).double()
 
@@ -57,7 +68,7 @@ class Objective:
         """A microbatch's part of the global batch's loss.
 
         Args:
-            sums: fp64 ``[4]``, from :meth:`sums`.
+            sums: fp64 ``[5]``, from :meth:`sums`.
             tokens: fp64 ``[2]``, forgotten and replayed tokens of the whole global batch.
 
         Returns:
@@ -72,7 +83,7 @@ class Objective:
         """Numerator and denominator of each logged mean, fp32 ``[2]``.
 
         Args:
-            sums: fp64 ``[4]`` of the whole global batch.
+            sums: fp64 ``[5]`` of the whole global batch.
             tokens: fp64 ``[2]``, as in :meth:`loss`.
         """
         counts = _counts(tokens).clamp(min=_NO_TOKENS)
@@ -90,16 +101,20 @@ class Objective:
             means: the logged ones of ``MEANS``, in nats a token.
 
         Returns:
-            ``unlearn loss``, the means, and ``replay perplexity``.
+            ``unlearn loss``, the means, ``replay perplexity``, and ``replay increase`` where the reference's
+            replay loss is among them.
         """
         weighted = zip(self._weights, TERMS, strict=True)
         loss = torch.stack([weight * means[name] for weight, name in weighted if name in means])
         perplexity = torch.exp(means["replay loss"])
-        return {"unlearn loss": loss.sum(), **means, "replay perplexity": perplexity}
+        derived = {"unlearn loss": loss.sum(), **means, "replay perplexity": perplexity}
+        if MEANS[4] in means:
+            derived[INCREASE] = means["replay loss"] - means[MEANS[4]]
+        return derived
 
 
 def _counts(tokens: torch.Tensor) -> torch.Tensor:
-    """Tokens of each of ``MEANS``, ``[4]``."""
+    """Tokens of each of ``MEANS``, ``[5]``."""
     # Not by a list of indices, which would be copied to the GPU and waited for.
     forget, replay = tokens.unbind()
-    return torch.stack((forget, replay, replay, forget))
+    return torch.stack((forget, replay, replay, forget, replay))

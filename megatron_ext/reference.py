@@ -29,6 +29,7 @@ from megatron_ext.checkpoint.digest import model_digest
 from megatron_ext.checkpoint.source import ReferenceSource
 from megatron_ext.data.batch import MicroBatch
 from megatron_ext.exceptions import CheckpointError
+from megatron_ext.head import head_terms
 from megatron_ext.runtime.offload import HostWeights
 
 logger = logging.getLogger(__name__)
@@ -181,6 +182,30 @@ class FrozenReference:
         if last.share_embeddings_and_output_weights:
             return last.shared_embedding_or_output_weight()
         return last.output_layer.weight
+
+    @torch.no_grad()
+    def margins(
+        self, hidden: torch.Tensor, labels: torch.Tensor, *, fp32_logits: bool
+    ) -> torch.Tensor:
+        """The reference's own margin of every token of a microbatch, on the last stage.
+
+        Args:
+            hidden: what :meth:`hidden_states` returned of the microbatch.
+            labels: int64 ``[b, s]``.
+            fp32_logits: leave the logits unrounded.
+
+        Returns:
+            fp32 ``[s * b]``, sequence-major.
+        """
+        layer = unwrap_model(self.chunks)[-1].output_layer
+        return head_terms(
+            hidden,
+            output_layer=layer,
+            output_weight=self.output_weight(),
+            labels=labels,
+            vocab_size=self._vocab_size,
+            fp32_logits=fp32_logits,
+        )[0]
 
     @torch.no_grad()
     def hidden_states(

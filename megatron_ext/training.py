@@ -26,6 +26,7 @@ from megatron_ext.head import head_terms
 from megatron_ext.objective import Objective
 from megatron_ext.plain import check_finite
 from megatron_ext.reference import FrozenReference
+from megatron_ext.watch import Watch
 
 
 @dataclass
@@ -64,10 +65,11 @@ class UnlearnStep:
         self.args = args
         self.config = config
         self.objective = Objective(config)
+        self.watch = Watch(args, config)
         self._reference = reference
 
     def install(self) -> None:
-        """Put the step into Megatron's loop: its schedule getter and its ``evaluate``."""
+        """Put the step into Megatron's loop: its schedule getter, its ``evaluate``, and the watch."""
         import megatron.training.training as loop
 
         get_schedule, evaluate = loop.get_forward_backward_func, loop.evaluate
@@ -81,6 +83,7 @@ class UnlearnStep:
 
         loop.get_forward_backward_func = get_wrapped_schedule
         loop.evaluate = evaluate_and_derive
+        self.watch.install()
 
     def forward_backward(
         self,
@@ -161,7 +164,7 @@ class UnlearnStep:
         assert batch.labels is not None
         hidden, batch.context.reference_hidden = batch.context.reference_hidden, None
         reference = self._reference()
-        return head_terms(
+        terms = head_terms(
             hidden_states,
             output_layer=output_layer,
             output_weight=output_weight,
@@ -173,6 +176,10 @@ class UnlearnStep:
             else reference.output_weight(),
             fp32_logits=self.config.fp32_logits,
         )
+        if self.config.max_replay_increase is None or hidden is None or reference is None:
+            return terms
+        margins = reference.margins(hidden, batch.labels, fp32_logits=self.config.fp32_logits)
+        return torch.cat((terms, margins[None]))
 
     def loss(
         self, batch: MicroBatch, terms: torch.Tensor
@@ -181,11 +188,12 @@ class UnlearnStep:
 
         Args:
             batch: the microbatch; its signed ``loss_mask`` ``[b, s]`` gives each token's role.
-            terms: fp32 ``[2, s * b]``, margin and KL of each token in the order of the head.
+            terms: fp32 ``[2, s * b]`` or ``[3, s * b]``, as ``Objective.sums`` takes them, in the order of
+                the head.
 
         Returns:
             The loss, scaled so that Megatron's averaging over microbatches and ranks makes it a sum; and
-            ``sums``, fp64 ``[4]``: forget, replay, KL and probability of the forgotten tokens.
+            ``sums``, fp64 ``[5]``, from ``Objective.sums``.
         """
         assert batch.loss_mask is not None
         mask = batch.loss_mask.transpose(0, 1).reshape(-1)
@@ -249,7 +257,9 @@ class UnlearnStep:
         group = self._data_group()
         torch.distributed.all_reduce(sums, group=group)
         if not forward_only:
-            return self.objective.metrics(sums, tokens)
+            metrics = self.objective.metrics(sums, tokens)
+            self.watch.observe(metrics, tokens)
+            return metrics
         # evaluate() sums what it is given over the data-parallel ranks, and then over batches.
         fractions = self.objective.fractions(sums, tokens)
         return {name: fraction / group.size() for name, fraction in fractions.items()}
