@@ -2,14 +2,12 @@
 
 import json
 import shutil
-import subprocess
-import sys
 
 import pytest
 
 from megatron_ext.data.manifest import manifest_path
 from tests.helpers import bad_data
-from tests.helpers.entry import ROOT, Launch, run
+from tests.helpers.entry import Launch, run
 from tests.helpers.tiny import (
     ITERATIONS,
     REFERENCE_ITERATION,
@@ -119,7 +117,7 @@ def kind(name: str) -> str:
 
 
 @pytest.fixture(scope="module")
-def places(tiny, halfway, runs_directory):
+def places(tiny, server, halfway, runs_directory):
     """Broken data sets and checkpoints."""
     directory = runs_directory / "broken"
     directory.mkdir()
@@ -154,8 +152,7 @@ def places(tiny, halfway, runs_directory):
     (hollow / "latest_checkpointed_iteration.txt").write_text("3")
     narrow = directory / "narrow"
     flags = tiny.plain("--hidden-size", 16, "--train-iters", 1, "--save", narrow)
-    result = run(Launch((*flags, "--save-interval", 1)), directory / "tensorboard")
-    assert result.returncode == 0, result.output[-2000:]
+    server.run_all({"narrow": Launch((*flags, "--save-interval", 1))}, directory / "tensorboard")
     return {
         "dir": directory,
         "replay": tiny.replay,
@@ -166,7 +163,7 @@ def places(tiny, halfway, runs_directory):
 
 
 @pytest.fixture(scope="module")
-def results(tiny, places):
+def results(tiny, server, places):
     """Exit code and output of every case."""
     good = {
         "plain": tiny.plain("--train-iters", 10),
@@ -179,16 +176,7 @@ def results(tiny, places):
         [*map(str, good[kind(name)]), *(text.format(**places) for text in changes)]
         for name, (changes, _) in CASES.items()
     ]
-    result = subprocess.run(
-        [sys.executable, "-m", "tests.helpers.bad_inputs"],
-        cwd=ROOT,
-        input=json.dumps(commands),
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert result.returncode == 0, result.stderr[-2000:]
-    return dict(zip(CASES, json.loads(result.stdout), strict=True))
+    return dict(zip(CASES, server.results([Launch(c) for c in commands]), strict=True))
 
 
 @pytest.mark.parametrize("name", CASES)

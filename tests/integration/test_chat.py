@@ -1,16 +1,12 @@
 """Chat tuning by the real entry point: normalisation, epochs, resume, what is refused."""
 
-import json
-import subprocess
-import sys
-
 import pytest
 
 from megatron_ext.checkpoint.inspect import open_checkpoint
 from megatron_ext.data.chat_template import BUILT_IN, TEMPLATE_FILE, load_template
 from megatron_ext.data.tokenizers import TokenizerSpec
 from tests.helpers.conversations import chat_flags, conversations, write_jsonl
-from tests.helpers.entry import ROOT, Launch, run_all
+from tests.helpers.entry import ROOT, Launch
 from tests.helpers.tiny import BATCH, at_iteration
 from tools.compare_losses import compare
 
@@ -36,7 +32,7 @@ def data(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def runs(tiny, data, runs_directory):
+def runs(tiny, server, data, runs_directory):
     """Four steps at each layout, right and wrong; a whole tuning, in one piece and in two."""
     start = ("--load", tiny.base, "--finetune")
     launches = {}
@@ -51,10 +47,10 @@ def runs(tiny, data, runs_directory):
     whole = (*valid, "--eval-interval", HALF, "--save-interval", HALF)
     save = runs_directory / "chat"
     launches["whole"] = Launch(chat_flags(tiny, data, *start, *whole, "--save", save))
-    found = run_all(launches, runs_directory / "chat_tensorboard")
+    found = server.run_all(launches, runs_directory / "chat_tensorboard")
     halfway = at_iteration(save, HALF, runs_directory / "chat_halfway")
     rest = {"rest": Launch(chat_flags(tiny, data, *whole, "--load", halfway))}
-    return found | run_all(rest, runs_directory / "chat_rest")
+    return found | server.run_all(rest, runs_directory / "chat_rest")
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -135,7 +131,7 @@ BAD = {
 
 
 @pytest.fixture(scope="module")
-def refusals(tiny, data, runs, runs_directory):
+def refusals(tiny, server, data, runs, runs_directory):
     """Exit code and output of every case, from one process."""
     places = {"dir": data.parent, "replay": tiny.replay, "forget": tiny.forget}
     write_jsonl(data.with_name("bad.jsonl"), [*conversations(1, seed=1), {"text": "a"}])
@@ -152,16 +148,8 @@ def refusals(tiny, data, runs, runs_directory):
         + [change.format(**places) for change in changes]
         for name, (changes, _) in BAD.items()
     ]
-    result = subprocess.run(
-        [sys.executable, "-m", "tests.helpers.bad_inputs"],
-        cwd=ROOT,
-        input=json.dumps(commands),
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert result.returncode == 0, result.stderr[-2000:]
-    return dict(zip(BAD, json.loads(result.stdout), strict=True)), places
+    results = server.results([Launch(command) for command in commands])
+    return dict(zip(BAD, results, strict=True)), places
 
 
 @pytest.mark.parametrize("name", BAD)
