@@ -85,7 +85,9 @@ def logits(weights: dict[str, Tensor], tokens: Tensor, *, heads: int, groups: in
         gate, up = (y @ layer["mlp.linear_fc1.weight"][i].T).chunk(2, dim=-1)
         x = x + (silu(gate) * up) @ layer["mlp.linear_fc2.weight"][i].T
     x = rms_norm(x, weights["decoder.final_layernorm.weight"])
-    return x @ weights["output_layer.weight"].T
+    # A tied model has no output layer of its own.
+    output = weights.get("output_layer.weight", weights["embedding.word_embeddings.weight"])
+    return x @ output.T
 
 
 def samples(prefix: str, counts: list[int], spec: SimpleNamespace) -> list[Any]:
