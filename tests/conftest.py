@@ -1,4 +1,9 @@
+import os
 from pathlib import Path
+
+# Of every test and all that it starts, before torch is imported: the tensors are tiny, several processes
+# share the cores, and threads that wait for a busy core take 10 ms a product.
+os.environ["OMP_NUM_THREADS"] = "1"
 
 import pytest
 
