@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from megatron_ext.analysis.perplexity import read_samples
+from megatron_ext.analysis.samples import read_samples
 from tests.helpers import llama
 from tests.helpers.distributed import run_ranks
 from tests.helpers.entry import ROOT, Launch, run, succeed
