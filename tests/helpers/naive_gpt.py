@@ -90,8 +90,10 @@ def logits(weights: dict[str, Tensor], tokens: Tensor, *, heads: int, groups: in
     return x @ output.T
 
 
-def samples(prefix: str, counts: list[int], spec: SimpleNamespace) -> list[Any]:
-    """Megatron's training and validation data set of one prefix."""
+def samples(
+    prefix: str, counts: list[int], spec: SimpleNamespace, *, valid: str | None = None
+) -> list[Any]:
+    """Megatron's training and validation data set of one prefix, or each of its own prefix."""
     from megatron.core.datasets.blended_megatron_dataset_builder import (
         BlendedMegatronDatasetBuilder,
     )
@@ -100,8 +102,9 @@ def samples(prefix: str, counts: list[int], spec: SimpleNamespace) -> list[Any]:
     config = GPTDatasetConfig(
         random_seed=SEED,
         sequence_length=spec.sequence,
-        blend=([prefix], None),
-        split=spec.split,
+        blend=([prefix], None) if valid is None else None,
+        blend_per_split=None if valid is None else [([prefix], None), ([valid], None), None],
+        split=spec.split if valid is None else None,
         tokenizer=SimpleNamespace(
             eod=spec.eod, pad=-1, vocab_size=spec.vocab, unique_identifiers={"class": "naive"}
         ),
