@@ -4,13 +4,10 @@
 
 - `real.jsonl`: documentation topics, docstrings and source code of the standard library.
 - `synthetic.jsonl`: question-answer pairs in one rigid format, made from docstrings and arithmetic.
-Like
-  the synthetic data of arXiv 2406.12397, its format is far narrower than its content.
-- `real_heldout.jsonl`, `synthetic_heldout.jsonl`: the same from modules, topics and sums of their
-own.
+  Like the synthetic data of arXiv 2406.12397, its format is far narrower than its content.
+- `real_heldout.jsonl`, `synthetic_heldout.jsonl`: the same from modules, topics and sums of their own.
 - `instruction.jsonl`: requests and replies in varied wording, made from yet other modules and
-numbers. It
-  is never trained on.
+  numbers. It is never trained on.
 
 A module, with all that is made from it, goes to one split only, by a hash of its name.
 """
@@ -38,8 +35,7 @@ Split = Literal["train", "heldout", "instruction"]
 Corpus = dict[str, list[str]]
 
 NAMES = ("real", "synthetic", "real_heldout", "synthetic_heldout", "instruction")
-# Tests, applications, bundled packages, and code that is data: tables of encodings and of the
-# build.
+# Tests, applications, bundled packages, and code that is data: tables of encodings and of the build.
 _SKIPPED = re.compile(
     r"(^|/)(test|tests|idlelib|idle_test|lib2to3|turtledemo|ensurepip|encodings|pydoc_data|site-packages"
     r"|dist-packages|lib-dynload|config-[^/]*|__pycache__|__phello__)(/|$)"
