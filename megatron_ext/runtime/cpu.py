@@ -243,6 +243,10 @@ def _patch_factories() -> None:
 
         return call
 
+    # torch keeps the set of factories that `with torch.device(...)` acts on, and makes it at the first use.
+    # It must hold the originals, which the replacements call: transformers loads a model under such a
+    # context, and without it the model's rotary frequencies are uninitialised memory.
+    torch.utils._device._device_constructors()
     for name in _FACTORIES:
         setattr(torch, name, on_cpu(getattr(torch, name)))
 

@@ -86,3 +86,14 @@ def test_only_what_names_a_cuda_device_becomes_the_cpu(value, expected):
     from megatron_ext.runtime.cpu import _on_cpu
 
     assert str(_on_cpu(eval(value, {"torch": torch}))) == expected
+
+
+def test_a_default_device_still_acts_on_the_factories():
+    """Models of transformers are built under one; with the CPU's factories it must not be lost."""
+    result = run(
+        "torch.cuda.is_available = lambda: False\n"
+        "from megatron_ext.runtime import cpu\ncpu.enable()\n"
+        "with torch.device('meta'):\n"
+        "    print(json.dumps({'device': str(torch.arange(3).device)}))"
+    )
+    assert result == {"device": "meta"}
