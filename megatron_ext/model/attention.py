@@ -80,7 +80,7 @@ class SdpaCoreAttention(MegatronModule):
         """Attend causally.
 
         Args:
-            query: `[s, b, h, d]`, any strides.
+            query: `[s, b, h, d]`, any strides; or `[1, b, h, d]`, the last position of the keys.
             key: `[s, b, g, d]`.
             value: `[s, b, g, d]`.
             attention_mask: Not read.
@@ -89,12 +89,12 @@ class SdpaCoreAttention(MegatronModule):
             packed_seq_params: Must be None.
 
         Returns:
-            Context `[s, b, h * d]`.
+            Context `[s, b, h * d]`, of as many positions as `query`.
         """
         assert attn_mask_type in (None, AttnMaskType.causal), f"not causal: {attn_mask_type}"
         assert attention_bias is None, "attention bias is not supported"
         assert packed_seq_params is None, "packed sequences are not supported"
-        assert query.shape[0] == key.shape[0], "causal attention needs as many keys as queries"
+        assert query.shape[0] in (1, key.shape[0]), "expected one query, or as many as keys"
         dropout = self.dropout if self.training else 0.0
         # Under sequence parallelism the whole block already runs in the forked random state.
         forked = dropout > 0 and not self.config.sequence_parallel
@@ -105,7 +105,7 @@ class SdpaCoreAttention(MegatronModule):
                 key.permute(1, 2, 0, 3),
                 value.permute(1, 2, 0, 3),
                 dropout_p=dropout,
-                is_causal=True,
+                is_causal=query.shape[0] > 1,
                 scale=self.softmax_scale,
                 enable_gqa=query.shape[2] != key.shape[2],
             )
@@ -113,11 +113,11 @@ class SdpaCoreAttention(MegatronModule):
 
 
 class TorchSelfAttention(SelfAttention):
-    """Megatron's self-attention with a training forward that moves less memory.
+    """Megatron's self-attention with a forward that moves less memory.
 
     Same parameters and checkpoint as the parent. Only the way from the projection to the core
-    attention differs (see `megatron_ext.model.rope`); generation with a key-value cache takes the
-    parent's forward.
+    attention differs (see `megatron_ext.model.rope`), and that the key-value cache of generation
+    holds rotated keys: the parent rotates all of them again for every token.
     """
 
     def forward(
@@ -136,14 +136,35 @@ class TorchSelfAttention(SelfAttention):
         *,
         inference_params: Any = None,
     ) -> tuple[Tensor, Tensor | None]:
-        """Attend within `hidden_states` `[s, b, hidden]`.
+        """Attend within `hidden_states` `[s, b, hidden]`, and to what a key-value cache holds.
+
+        Args:
+            hidden_states: of the whole sequence without a cache; with one the first positions of
+                all, or the one position that follows those in the cache.
+            attention_mask: Not read.
+            key_value_states: Part of Megatron's interface.
+            inference_context: Megatron's `StaticInferenceContext`, which is the cache.
+            rotary_pos_emb: Angles `[s, 1, 1, rot]`; with a cache from position 0 on.
+            rotary_pos_cos: Part of Megatron's interface.
+            rotary_pos_sin: Part of Megatron's interface.
+            rotary_pos_cos_sin: Part of Megatron's interface.
+            attention_bias: Must be None.
+            packed_seq_params: Must be None.
+            sequence_len_offset: Part of Megatron's interface.
+            inference_params: Must be None, Megatron's older name of the context.
 
         Returns:
             The projected context `[s, b, hidden]` and the bias, if any, that is yet to be added.
         """
-        assert inference_context is None, "generation with a key-value cache is not supported"
-        assert inference_params is None, "generation with a key-value cache is not supported"
-        query, key, value = self._projected(hidden_states, self._angles(rotary_pos_emb))
+        assert inference_params is None, "expected inference_context, Megatron's newer name"
+        angles = self._angles(rotary_pos_emb)
+        if inference_context is not None and angles is not None:
+            start = inference_context.sequence_len_offset
+            cos, sin = (part[start : start + len(hidden_states)] for part in angles)
+            angles = cos, sin
+        query, key, value = self._projected(hidden_states, angles)
+        if inference_context is not None:
+            key, value = self._cached(key, value, inference_context)
         attend = (
             self._checkpointed_attention_forward
             if self.checkpoint_core_attention and self.training
@@ -158,6 +179,20 @@ class TorchSelfAttention(SelfAttention):
             packed_seq_params=packed_seq_params,
         )
         return self.linear_proj(context)
+
+    def _cached(self, key: Tensor, value: Tensor, inference_context: Any) -> tuple[Tensor, Tensor]:
+        """Keep keys and values `[s, b, g, d]`; return those of all positions up to the last of them."""
+        context = inference_context
+        assert context.is_static_batching(), "only Megatron's static key-value cache is supported"
+        cache = context.key_value_memory_dict
+        if self.layer_number not in cache:
+            shape = (context.max_sequence_length, context.max_batch_size, *key.shape[2:])
+            cache[self.layer_number] = key.new_empty(shape), value.new_empty(shape)
+        start, end = context.sequence_len_offset, context.sequence_len_offset + len(key)
+        for kept, new in zip(cache[self.layer_number], (key, value), strict=True):
+            kept[start:end] = new
+        keys, values = cache[self.layer_number]
+        return keys[:end], values[:end]
 
     def _angles(
         self, rotary_pos_emb: Tensor | tuple[Tensor, Tensor] | None

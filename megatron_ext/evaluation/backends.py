@@ -1,0 +1,151 @@
+"""The model behind a command line: a Megatron checkpoint or a Hugging Face folder, by one flag."""
+
+from __future__ import annotations
+
+import contextlib
+from argparse import ArgumentParser, Namespace
+from collections.abc import Iterator
+from pathlib import Path
+
+from megatron_ext.checkpoint.huggingface import KEPT, TOKENIZER_TYPE, tokenizer_spec
+from megatron_ext.data.chat_template import TEMPLATE_FILE
+from megatron_ext.data.tokenizers import TOKENIZER_TYPES, TokenizerSpec
+from megatron_ext.evaluation.completion import Codec, Generator
+from megatron_ext.evaluation.sampling import Sampling
+from megatron_ext.exceptions import ConfigError
+
+
+def add_model_arguments(parser: ArgumentParser) -> None:
+    """Flags that name a model and how to run it."""
+    group = parser.add_argument_group("model")
+    group.add_argument(
+        "--model", type=Path, required=True, help="checkpoint directory, or Hugging Face folder"
+    )
+    group.add_argument(
+        "--backend",
+        choices=["megatron", "huggingface"],
+        default="megatron",
+        help="what --model is: a Megatron checkpoint, run at any layout, or an exported model",
+    )
+    group.add_argument("--tokenizer-type", choices=TOKENIZER_TYPES, help="default: the model's")
+    group.add_argument("--tokenizer-model", help="default: the model's")
+    group.add_argument(
+        "--chat-template", type=Path, help="Jinja file; default: the one stored with the model"
+    )
+    group.add_argument("--micro-batch-size", type=int, default=8, help="prompts at a time")
+    group.add_argument("--tensor-model-parallel-size", type=int, default=1)
+    group.add_argument("--pipeline-model-parallel-size", type=int, default=1)
+
+
+def add_sampling_arguments(parser: ArgumentParser, *, max_new_tokens: int) -> None:
+    """Flags that say how tokens are chosen."""
+    group = parser.add_argument_group("generation")
+    group.add_argument("--max-new-tokens", type=int, default=max_new_tokens)
+    group.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
+    group.add_argument("--top-p", type=float, default=1.0)
+    group.add_argument("--seed", type=int, default=1234)
+
+
+def sampling_from(options: Namespace) -> Sampling:
+    """The settings of `add_sampling_arguments`.
+
+    Raises:
+        ConfigError: a number is out of range.
+    """
+    return Sampling(
+        max_new_tokens=options.max_new_tokens,
+        temperature=options.temperature,
+        top_p=options.top_p,
+        seed=options.seed,
+    )
+
+
+@contextlib.contextmanager
+def open_generator(options: Namespace) -> Iterator[tuple[Generator, Codec]]:
+    """Load the model that the command line names.
+
+    Args:
+        options: those of `add_model_arguments`.
+
+    Raises:
+        CheckpointError: there is no such model.
+        ConfigError: the tokenizer or the layout does not fit it.
+    """
+    if options.micro_batch_size < 1:
+        raise ConfigError(
+            f"--micro-batch-size: expected at least 1, found {options.micro_batch_size}"
+        )
+    template = options.chat_template
+    if template is None and (options.model / TEMPLATE_FILE).is_file():
+        template = options.model
+    if options.backend == "huggingface":
+        with _huggingface(options, template) as opened:
+            yield opened
+    else:
+        with _megatron(options, template) as opened:
+            yield opened
+
+
+@contextlib.contextmanager
+def _huggingface(options: Namespace, template: Path | None) -> Iterator[tuple[Generator, Codec]]:
+    from megatron_ext.evaluation.huggingface_generator import HuggingFaceGenerator
+
+    layout = (options.tensor_model_parallel_size, options.pipeline_model_parallel_size)
+    if layout != (1, 1):
+        raise ConfigError(
+            "--tensor-model-parallel-size and --pipeline-model-parallel-size: expected 1 with --backend "
+            f"huggingface, found {layout[0]} and {layout[1]}"
+        )
+    codec = Codec(_spec(options, tokenizer_spec(options.model)), template=template)
+    yield (
+        HuggingFaceGenerator(
+            options.model, batch_size=options.micro_batch_size, vocab_size=codec.vocab_size
+        ),
+        codec,
+    )
+
+
+@contextlib.contextmanager
+def _megatron(options: Namespace, template: Path | None) -> Iterator[tuple[Generator, Codec]]:
+    from megatron_ext.analysis.session import open_session
+    from megatron_ext.checkpoint.inspect import check_architecture, open_checkpoint
+    from megatron_ext.checkpoint.source import ReferenceSource
+    from megatron_ext.evaluation.megatron_generator import MegatronGenerator
+    from megatron_ext.reference import FrozenReference
+    from megatron_ext.runtime import compat
+
+    compat.apply()
+    checkpoint = open_checkpoint(options.model, flag="--model")
+    kept = options.model / KEPT
+    if kept.is_dir():
+        recorded = tokenizer_spec(kept)
+    else:
+        saved = checkpoint.args
+        recorded = TokenizerSpec(
+            tokenizer_type=saved.tokenizer_type or TOKENIZER_TYPE,
+            tokenizer_model=str(saved.tokenizer_model),
+        )
+    spec = _spec(options, recorded)
+    codec = Codec(spec, template=template)
+    wanted = Namespace(
+        **vars(options) | {"checkpoint": [str(options.model)]} | vars_of(spec), samples=0, seed=0
+    )
+    with open_session(wanted) as session:
+        check_architecture(checkpoint, session.args, flag="--model")
+        model = FrozenReference(
+            session.model_config, args=session.args, source=ReferenceSource(checkpoint, None)
+        )
+        yield MegatronGenerator(model, args=session.args), codec
+
+
+def vars_of(spec: TokenizerSpec) -> dict[str, str]:
+    """A tokenizer as Megatron's flags name it."""
+    return {"tokenizer_type": spec.tokenizer_type, "tokenizer_model": spec.tokenizer_model}
+
+
+def _spec(options: Namespace, recorded: TokenizerSpec) -> TokenizerSpec:
+    """The tokenizer of the command line, or else the model's own."""
+    return TokenizerSpec(
+        tokenizer_type=options.tokenizer_type or recorded.tokenizer_type,
+        tokenizer_model=options.tokenizer_model or recorded.tokenizer_model,
+    )

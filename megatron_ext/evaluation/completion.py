@@ -1,0 +1,168 @@
+"""From texts and conversations to completions, by whatever generates them."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Protocol
+
+from tqdm import tqdm
+
+from megatron_ext.data.chat import Message
+from megatron_ext.data.chat_template import ChatTemplate, load_template
+from megatron_ext.data.tokenizers import SentencePieceReference, TokenizerSpec, build_reference
+from megatron_ext.evaluation.journal import Journal
+from megatron_ext.evaluation.sampling import Request, Sampling
+from megatron_ext.exceptions import ConfigError
+
+logger = logging.getLogger(__name__)
+
+_PROBE: list[Message] = [
+    {"role": "user", "content": "one"},
+    {"role": "assistant", "content": "two"},
+]
+
+
+class Generator(Protocol):
+    """A model that continues prompts.
+
+    Attributes:
+        is_writer: whether this process writes what was generated.
+        batch_size: requests at a time.
+        context_length: tokens of a prompt with its completion at most.
+        identity: changes with the weights.
+    """
+
+    is_writer: bool
+    batch_size: int
+    context_length: int
+    identity: str
+
+    def agree(self, value: Any) -> Any:
+        """The writer's value on every rank."""
+
+    def complete(self, requests: Sequence[Request]) -> list[list[int]]:
+        """New tokens of each request, on every rank."""
+
+
+@dataclass(frozen=True)
+class Completion:
+    """What was generated.
+
+    Attributes:
+        text: without the token that ended it.
+        finish: ``stop``, ``length``, or ``no room``: the prompt fills the context by itself.
+        tokens: how many, the one that ended it included.
+    """
+
+    text: str
+    finish: str
+    tokens: int
+
+
+class Codec:
+    """Tokens of prompts and conversations, and text of tokens.
+
+    Args:
+        spec: the tokenizer of the model.
+        template: chat template: a file, a directory that holds one, or the tokenizer's own.
+
+    Raises:
+        ConfigError: the tokenizer cannot be used.
+    """
+
+    def __init__(self, spec: TokenizerSpec, *, template: str | Path | None = None) -> None:
+        self._spec, self._template_path = spec, template
+        self._tokenizer = build_reference(spec)
+        self.vocab_size = self._tokenizer.vocab_size
+        if self._tokenizer.eod_id is None:
+            raise ConfigError("--tokenizer-model: expected an end-of-document token, found none")
+        self.eod = self._tokenizer.eod_id
+
+    @cached_property
+    def template(self) -> ChatTemplate:
+        """The chat template."""
+        return load_template(self._spec, path=self._template_path)
+
+    @cached_property
+    def _end_of_turn(self) -> int:
+        ids, mask = self.template.encode(_PROBE)
+        return max((i, token) for i, token in enumerate(ids) if mask[i])[1]
+
+    def prompt(self, key: str, text: str, sampling: Sampling) -> Request:
+        """A request to continue a text; an empty one begins a document."""
+        ids, _ = self._tokenizer.encode_batch([text])
+        tokens = ids.tolist() or [self.eod]
+        return Request(key=key, tokens=tokens, sampling=sampling, stop=frozenset([self.eod]))
+
+    def chat(self, key: str, messages: Sequence[Message], sampling: Sampling) -> Request:
+        """A request for the assistant's next turn."""
+        tokens, _ = self.template.encode(messages, add_generation_prompt=True)
+        stop = frozenset([self.eod, self._end_of_turn])
+        return Request(key=key, tokens=tokens, sampling=sampling, stop=stop)
+
+    def completion(self, request: Request, tokens: Sequence[int]) -> Completion:
+        """What the new tokens say."""
+        stopped = bool(tokens) and tokens[-1] in request.stop
+        ids = list(tokens[: len(tokens) - stopped])
+        if isinstance(self._tokenizer, SentencePieceReference):
+            text = str(self._tokenizer.processor.decode(ids))
+        else:
+            text = str(self._tokenizer.tokenizer.decode(ids, skip_special_tokens=True))
+        return Completion(text, "stop" if stopped else "length", len(tokens))
+
+
+def complete_all(
+    generator: Generator,
+    codec: Codec,
+    requests: Sequence[Request],
+    *,
+    journal: Journal | None,
+    title: str,
+) -> dict[str, Completion]:
+    """Generate for every request that the journal does not hold.
+
+    Args:
+        generator: the model; all its ranks call this with the same requests.
+        codec: the model's tokenizer.
+        requests: with different keys.
+        journal: where finished ones are kept, on the writer; ``None`` on other ranks.
+        title: of the progress bar.
+
+    Returns:
+        Completions by key, on every rank.
+    """
+    found = {r.key: journal[r.key] for r in requests if journal is not None and r.key in journal}
+    done = {key: Completion(**value) for key, value in generator.agree(found).items()}
+    todo = [request for request in requests if request.key not in done]
+    bar = tqdm(total=len(todo), desc=title, disable=None if generator.is_writer else True)
+    for batch in _batches(todo, generator, done):
+        for request, tokens in zip(batch, generator.complete(batch), strict=True):
+            done[request.key] = codec.completion(request, tokens)
+            if journal is not None:
+                journal.add(request.key, asdict(done[request.key]))
+        bar.update(len(batch))
+    bar.close()
+    return done
+
+
+def _batches(
+    requests: Sequence[Request], generator: Generator, done: dict[str, Completion]
+) -> Iterator[list[Request]]:
+    """Requests of similar length together, the longest first: what does not fit fails at once."""
+    room = [r for r in requests if len(r.tokens) < generator.context_length]
+    if len(room) < len(requests):
+        logger.warning(
+            "%d of %d prompts have %d tokens or more, which the model's context cannot hold: their "
+            "completions are empty",
+            *(len(requests) - len(room), len(requests), generator.context_length),
+        )
+    for request in requests:
+        if len(request.tokens) >= generator.context_length:
+            done[request.key] = Completion("", "no room", 0)
+    room.sort(key=lambda request: len(request.tokens), reverse=True)
+    for start in range(0, len(room), generator.batch_size):
+        yield room[start : start + generator.batch_size]

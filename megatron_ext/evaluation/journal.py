@@ -1,0 +1,104 @@
+"""What is finished of a long run, kept line by line so that the next start goes on from there."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from megatron_ext.exceptions import ConfigError, DataError
+
+SUFFIX = ".progress"
+
+
+class Journal:
+    """Results by key, in a file beside the output until that is written.
+
+    Args:
+        output: the file that the run makes.
+        settings: all that the results depend on; those of other settings are not taken over.
+
+    Raises:
+        ConfigError: a run with other settings was interrupted here.
+        DataError: another run is writing here.
+    """
+
+    def __init__(self, output: Path, *, settings: Mapping[str, Any]) -> None:
+        self.path = output.with_name(output.name + SUFFIX)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+        self._file = self.path.open("ab+")
+        try:
+            self._lock()
+            self._done, size = self._read(digest)
+        except BaseException:
+            self._file.close()
+            raise
+        self._file.truncate(size)  # a line that a killed run left unfinished
+        if size == 0:
+            self._write({"settings": digest})
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        """Closes the file; it stays until `remove`."""
+        self._file.close()
+
+    def __len__(self) -> int:
+        return len(self._done)
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._done
+
+    def __getitem__(self, key: str) -> Any:
+        return self._done[key]
+
+    def add(self, key: str, value: Any) -> None:
+        """Keep a result that JSON can hold."""
+        self._done[key] = value
+        self._write({"key": key, "value": value})
+
+    def remove(self) -> None:
+        """Drop the file, once the output is written."""
+        self.path.unlink(missing_ok=True)
+
+    def _lock(self) -> None:
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise DataError(f"another run is writing {self.path}") from None
+
+    def _read(self, digest: str) -> tuple[dict[str, Any], int]:
+        """Finished results, and the bytes of the lines that hold them."""
+        self._file.seek(0)
+        done: dict[str, Any] = {}
+        size = 0
+        for line in self._file:
+            if not line.endswith(b"\n"):
+                break
+            record = json.loads(line)
+            if size == 0 and record != {"settings": digest}:
+                raise ConfigError(
+                    f"{self.path}: expected the settings of the run that was interrupted here, found "
+                    "others; give those again, or remove the file"
+                )
+            size += len(line)
+            if "key" in record:
+                done[record["key"]] = record["value"]
+        return done, size
+
+    def _write(self, record: dict[str, Any]) -> None:
+        self._file.write(json.dumps(record, ensure_ascii=False).encode() + b"\n")
+        self._file.flush()
+        os.fsync(self._file.fileno())

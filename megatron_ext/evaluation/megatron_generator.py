@@ -1,0 +1,173 @@
+"""Generation by the distributed model: tensor, pipeline and data parallelism, with a key-value cache.
+
+Megatron's cache (`StaticInferenceContext`) and its own forward-only schedule, with one token of every
+request a step. Its dynamic engine needs flash-attn, and its static one, which is deprecated, sends whole
+rows of logits between pipeline stages; here they send one token a request.
+
+Prompts of different lengths need no padding inside a sequence: the model reads all prompts of a batch up
+to the end of the shortest, and from there one position a step; a longer prompt reads its own tokens until
+it ends. Batches are made of prompts of similar length.
+"""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.inference.contexts import StaticInferenceContext
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from torch import Tensor
+
+from megatron_ext.evaluation.sampling import Chooser, Request
+from megatron_ext.reference import FrozenReference
+
+
+class MegatronGenerator:
+    """Continues prompts with a model that is spread over the ranks.
+
+    Args:
+        model: the model's chunks on this rank.
+        args: Megatron's validated arguments: micro-batch size, positions, vocabulary.
+        use_cache: whether to keep keys and values; without, every step reads all from the start.
+    """
+
+    def __init__(self, model: FrozenReference, *, args: Namespace, use_cache: bool = True) -> None:
+        assert len(model.chunks) == 1, "generation needs a layout without virtual pipeline stages"
+        self._chunk = model.chunks[0]
+        self._rows: int = args.micro_batch_size
+        self._vocab_size: int = args.unpadded_vocab_size
+        self._use_cache = use_cache
+        self.context_length: int = args.max_position_embeddings
+        self.identity = model.digest
+        self.is_writer = torch.distributed.get_rank() == 0
+        # As many microbatches at a time as there are stages, so that none of them waits.
+        stages = parallel_state.get_pipeline_model_parallel_world_size()
+        ranks = parallel_state.get_data_parallel_world_size()
+        self.batch_size = self._rows * stages * ranks
+
+    def agree(self, value: Any) -> Any:
+        """The writer's value on every rank."""
+        values = [value]
+        torch.distributed.broadcast_object_list(values, src=0)
+        return values[0]
+
+    @torch.no_grad()
+    def complete(self, requests: Sequence[Request]) -> list[list[int]]:
+        """Continue up to `batch_size` prompts, the same on every rank.
+
+        Args:
+            requests: prompts that leave room for a token in `context_length`.
+
+        Returns:
+            The new tokens of each, on every rank.
+        """
+        rank = parallel_state.get_data_parallel_rank()
+        ranks = parallel_state.get_data_parallel_world_size()
+        mine = requests[rank::ranks]
+        completions = list(self._complete(mine)) if mine else []
+        if ranks == 1:
+            return completions
+        gathered: list[Any] = [None] * ranks
+        group = parallel_state.get_data_parallel_group()
+        torch.distributed.all_gather_object(gathered, completions, group=group)
+        return [gathered[i % ranks][i // ranks] for i in range(len(requests))]
+
+    def _complete(self, requests: Sequence[Request]) -> Iterator[list[int]]:
+        """Continue prompts on this model replica."""
+        batches = -(-len(requests) // self._rows)
+        padded = [*requests, *[requests[-1]] * (batches * self._rows - len(requests))]
+        lengths = [len(request.tokens) for request in padded]
+        limits = [
+            min(length + request.sampling.max_new_tokens, self.context_length)
+            for length, request in zip(lengths, padded, strict=True)
+        ]
+        tokens = torch.zeros(len(padded), max(limits), dtype=torch.int64)
+        for row, request in enumerate(padded):
+            tokens[row, : lengths[row]] = torch.tensor(request.tokens)
+        ends = list(limits)
+        choose = Chooser(padded, vocab_size=self._vocab_size)
+        contexts = [StaticInferenceContext(self._rows, max(limits)) for _ in range(batches)]
+        start = 0
+        for end in range(min(lengths), max(limits)):
+            wanted = [row for row in range(len(padded)) if lengths[row] <= end < ends[row]]
+            logits = self._forward(tokens[:, start:end], start, contexts)
+            chosen = None if logits is None else choose(logits, rows=wanted)
+            column = _from_last_stage(chosen, rows=len(padded)).cpu()
+            tokens[wanted, end] = column[wanted]
+            for row in wanted:
+                if int(column[row]) in padded[row].stop:
+                    ends[row] = end + 1
+            if all(stop <= end + 1 for stop in ends):
+                break
+            start = end if self._use_cache else 0
+        for row in range(len(requests)):
+            yield tokens[row, lengths[row] : ends[row]].tolist()
+
+    def _forward(
+        self, tokens: Tensor, start: int, contexts: Sequence[StaticInferenceContext]
+    ) -> Tensor | None:
+        """Run the next positions of all microbatches.
+
+        Args:
+            tokens: int64 `[rows, s]`, those positions.
+            start: the first of them.
+            contexts: cache of each microbatch.
+
+        Returns:
+            On the last stage logits `[rows, V]` of the token after them, `None` elsewhere.
+        """
+        device = torch.cuda.current_device()
+        parts = iter(tokens.to(device).split(self._rows))
+        length = tokens.shape[1]
+        positions = torch.arange(start, start + length, device=device).expand(self._rows, -1)
+        caches = iter(contexts)
+
+        def last_logits(
+            hidden_states: Tensor, output_layer: Any, output_weight: Tensor | None, **_: Any
+        ) -> Tensor:
+            logits: Tensor = output_layer(
+                hidden_states[-1:], weight=output_weight, runtime_gather_output=True
+            )[0]
+            return logits[0]
+
+        def forward_step(_: Any, model: Any) -> tuple[Any, Any]:
+            context = next(caches)
+            context.sequence_len_offset = start
+            output = model(
+                next(parts),
+                positions,
+                None,
+                inference_context=context if self._use_cache else None,
+                output_processor=last_logits,
+            )
+            return output, lambda output_tensor, non_loss_data: output_tensor
+
+        outputs = get_forward_backward_func()(
+            forward_step_func=forward_step,
+            data_iterator=None,
+            model=[self._chunk],
+            num_microbatches=len(contexts),
+            seq_length=length,
+            micro_batch_size=self._rows,
+            forward_only=True,
+            collect_non_loss_data=True,
+        )
+        return torch.cat(outputs) if outputs else None
+
+
+def _from_last_stage(chosen: Tensor | None, *, rows: int) -> Tensor:
+    """The tokens that the last pipeline stage chose, int64 `[rows]`, on all stages."""
+    if parallel_state.get_pipeline_model_parallel_world_size() == 1:
+        assert chosen is not None
+        return chosen
+    if chosen is None:
+        chosen = torch.empty(rows, dtype=torch.int64, device=torch.cuda.current_device())
+    torch.distributed.broadcast(
+        chosen,
+        src=parallel_state.get_pipeline_model_parallel_last_rank(),
+        group=parallel_state.get_pipeline_model_parallel_group(),
+    )
+    return chosen

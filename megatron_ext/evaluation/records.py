@@ -1,0 +1,113 @@
+"""Lines of prompts in, lines of completions out."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+
+from megatron_ext.data.atomic import write_atomically
+from megatron_ext.evaluation.completion import Codec, Generator
+from megatron_ext.evaluation.journal import Journal
+from megatron_ext.evaluation.sampling import Request, Sampling
+from megatron_ext.exceptions import ConfigError, DataError
+
+Record = dict[str, Any]
+
+
+def read_records(path: Path) -> list[Record]:
+    """Read JSON lines of objects.
+
+    Raises:
+        DataError: the file cannot be read, is empty, or a line is no object; names the line.
+    """
+    records: list[Record] = []
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path} cannot be read: {error}") from error
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise DataError(f"{path}:{number}: expected JSON, {error}") from error
+        if not isinstance(record, dict):
+            raise DataError(f"{path}:{number}: expected an object, found {type(record).__name__}")
+        records.append(record)
+    if not records:
+        raise DataError(f"{path}: expected at least one line, found none")
+    return records
+
+
+def read_prompts(path: Path) -> list[Record]:
+    """Read lines that have a prompt or messages.
+
+    Raises:
+        DataError: a line has neither, or both; names it.
+    """
+    records = read_records(path)
+    for number, record in enumerate(records, start=1):
+        prompt, turns = record.get("prompt"), record.get("messages")
+        if isinstance(prompt, str) and turns is None:
+            continue
+        if prompt is None and isinstance(turns, list) and _are_messages(turns):
+            continue
+        raise DataError(
+            f'{path}: record {number}: expected {{"prompt": text}} or {{"messages": [{{"role", '
+            f'"content"}}, ...]}}, found keys {sorted(record)}'
+        )
+    return records
+
+
+def _are_messages(turns: Sequence[Any]) -> bool:
+    return bool(turns) and all(
+        isinstance(turn, dict)
+        and isinstance(turn.get("role"), str)
+        and isinstance(turn.get("content"), str)
+        for turn in turns
+    )
+
+
+def requests_of(records: Sequence[Record], codec: Codec, sampling: Sampling) -> list[Request]:
+    """A request for each record, named by its place.
+
+    Raises:
+        DataError: the chat template refuses the turns; names the record.
+    """
+    requests = []
+    for number, record in enumerate(records, start=1):
+        try:
+            if "prompt" in record:
+                requests.append(codec.prompt(str(number), record["prompt"], sampling))
+            else:
+                requests.append(codec.chat(str(number), record["messages"], sampling))
+        except DataError as error:
+            raise DataError(f"record {number}: {error}") from error
+    return requests
+
+
+def check_output(path: Path, *, overwrite: bool) -> None:
+    """Refuse before any work what writing would refuse after it.
+
+    Raises:
+        ConfigError: the file exists.
+    """
+    if path.exists() and not overwrite:
+        raise ConfigError(f"{path} exists: give --overwrite to replace it, or another output name")
+
+
+def open_journal(
+    generator: Generator, output: Path, settings: Mapping[str, Any]
+) -> AbstractContextManager[Journal | None]:
+    """The journal on the rank that writes, ``None`` on the others."""
+    return Journal(output, settings=settings) if generator.is_writer else nullcontext()
+
+
+def write_records(path: Path, records: Sequence[Record], *, overwrite: bool) -> None:
+    """Write JSON lines, all or none."""
+    lines = (json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+    write_atomically(path, "".join(lines).encode(), overwrite=overwrite)

@@ -1,0 +1,160 @@
+"""Choosing tokens, keeping what is finished, and the order of a long run; without a model."""
+
+import json
+
+import pytest
+import torch
+
+from megatron_ext.data.tokenizers import TokenizerSpec
+from megatron_ext.evaluation.completion import Codec, complete_all
+from megatron_ext.evaluation.journal import Journal
+from megatron_ext.evaluation.records import read_prompts
+from megatron_ext.evaluation.sampling import Chooser, Request, Sampling, sample
+from megatron_ext.exceptions import ConfigError, DataError
+from tests.helpers.text import train_sentencepiece
+
+GRID = 20_000
+
+
+@pytest.mark.parametrize(
+    ("temperature", "top_p"), [(1.0, 1.0), (0.5, 0.7), (2.0, 0.9), (1.0, 1e-9)]
+)
+def test_sampled_shares_are_those_of_the_nucleus(temperature, top_p):
+    torch.manual_seed(0)
+    logits = 2 * torch.randn(12)
+    weights = [float(w) for w in (logits.double() / temperature).exp()]
+    ranked = sorted(range(12), key=lambda i: -weights[i])
+    kept, mass = [], 0.0
+    for token in ranked:  # until together they have the probability
+        kept.append(token)
+        mass += weights[token] / sum(weights)
+        if mass >= top_p:
+            break
+    uniform = (torch.arange(GRID, dtype=torch.float64)[:, None] + 0.5) / GRID
+    column = torch.ones_like(uniform)
+    chosen = sample(
+        logits.expand(GRID, -1),
+        temperature=temperature * column,
+        top_p=top_p * column,
+        uniform=uniform,
+    )
+    shares = torch.bincount(chosen, minlength=12).double() / GRID
+    for token in range(12):
+        share = weights[token] / sum(weights[i] for i in kept) if token in kept else 0.0
+        assert float(shares[token]) == pytest.approx(share, abs=2 / GRID)
+
+
+def request(key: str, length: int, **changes) -> Request:
+    sampling = Sampling(**{"max_new_tokens": 4, "temperature": 1.0} | changes)
+    return Request(key=key, tokens=list(range(length)), sampling=sampling, stop=frozenset([2]))
+
+
+def test_random_numbers_belong_to_the_request_and_not_to_its_row():
+    torch.manual_seed(0)
+    logits = torch.randn(1, 50).expand(3, -1)
+    together = Chooser([request(key, 1) for key in "abc"], vocab_size=50)
+    draws = torch.stack([together(logits, rows=range(3)) for _ in range(8)])
+    assert not torch.equal(draws[:, 0], draws[:, 1])
+    late = Chooser([request(key, 1) for key in "cab"], vocab_size=50)
+    late(logits, rows=[1, 2])  # the first row has not begun
+    again = torch.stack([late(logits, rows=[0]) for _ in range(8)])
+    assert torch.equal(again[:, 0], draws[:, 2])
+
+
+def test_padding_of_the_vocabulary_is_never_chosen():
+    logits = torch.zeros(2, 8)
+    logits[:, 6:] = 100.0
+    chooser = Chooser([request("a", 1, temperature=0.0), request("b", 1)], vocab_size=6)
+    assert max(int(chooser(logits, rows=[0, 1]).max()) for _ in range(20)) < 6
+
+
+class Echo:
+    """Answers with the length of each prompt and the end of the document."""
+
+    is_writer, batch_size, context_length, identity = True, 2, 7, "echo"
+
+    def __init__(self):
+        self.seen = []
+
+    def agree(self, value):
+        return value
+
+    def complete(self, requests):
+        self.seen.append([r.key for r in requests])
+        if len(self.seen) == self.fail_at:
+            raise KeyboardInterrupt
+        return [[10 + len(r.tokens), 2] for r in requests]
+
+    fail_at = None
+
+
+@pytest.fixture(scope="module")
+def codec(tmp_path_factory):
+    path = train_sentencepiece(tmp_path_factory.mktemp("tokenizer") / "t.model")
+    return Codec(TokenizerSpec(tokenizer_type="SentencePieceTokenizer", tokenizer_model=path))
+
+
+def test_an_interrupted_run_goes_on(tmp_path, codec):
+    requests = [request(str(n), n) for n in (1, 5, 3, 6, 2, 9)]
+    output = tmp_path / "out"
+    echo = Echo()
+    echo.fail_at = 2
+    with pytest.raises(KeyboardInterrupt), Journal(output, settings={"a": 1}) as journal:
+        complete_all(echo, codec, requests, journal=journal, title="")
+    assert echo.seen == [["6", "5"], ["3", "2"]]
+    with (tmp_path / "out.progress").open("a") as file:
+        file.write('{"key": "3", "val')  # cut off by a kill
+    echo = Echo()
+    with Journal(output, settings={"a": 1}) as journal:
+        done = complete_all(echo, codec, requests, journal=journal, title="")
+        assert echo.seen == [["3", "2"], ["1"]]
+        with pytest.raises(DataError, match="another run"):
+            Journal(output, settings={"a": 1})
+    assert set(done) == {"1", "2", "3", "5", "6", "9"}
+    assert [(done[k].finish, done[k].tokens) for k in "169"] == [
+        ("stop", 2),
+        ("stop", 2),
+        ("no room", 0),
+    ]
+    with pytest.raises(ConfigError, match="settings"):
+        Journal(output, settings={"a": 2})
+    with Journal(output, settings={"a": 1}) as journal:
+        assert len(journal) == 5
+        journal.remove()
+    assert not list(tmp_path.iterdir())
+
+
+def test_prompts_and_conversations_become_tokens(codec):
+    sampling = Sampling()
+    assert codec.prompt("1", "", sampling).tokens == [codec.eod]
+    chat = codec.chat("1", [{"role": "user", "content": "the fox"}], sampling)
+    assert codec.eod in chat.stop
+    found = codec.completion(chat, [*codec.prompt("", "the fox", sampling).tokens, codec.eod])
+    assert (found.text, found.finish) == ("the fox", "stop")
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("{", r":2: expected JSON"),
+        ("[1]", r":2: expected an object, found list"),
+        ('{"text": "x"}', r"record 2: .*found keys \['text'\]"),
+        ('{"messages": []}', "record 2"),
+        ('{"messages": [{"role": "user"}]}', "record 2"),
+        ('{"prompt": 3}', "record 2"),
+    ],
+)
+def test_bad_prompts_are_named(tmp_path, line, message):
+    path = tmp_path / "prompts.jsonl"
+    path.write_text(json.dumps({"prompt": "fine"}) + "\n" + line + "\n")
+    with pytest.raises(DataError, match=message):
+        read_prompts(path)
+
+
+@pytest.mark.parametrize(
+    "change", [{"temperature": -1}, {"top_p": 0}, {"top_p": 1.1}, {"max_new_tokens": 0}]
+)
+def test_numbers_out_of_range_are_refused(change):
+    flag = "--" + next(iter(change)).replace("_", "-")
+    with pytest.raises(ConfigError, match=flag):
+        Sampling(**change)
