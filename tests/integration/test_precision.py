@@ -1,0 +1,37 @@
+"""bf16 with the distributed optimizer: a checkpoint keeps the fp32 weights and moments of both ranks."""
+
+import pytest
+
+from tests.helpers.entry import METRICS, Launch
+from tests.helpers.tiny import at_iteration
+
+STEPS, HALF = 6, 3
+FLAGS = (
+    *("--bf16", "--use-distributed-optimizer", "--train-iters", STEPS, "--lr", 1e-3),
+    *("--eval-interval", HALF, "--eval-iters", 1, "--save-interval", HALF),
+)
+TAGS = (*METRICS, *(f"{tag} validation" for tag in METRICS), "grad-norm", "learning-rate")
+
+
+@pytest.fixture(scope="module")
+def runs(tiny, server, tmp_path_factory):
+    """All steps at once; and the second half of them again, from what was saved before it."""
+    directory = tmp_path_factory.mktemp("precision")
+    whole = Launch(tiny.unlearn(*FLAGS, "--save", directory / "saved"), ranks=2)
+    found = server.run_all({"whole": whole}, directory / "tensorboard")
+    halfway = at_iteration(directory / "saved", HALF, directory / "halfway")
+    rest = Launch(tiny.objective(*FLAGS, "--load", halfway), ranks=2)
+    return found | server.run_all({"rest": rest}, directory / "tensorboard")
+
+
+def test_a_resumed_run_has_the_bits_of_an_undisturbed_one(runs):
+    whole, rest = runs["whole"].scalars, runs["rest"].scalars
+    assert sorted(rest["unlearn loss"]) == list(range(HALF + 1, STEPS + 1))
+    for tag in TAGS:
+        assert rest[tag] == {step: value for step, value in whole[tag].items() if step > HALF}, tag
+
+
+def test_the_model_learned_in_between(runs):
+    """Or the comparison above would show nothing."""
+    assert len(set(runs["whole"].series("forget loss validation"))) == STEPS // HALF
+    assert runs["rest"].digest() == runs["whole"].digest()
