@@ -50,7 +50,7 @@ def marker(index: int) -> str:
 
 
 def render(
-    panels: Sequence[Panel], *, columns: int = 3, size: tuple[float, float] = (4.8, 3.6)
+    panels: Sequence[Panel], *, columns: int = 3, size: tuple[float, float] = (4.8, 4.0)
 ) -> bytes:
     """Draw panels side by side.
 
