@@ -7,10 +7,10 @@
         --data real=data/real_text_document synthetic=data/synthetic_text_document \
         --tokenizer-model tokenizer.model --output perplexity.json --tensor-model-parallel-size 2
 
-The figures of arXiv 2406.12397 for data and models of one's own: structural tokens (figure 3, no model) and
-per-sample perplexities (figure 4). Each verb prints a table and writes a JSON file, and beside it a picture
-with the same name. Models run distributed, also without torchrun as one process; the architecture is read
-from each checkpoint.
+The figures of arXiv 2406.12397 for data and models of one's own: embeddings (figure 2), structural tokens
+(figure 3, no model) and per-sample perplexities (figure 4). Each verb prints a table and writes a JSON file,
+and beside it a picture of the same name. Models run distributed, also without torchrun as one process; the
+architecture is read from each checkpoint.
 """
 
 from __future__ import annotations
@@ -21,18 +21,21 @@ import sys
 import warnings
 from argparse import ArgumentParser, Namespace
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 warnings.filterwarnings("ignore", message=".*(Transformer Engine|Apex).*")
 
+from megatron_ext.analysis.samples import describe_dataset, parse_sets  # noqa: E402
 from megatron_ext.data.atomic import AtomicFiles  # noqa: E402
 from megatron_ext.exceptions import ConfigError  # noqa: E402
 from tools.common import run_tool  # noqa: E402
 
 if TYPE_CHECKING:
     from megatron_ext.analysis.figures import Panel
+    from megatron_ext.analysis.session import Session
 
 
 def main() -> None:
@@ -51,9 +54,14 @@ def main() -> None:
     perplexity.add_argument("--checkpoint", nargs="+", required=True, help="checkpoint directories")
     _add_data(perplexity)
     _add_layout(perplexity)
+    embeddings = verbs.add_parser("embeddings", help="whether a model tells sets of text apart")
+    embeddings.add_argument("--checkpoint", nargs=1, required=True, help="checkpoint directory")
+    _add_data(embeddings)
+    _add_layout(embeddings)
     options = parser.parse_args()
     _check(options)
-    {"tokens": run_tokens, "perplexity": run_perplexity}[options.verb](options)
+    runners = {"tokens": run_tokens, "embeddings": run_embeddings, "perplexity": run_perplexity}
+    runners[options.verb](options)
 
 
 def _add_data(parser: ArgumentParser) -> None:
@@ -87,7 +95,6 @@ def _check(options: Namespace) -> None:
 
 def run_tokens(options: Namespace) -> None:
     """Compare the tokens of sets of text."""
-    from megatron_ext.analysis.samples import parse_sets
     from megatron_ext.analysis.token_report import measure_tokens, token_panels, token_table
 
     report = measure_tokens(options, parse_sets(options.data))
@@ -95,22 +102,59 @@ def run_tokens(options: Namespace) -> None:
     print(token_table(report, top=options.top))
 
 
+def run_embeddings(options: Namespace) -> None:
+    """Embed every set under a checkpoint, and measure how far the sets lie apart."""
+    sets = parse_sets(options.data)
+    if len(sets) < 2:
+        raise ConfigError(f"--data: expected at least two sets to compare, found {len(sets)}")
+    from megatron_ext.analysis.embedding_report import (
+        embedding_panels,
+        embedding_table,
+        measure_embeddings,
+    )
+
+    with redirect_stdout(sys.stderr), _session(options) as session:
+        model, found = session.embeddings(options.checkpoint[0], sets)
+        if not session.is_writer:
+            return
+    report = {"verb": "embeddings", "settings": vars(options), "model": model, "sets": {}}
+    report["sets"] = {name: describe_dataset(prefix) for name, prefix in sets.items()}
+    report |= measure_embeddings(found, seed=options.seed)
+    _write(options.output, report, embedding_panels(report))
+    print(embedding_table(report))
+
+
 def run_perplexity(options: Namespace) -> None:
-    """Score every set under every checkpoint and write one JSON file."""
+    """Score every set under every checkpoint, and measure how it shifts from the first one."""
+    from megatron_ext.analysis.perplexity_report import (
+        add_shifts,
+        perplexity_panels,
+        perplexity_table,
+    )
+
+    sets = parse_sets(options.data)
+    report: dict[str, Any] = {"verb": "perplexity", "settings": vars(options)}
+    report |= {"data": {}, "models": {}}
+    with redirect_stdout(sys.stderr), _session(options) as session:
+        for directory in options.checkpoint:
+            report["models"][directory] = session.perplexities(directory, sets)
+        if not session.is_writer:
+            return
+    report["data"] = {name: describe_dataset(prefix) for name, prefix in sets.items()}
+    add_shifts(report, seed=options.seed)
+    _write(options.output, report, perplexity_panels(report))
+    print(perplexity_table(report))
+
+
+def _session(options: Namespace) -> AbstractContextManager[Session]:
+    """Megatron, set up for the architecture of the first checkpoint; it prints all of its arguments."""
     from megatron_ext.runtime import compat, cpu
 
     cpu.enable()
-    from megatron_ext.analysis.samples import parse_sets
     from megatron_ext.analysis.session import open_session
 
-    sets = parse_sets(options.data)
     compat.apply()
-    report: dict[str, Any] = {"settings": vars(options), "models": {}}
-    with open_session(options) as session:
-        for directory in options.checkpoint:
-            report["models"][directory] = session.perplexities(directory, sets)
-        if session.is_writer:
-            _write(options.output, report, [])
+    return open_session(options)
 
 
 def _write(

@@ -7,16 +7,15 @@ smaller variance of the perplexity of instruction data.
 from __future__ import annotations
 
 from argparse import Namespace
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
 from megatron.core import parallel_state
-from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.utils import unwrap_model
 
+from megatron_ext.analysis.forward import final_states
 from megatron_ext.data.batch import MicroBatch
 from megatron_ext.head import head_terms
 from megatron_ext.losses import cross_entropy
@@ -54,7 +53,6 @@ def score_samples(
     *,
     args: Namespace,
     eod: int,
-    micro_batches: int = 4,
 ) -> SampleScores | None:
     """Score samples, each preceded by an end-of-document token as in training.
 
@@ -63,27 +61,16 @@ def score_samples(
         samples: int64 token arrays of at most ``args.seq_length`` tokens; the same on every rank.
         args: Megatron's arguments: sequence length, micro-batch size, vocabulary.
         eod: id of the end-of-document token.
-        micro_batches: microbatches that a pass through the pipeline takes at a time.
 
     Returns:
         The scores on the last pipeline stage, ``None`` elsewhere.
     """
     losses: list[torch.Tensor] = []
     probabilities: list[torch.Tensor] = []
-    step = args.micro_batch_size * micro_batches
-    for start in range(0, len(samples), step):
-        group = samples[start : start + step]
-        batches = list(_micro_batches(group, args=args, eod=eod))
-        hidden = model.hidden_states(
-            get_forward_backward_func(),
-            [batches] * len(model.chunks),
-            seq_length=args.seq_length,
-            micro_batch_size=args.micro_batch_size,
-        )
-        for batch, states in zip(batches, hidden, strict=bool(hidden)):
-            loss, probability = _score(model, states, batch, args)
-            losses.append(loss)
-            probabilities.append(probability)
+    for batch, states in final_states(model, samples, args=args, eod=eod):
+        loss, probability = _score(model, states, batch, args)
+        losses.append(loss)
+        probabilities.append(probability)
     if not parallel_state.is_pipeline_last_stage(ignore_virtual=True):
         return None
     return SampleScores(
@@ -114,24 +101,3 @@ def _score(
     loss = (cross_entropy(margin).double() * mask).sum(dim=1) / count
     probability = (torch.sigmoid(margin).double() * mask).sum(dim=1) / count
     return loss.cpu(), probability.cpu()
-
-
-def _micro_batches(samples: Sequence[Any], *, args: Namespace, eod: int) -> Iterator[MicroBatch]:
-    """Right-padded microbatches of full size; rows beyond the samples are padding alone."""
-    size, length = args.micro_batch_size, args.seq_length
-    device = torch.cuda.current_device()
-    position_ids = torch.arange(length, device=device).expand(size, length)
-    for start in range(0, len(samples), size):
-        tokens = torch.full((size, length), eod, dtype=torch.int64)
-        labels = torch.full((size, length), eod, dtype=torch.int64)
-        mask = torch.zeros((size, length))
-        for row, sample in enumerate(samples[start : start + size]):
-            labels[row, : len(sample)] = torch.from_numpy(sample)
-            tokens[row, 1 : len(sample)] = labels[row, : len(sample) - 1]
-            mask[row, : len(sample)] = 1
-        yield MicroBatch(
-            tokens=tokens.to(device),
-            labels=labels.to(device),
-            loss_mask=mask.to(device),
-            position_ids=position_ids,
-        )

@@ -10,10 +10,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from megatron.core import parallel_state
 
+from megatron_ext.analysis.embeddings import check_samples
+from megatron_ext.analysis.forward import embed_samples
 from megatron_ext.analysis.perplexity import score_samples
+from megatron_ext.analysis.records import record_run, short_names
 from megatron_ext.analysis.samples import read_samples
 from megatron_ext.arguments import add_arguments, record_tokenizer
 from megatron_ext.checkpoint.inspect import (
@@ -67,30 +71,13 @@ class Session:
             sets: dataset prefix of each set.
 
         Returns:
-            For each set the loss, mean probability and number of tokens of every sample; empty on ranks
-            other than the writer's stage.
+            What the model is, and for each set the loss, mean probability and number of tokens of every
+            sample; no sets on ranks other than the writer's stage.
         """
-        checkpoint = open_checkpoint(directory, flag="--checkpoint")
-        check_architecture(checkpoint, self.args, flag="--checkpoint")
-        source = ReferenceSource(checkpoint, recorded_digest=None)
-        model = FrozenReference(self.model_config, args=self.args, source=source)
-        report: dict[str, Any] = {
-            "iteration": checkpoint.iteration,
-            "digest": model.digest,
-            "sets": {},
-        }
-        for name, prefix in sets.items():
-            check_prefix(
-                prefix,
-                vocab_size=self.args.unpadded_vocab_size,
-                tokenizer_digest=self.args.tokenizer_digest,
-            )
-            samples = read_samples(
-                prefix,
-                count=self.options.samples,
-                length=self.args.seq_length,
-                seed=self.options.seed,
-            )
+        drawn = self._draw(sets, length=self.args.seq_length)
+        model, report = self._open_model(directory)
+        report["sets"] = {}
+        for name, samples in drawn.items():
             scores = score_samples(model, samples, args=self.args, eod=self.eod)
             if scores is not None:
                 report["sets"][name] = {
@@ -100,6 +87,60 @@ class Session:
                     "corpus_perplexity": scores.corpus_perplexity,
                 }
         return report
+
+    def embeddings(
+        self, directory: str, sets: Mapping[str, str]
+    ) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+        """Embeddings of the samples of every set under a checkpoint.
+
+        Args:
+            directory: checkpoint directory.
+            sets: dataset prefix of each set.
+
+        Returns:
+            What the model is, and for each set fp32 ``[N, H]``; no sets on ranks other than the writer's
+            stage.
+        """
+        drawn = self._draw(sets, length=self.args.seq_length - 1)
+        for name, samples in drawn.items():
+            check_samples(name, samples)
+        model, report = self._open_model(directory)
+        found = {}
+        for name, samples in drawn.items():
+            embedded = embed_samples(model, samples, args=self.args, eod=self.eod)
+            if embedded is not None:
+                found[name] = embedded
+        return report, found
+
+    def _open_model(self, directory: str) -> tuple[FrozenReference, dict[str, Any]]:
+        """Load a checkpoint; the model, and what it is."""
+        checkpoint = open_checkpoint(directory, flag="--checkpoint")
+        check_architecture(checkpoint, self.args, flag="--checkpoint")
+        source = ReferenceSource(checkpoint, recorded_digest=None)
+        model = FrozenReference(self.model_config, args=self.args, source=source)
+        names = dict(
+            zip(self.options.checkpoint, short_names(self.options.checkpoint), strict=True)
+        )
+        return model, {
+            "label": names[directory],
+            "iteration": checkpoint.iteration,
+            "digest": model.digest,
+            "run": record_run(checkpoint),
+        }
+
+    def _draw(self, sets: Mapping[str, str], *, length: int) -> dict[str, list[np.ndarray]]:
+        """The samples of every set, read before any model is."""
+        for prefix in sets.values():
+            check_prefix(
+                prefix,
+                vocab_size=self.args.unpadded_vocab_size,
+                tokenizer_digest=self.args.tokenizer_digest,
+            )
+        count, seed = self.options.samples, self.options.seed
+        return {
+            name: read_samples(prefix, count=count, length=length, seed=seed)
+            for name, prefix in sets.items()
+        }
 
 
 @contextlib.contextmanager

@@ -47,14 +47,16 @@ def expected(tiny):
 def test_agrees_with_naive(layout, tiny, expected, tmp_path):
     launcher, flags = LAYOUTS[layout]
     output = tmp_path / "perplexity.json"
-    command = [*launcher, "tools/analyze.py", "perplexity", "--checkpoint", str(tiny.base)]
+    models = [str(tiny.base)] if flags else [str(tiny.base), str(tiny.reference)]
+    command = [*launcher, "tools/analyze.py", "perplexity", "--checkpoint", *models]
     command += ["--data", f"pairs={tiny.forget}", "--tokenizer-model", str(tiny.tokenizer)]
     command += ["--samples", "1000000", "--output", str(output), *flags]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    (model,) = json.loads(output.read_text())["models"].values()
-    found = model["sets"]["pairs"]
+    report = json.loads(output.read_text())
+    assert list(report["models"]) == models
+    found = report["models"][models[0]]["sets"]["pairs"]
     losses, probabilities = expected
     # fp32 against fp64, a mean over the tokens of a sample.
     np.testing.assert_allclose(found["loss"], losses, rtol=2e-5)
@@ -62,6 +64,14 @@ def test_agrees_with_naive(layout, tiny, expected, tmp_path):
     weights = np.array(found["tokens"])
     corpus = np.exp((losses * weights).sum() / weights.sum())
     assert found["corpus_perplexity"] == pytest.approx(corpus, rel=1e-4)
+    assert output.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+    if not flags:
+        other = report["models"][models[1]]
+        shift = other["sets"]["pairs"]["summary"]["loss"]["shift"]
+        difference = np.mean(other["sets"]["pairs"]["loss"]) - losses.mean()
+        assert shift["value"] == pytest.approx(difference, rel=1e-3)
+        assert f"reference {other['sets']['pairs']['corpus_perplexity']:>11.2f}" in done.stdout
+        assert (other["iteration"], other["run"]["settings"]["train_iters"]) == (20, 40)
 
 
 def test_another_tokenizer_is_refused(tiny, tmp_path):

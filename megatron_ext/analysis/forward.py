@@ -1,0 +1,113 @@
+"""Final hidden states and embeddings of samples, by the distributed model.
+
+Legend: N samples, s tokens of a sequence, b sequences of a microbatch, H hidden size.
+"""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import torch
+from megatron.core import parallel_state
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from tqdm import tqdm
+
+from megatron_ext.data.batch import MicroBatch
+from megatron_ext.reference import FrozenReference
+
+
+def final_states(
+    model: FrozenReference,
+    samples: Sequence[np.ndarray],
+    *,
+    args: Namespace,
+    eod: int,
+    micro_batches: int = 4,
+) -> Iterator[tuple[MicroBatch, torch.Tensor]]:
+    """Run samples through the model, each preceded by an end-of-document token as in training.
+
+    Every rank must take all of it.
+
+    Args:
+        model: the model's chunks on this rank.
+        samples: int64 token arrays of at most ``args.seq_length`` tokens; the same on every rank.
+        args: Megatron's arguments: sequence length, micro-batch size.
+        eod: id of the end-of-document token.
+        micro_batches: microbatches that a pass through the pipeline takes at a time.
+
+    Yields:
+        On the last pipeline stage each microbatch with its final hidden states ``[s, b, H]``, behind the
+        final normalisation: what the output layer reads. Rows beyond the samples are padding alone, with
+        a loss mask of 0. Nothing on other stages.
+    """
+    step = args.micro_batch_size * micro_batches
+    quiet = torch.distributed.get_rank() != 0
+    with tqdm(total=len(samples), unit="sample", disable=quiet, leave=False) as bar:
+        for start in range(0, len(samples), step):
+            group = samples[start : start + step]
+            batches = list(_micro_batches(group, args=args, eod=eod))
+            hidden = model.hidden_states(
+                get_forward_backward_func(),
+                [batches] * len(model.chunks),
+                seq_length=args.seq_length,
+                micro_batch_size=args.micro_batch_size,
+            )
+            yield from zip(batches, hidden, strict=bool(hidden))
+            bar.update(len(group))
+
+
+def embed_samples(
+    model: FrozenReference, samples: Sequence[np.ndarray], *, args: Namespace, eod: int
+) -> np.ndarray | None:
+    """Mean of the final hidden states over the tokens of each sample.
+
+    arXiv 2406.12397 embeds text by the last hidden state and does not say how a text's states become one
+    vector. With the mean, every token counts, and the vector does not hang on how a text happens to end or
+    where it was cut, as the last token's would.
+
+    Args:
+        model: the model's chunks on this rank.
+        samples: int64 arrays of at most ``args.seq_length - 1`` tokens; the same on every rank.
+        args: Megatron's arguments.
+        eod: id of the end-of-document token.
+
+    Returns:
+        fp32 ``[N, H]`` on the last pipeline stage, ``None`` elsewhere.
+    """
+    # One token more, so that the state of a sample's last token is computed as well.
+    extended = [np.append(sample, eod) for sample in samples]
+    rows = []
+    for batch, states in final_states(model, extended, args=args, eod=eod):
+        assert batch.loss_mask is not None
+        mask = batch.loss_mask.double().transpose(0, 1)
+        mask[0] = 0  # the end-of-document token in front, which all samples share
+        total = (states.double() * mask[..., None]).sum(dim=0)
+        rows.append((total / mask.sum(dim=0).clamp(min=1)[:, None]).float().cpu())
+    if not parallel_state.is_pipeline_last_stage(ignore_virtual=True):
+        return None
+    return torch.cat(rows)[: len(samples)].numpy()
+
+
+def _micro_batches(
+    samples: Sequence[np.ndarray], *, args: Namespace, eod: int
+) -> Iterator[MicroBatch]:
+    """Right-padded microbatches of full size; rows beyond the samples are padding alone."""
+    size, length = args.micro_batch_size, args.seq_length
+    device = torch.cuda.current_device()
+    position_ids = torch.arange(length, device=device).expand(size, length)
+    for start in range(0, len(samples), size):
+        tokens = torch.full((size, length), eod, dtype=torch.int64)
+        labels = torch.full((size, length), eod, dtype=torch.int64)
+        mask = torch.zeros((size, length))
+        for row, sample in enumerate(samples[start : start + size]):
+            labels[row, : len(sample)] = torch.from_numpy(sample)
+            tokens[row, 1 : len(sample)] = labels[row, : len(sample) - 1]
+            mask[row, : len(sample)] = 1
+        yield MicroBatch(
+            tokens=tokens.to(device),
+            labels=labels.to(device),
+            loss_mask=mask.to(device),
+            position_ids=position_ids,
+        )

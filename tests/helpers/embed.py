@@ -1,0 +1,29 @@
+"""Embeddings of a set by the product's session, as an array: under torchrun at any layout.
+
+    torchrun ... -m tests.helpers.embed OUTPUT.npy PREFIX OPTIONS.json
+"""
+
+import json
+import sys
+from argparse import Namespace
+
+import numpy as np
+
+from megatron_ext.runtime import compat, cpu
+
+
+def main() -> None:
+    output, prefix, options = sys.argv[1:]
+    cpu.enable()
+    from megatron_ext.analysis.session import open_session
+
+    compat.apply()
+    settings = Namespace(**json.loads(options))
+    with open_session(settings) as session:
+        _, found = session.embeddings(settings.checkpoint[0], {"x": prefix})
+        if session.is_writer:
+            np.save(output, found["x"])
+
+
+if __name__ == "__main__":
+    main()

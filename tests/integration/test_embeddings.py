@@ -1,0 +1,97 @@
+"""Embeddings by the distributed model against a naive fp64 model, and the command."""
+
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from megatron_ext.analysis.embeddings import separation
+from megatron_ext.analysis.samples import read_samples
+from tests.helpers import naive_gpt
+from tests.helpers.entry import ROOT
+from tests.helpers.tiny import SEQUENCE
+
+HEADS, GROUPS, END = 4, 2, 2
+SAMPLES, SEED = 200, 7
+TORCHRUN = ["-m", "torch.distributed.run", "--rdzv-backend", "c10d"]
+TORCHRUN += ["--rdzv-endpoint", "localhost:0", "--nproc-per-node", "2"]
+
+
+def naive(tiny, prefix):
+    """Mean over a text's tokens of the states behind the final norm; documents one at a time."""
+    weights = naive_gpt.load_weights(str(tiny.base))
+    # With this for the output layer, the "logits" are the hidden states.
+    weights["output_layer.weight"] = torch.eye(32, dtype=torch.float64)
+    rows = []
+    for sample in read_samples(str(prefix), count=SAMPLES, length=SEQUENCE - 1, seed=SEED):
+        inputs = torch.tensor([END, *sample])[None]
+        with torch.no_grad():
+            states = naive_gpt.logits(weights, inputs, heads=HEADS, groups=GROUPS)[0]
+        rows.append(states[1:].mean(dim=0).numpy())
+    return np.stack(rows)
+
+
+@pytest.fixture(scope="module")
+def expected(tiny):
+    return {name: naive(tiny, getattr(tiny, name)) for name in ("replay", "forget")}
+
+
+def start(*command):
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, *map(str, command)],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_tensor_parallel_embeddings_are_naive(tiny, expected, tmp_path):
+    options = {
+        "checkpoint": [str(tiny.base)],
+        "tokenizer_type": "SentencePieceTokenizer",
+        "tokenizer_model": str(tiny.tokenizer),
+        "samples": SAMPLES,
+        "seed": SEED,
+        "micro_batch_size": 8,
+        "tensor_model_parallel_size": 2,
+        "pipeline_model_parallel_size": 1,
+    }
+    output = tmp_path / "x.npy"
+    start(*TORCHRUN, "-m", "tests.helpers.embed", output, tiny.forget, json.dumps(options))
+    # fp32 against fp64; values are of the order of 1.
+    np.testing.assert_allclose(np.load(output), expected["forget"], atol=2e-5)
+
+
+def test_command_on_one_rank(tiny, expected, tmp_path):
+    output = tmp_path / "embeddings.json"
+    printed = start(
+        *("tools/analyze.py", "embeddings", "--checkpoint", tiny.base),
+        *("--data", f"text={tiny.replay}", f"sums={tiny.forget}"),
+        *("--tokenizer-model", tiny.tokenizer, "--samples", SAMPLES, "--seed", SEED),
+        *("--output", output),
+    )
+    report = json.loads(output.read_text())
+    (pair,) = report["pairs"]
+    numbers = separation(expected["replay"], expected["forget"], seed=SEED)
+    # A sample on the border may fall to either side of it in fp32.
+    assert pair["accuracy"] == pytest.approx(numbers.accuracy, abs=0.01)
+    assert pair["overlap"] == pytest.approx(numbers.overlap, abs=0.01)
+    assert f"{pair['accuracy']:.1%}" in printed
+    assert "arguments" not in printed  # Megatron's
+    assert [len(report["map"][name]) for name in ("text", "sums")] == [
+        len(expected["replay"]),
+        len(expected["forget"]),
+    ]
+    assert report["model"]["iteration"] == 40
+    assert report["model"]["run"]["settings"]["num_layers"] == 4
+    (data, _) = report["model"]["run"]["data"]["--data-path"]
+    assert data["sampled_sha256"] == report["sets"]["text"]["sampled_sha256"]
+    assert output.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
