@@ -54,7 +54,12 @@ ARCHITECTURE = (
     "add_qkv_bias",
 )
 # Where the flag has another name than the argument.
-_FLAGS = {"layernorm_epsilon": "norm-epsilon"}
+_FLAGS = {
+    "layernorm_epsilon": "norm-epsilon",
+    "layernorm_zero_centered_gamma": "apply-layernorm-1p",
+}
+# Arguments that a flag switches off.
+_OFF_FLAGS = {"add_bias_linear": "disable-bias-linear"}
 
 
 @dataclass(frozen=True)
@@ -155,9 +160,11 @@ def check_architecture(checkpoint: Checkpoint, args: Namespace, *, flag: str) ->
     for name, expected in wanted.items():
         found = present.get(name, expected)
         if expected != found:
+            if name in _OFF_FLAGS:
+                expected, found = not expected, not found
             raise CheckpointError(
-                f"{flag}: expected --{_FLAGS.get(name, name.replace('_', '-'))} {expected}, as this run has, "
-                f"found {found} in {checkpoint.path}"
+                f"{flag}: expected --{flag_of(name)} {expected}, as this run has, found {found} in "
+                f"{checkpoint.path}"
             )
     longest = getattr(saved, "max_position_embeddings", None)
     if longest is not None and args.seq_length > longest:
@@ -166,6 +173,11 @@ def check_architecture(checkpoint: Checkpoint, args: Namespace, *, flag: str) ->
             f"found {args.seq_length}"
         )
     _check_vocabulary(checkpoint, args, flag)
+
+
+def flag_of(name: str) -> str:
+    """Megatron's flag for an argument, without its dashes."""
+    return _FLAGS.get(name) or _OFF_FLAGS.get(name) or name.replace("_", "-")
 
 
 def _architecture(args: Namespace) -> dict[str, object]:

@@ -19,6 +19,7 @@ MODEL = {
     "group_query_attention": True,
     "num_query_groups": 2,
     "swiglu": True,
+    "add_bias_linear": True,
     "seq_length": 64,
     "max_position_embeddings": 64,
     "unpadded_vocab_size": 500,
@@ -51,6 +52,10 @@ def test_the_same_model_passes(tmp_path):
             "--load: expected --hidden-size 64",
         ),
         ({"swiglu": False}, "--load: expected --swiglu False, .* found True"),
+        (
+            {"add_bias_linear": False},
+            "--load: expected --disable-bias-linear True, .* found False",
+        ),
         ({"num_query_groups": 4}, "--load: expected --num-query-groups 4, .* found 2"),
         ({"group_query_attention": False}, "--load: expected --num-query-groups 4, .* found 2"),
         ({"seq_length": 128}, "--seq-length: expected at most 64, .*found 128"),
