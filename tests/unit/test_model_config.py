@@ -24,7 +24,8 @@ from megatron_ext.model.model_config import model_config_from_args
 def config(*flags):
     sys.argv = ["x", "--num-layers", "2", "--hidden-size", "32", "--num-attention-heads", "4"]
     sys.argv += ["--seq-length", "8", "--max-position-embeddings", "8", "--micro-batch-size", "1"]
-    sys.argv += ["--vocab-size", "64", "--train-iters", "1", "--lr", "1", "--transformer-impl", "local", *flags]
+    sys.argv += ["--vocab-size", "64", "--train-iters", "1", "--lr", "1", *flags]
+    sys.argv += ["--transformer-impl", "local"]
     def defaults(parser):
         parser.set_defaults(**machine_defaults())
         return parser
