@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from tools.compare_losses import read_scalars
+
 MODELS = {
     "base": "BaseLM",
     "synth": "SynthLM",
@@ -125,18 +127,6 @@ def _short(value: float) -> str:
     return f"{value:.1f}" if value < 1e4 else f"{value:.1e}"
 
 
-def read_losses(directory: Path) -> dict[str, tuple[list[int], list[float]]]:
-    """Steps and values of every scalar that a run logged to TensorBoard."""
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    events = EventAccumulator(str(directory), size_guidance={"scalars": 0})
-    events.Reload()
-    return {
-        tag: ([e.step for e in events.Scalars(tag)], [e.value for e in events.Scalars(tag)])
-        for tag in events.Tags()["scalars"]
-    }
-
-
 def plot_losses(out: Path) -> None:
     """Training losses of BaseLM and SynthLM, and the terms of both unlearning runs."""
     import matplotlib
@@ -144,10 +134,10 @@ def plot_losses(out: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    runs = {name: read_losses(out / "tensorboard" / name) for name in MODELS}
+    runs = {name: read_scalars(out / "tensorboard" / name) for name in MODELS}
     figure, axes = plt.subplots(1, 4, figsize=(15, 3.4), layout="constrained")
     for name in ("base", "synth"):
-        axes[0].plot(*runs[name]["lm loss"], label=MODELS[name])
+        axes[0].plot(*_curve(runs[name]["lm loss"]), label=MODELS[name])
     axes[0].set(title="training", ylabel="cross-entropy, nats a token")
     for axis, tag, ylabel in (
         (axes[1], "forget token probability", "mean p of forgotten tokens"),
@@ -155,7 +145,7 @@ def plot_losses(out: Path) -> None:
         (axes[3], "mitigation kl", "KL(reference || model)"),
     ):
         for name, style in (("unlearn", "-"), ("unlearn-ga", "--")):
-            axis.plot(*runs[name][tag], style, label=MODELS[name])
+            axis.plot(*_curve(runs[name][tag]), style, label=MODELS[name])
         axis.set(title=tag, ylabel=ylabel)
     for axis in axes:
         axis.set_xlabel("step")
@@ -163,6 +153,12 @@ def plot_losses(out: Path) -> None:
         axis.grid(alpha=0.3)
     figure.savefig(out / "losses.png", dpi=120)
     plt.close(figure)
+
+
+def _curve(values: dict[int, float]) -> tuple[list[int], list[float]]:
+    """Steps and values; a resumed run may have written a step again."""
+    steps = sorted(values)
+    return steps, [values[step] for step in steps]
 
 
 def plot_perplexities(out: Path, models: dict[str, Any]) -> None:

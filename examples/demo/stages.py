@@ -1,0 +1,212 @@
+"""The stages of the demo: its sizes, and the command of each stage."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shlex
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Sizes of the demo; the defaults are for 2 cores.
+
+    The unlearning weight is 0.1 instead of the paper's 0.01: a model of 3.3 M parameters is unlearned in
+    tens of steps rather than the 1 B tokens of the paper.
+    """
+
+    base_steps: int = 400
+    synth_steps: int = 180
+    unlearn_steps: int = 50
+    vocab_size: int = 4096
+    hidden_size: int = 192
+    layers: int = 4
+    sequence_length: int = 256
+    heads: int = 6
+    batch: int = 16
+    learning_rates: tuple[float, float, float] = (3e-3, 1e-3, 5e-4)  # base, synth, unlearn
+    precision: tuple[str, ...] = ()
+    samples: int = 400
+    synthetic_share: float = 0.3
+    forget_weight: float = 0.1
+    # Data-parallel ranks of one thread each: a rank's threads that wait for a busy core stall its steps.
+    ranks: int = min(2, os.cpu_count() or 1)
+
+    def scaled(self, factor: float) -> Settings:
+        """The same stages with a share of the steps, to try them out."""
+
+        def steps(n: int) -> int:
+            return max(4, round(n * factor))
+
+        return replace(
+            self,
+            base_steps=steps(self.base_steps),
+            synth_steps=steps(self.synth_steps),
+            unlearn_steps=steps(self.unlearn_steps),
+            samples=max(16, round(self.samples * factor)),
+        )
+
+
+PRESETS = {
+    "laptop": Settings(),
+    # About 100 M parameters on one GPU.
+    "gpu": Settings(
+        vocab_size=8192,
+        hidden_size=768,
+        layers=12,
+        heads=12,
+        sequence_length=1024,
+        learning_rates=(6e-4, 3e-4, 1e-4),
+        precision=("--bf16",),
+        ranks=1,
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One command, and the steps that its progress bar counts (0 without steps)."""
+
+    name: str
+    title: str
+    command: list[str]
+    steps: int = 0
+
+    def digest(self, before: str) -> str:
+        """Changes with the command and with the stages before it, so that what is stale is run again."""
+        return hashlib.sha256(f"{before} {shlex.join(self.command)}".encode()).hexdigest()[:16]
+
+
+def stages(out: Path, settings: Settings) -> list[Stage]:
+    """Every stage of the demo, in order."""
+    python = sys.executable
+    text, data = out / "text", out / "data"
+    tokenizer = str(data / "tokenizer.model")
+    plan = [
+        Stage(
+            "corpus",
+            "Real text, synthetic question-answer pairs and instructions",
+            [python, "examples/demo/corpus.py", "--output-dir", str(text)],
+        ),
+        Stage(
+            "tokenizer",
+            f"A SentencePiece tokenizer of {settings.vocab_size:,} pieces",
+            [python, "tools/train_tokenizer.py"]
+            + ["--input", str(text / "real.jsonl"), str(text / "synthetic.jsonl")]
+            + ["--vocab-size", str(settings.vocab_size), "--output", tokenizer, "--overwrite"],
+        ),
+    ]
+    for name in ("real", "synthetic", "real_heldout", "synthetic_heldout", "instruction"):
+        plan.append(
+            Stage(
+                f"data-{name}",
+                f"Tokenise {name.replace('_', ' ')} text",
+                [python, "tools/preprocess_data.py", "--input", str(text / f"{name}.jsonl")]
+                + ["--output-prefix", str(data / name), "--append-eod", "--overwrite"]
+                + ["--tokenizer-type", "SentencePieceTokenizer", "--tokenizer-model", tokenizer],
+            )
+        )
+    plan += _training_stages(out, settings, tokenizer)
+    models = [str(out / name) for name in ("base", "synth", "unlearn", "unlearn-ga")]
+    held_out = [
+        f"{name}={data / source}_text_document"
+        for name, source in (
+            ("real", "real_heldout"),
+            ("synthetic", "synthetic_heldout"),
+            ("instruction", "instruction"),
+        )
+    ]
+    plan.append(
+        Stage(
+            "perplexity",
+            "Perplexity of held-out text under the four models",
+            [python, "tools/analyze.py", "perplexity", "--checkpoint", *models, "--data", *held_out]
+            + ["--tokenizer-model", tokenizer, "--samples", str(settings.samples)]
+            + ["--output", str(out / "perplexity.json")],
+        )
+    )
+    return plan
+
+
+def _training_stages(out: Path, settings: Settings, tokenizer: str) -> list[Stage]:
+    """The four models, each through the entry point that a cluster runs."""
+    real, synthetic = (
+        str(out / "data" / f"{name}_text_document") for name in ("real", "synthetic")
+    )
+    share = settings.synthetic_share
+    blend = [str(1 - share), real, str(share), synthetic]
+    forget = ["--data-path", real, "--forget-data-path", synthetic]
+    forget += ["--forget-weight", str(settings.forget_weight)]
+    base_rate, synth_rate, unlearn_rate = map(str, settings.learning_rates)
+    constant = ["--lr", synth_rate, "--lr-decay-style", "constant"]
+    from_base = [*constant, "--pretrained-checkpoint", str(out / "base")]
+    from_synth = ["--lr", unlearn_rate, "--lr-decay-style", "constant"]
+    from_synth += ["--pretrained-checkpoint", str(out / "synth")]
+    cosine = ["--lr", base_rate, "--lr-decay-style", "cosine"]
+    cosine += ["--min-lr", f"{settings.learning_rates[0] / 10:g}"]
+    cosine += ["--lr-warmup-iters", str(max(1, settings.base_steps // 20))]
+    recipes = [
+        ("base", "BaseLM: real text", settings.base_steps, ["--data-path", real, *cosine]),
+        (
+            "synth",
+            f"SynthLM: continue on real text with {share:.0%} synthetic pairs",
+            settings.synth_steps,
+            ["--data-path", *blend, *from_base],
+        ),
+        (
+            "unlearn",
+            "UnlearnLM: forget the pairs, replay real text, stay near SynthLM",
+            settings.unlearn_steps,
+            [*forget, *from_synth],
+        ),
+        (
+            "unlearn-ga",
+            "UnlearnLM (GA): the same with gradient ascent, which has no lower bound",
+            settings.unlearn_steps,
+            [*forget, *from_synth, "--forget-loss", "gradient-ascent"],
+        ),
+    ]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    launcher += ["--nproc-per-node", str(settings.ranks)]
+    return [
+        Stage(
+            name,
+            title,
+            [*launcher, "pretrain_unlearn.py", *_model(settings, tokenizer)]
+            + ["--data-cache-path", str(out / "data" / "cache"), "--train-iters", str(steps)]
+            + ["--load", str(out / name), "--save", str(out / name), "--save-interval", "150"]
+            + ["--tensorboard-dir", str(out / "tensorboard" / name), *flags],
+            steps,
+        )
+        for name, title, steps, flags in recipes
+    ]
+
+
+def _model(settings: Settings, tokenizer: str) -> list[str]:
+    """Megatron's flags for the architecture of the paper, in miniature."""
+    return [
+        *("--num-layers", str(settings.layers), "--hidden-size", str(settings.hidden_size)),
+        *("--ffn-hidden-size", str(settings.hidden_size * 8 // 3)),
+        *("--num-attention-heads", str(settings.heads)),
+        *("--seq-length", str(settings.sequence_length)),
+        *("--max-position-embeddings", str(settings.sequence_length)),
+        *("--position-embedding-type", "rope", "--normalization", "RMSNorm", "--swiglu"),
+        *("--disable-bias-linear", "--untie-embeddings-and-output-weights"),
+        *(
+            "--hidden-dropout",
+            "0",
+            "--attention-dropout",
+            "0",
+            "--make-vocab-size-divisible-by",
+            "64",
+        ),
+        # Half of a batch is forgotten, so a microbatch of all ranks may hold half of it at most.
+        *("--micro-batch-size", str(settings.batch // 2 // settings.ranks)),
+        *("--global-batch-size", str(settings.batch)),
+        *("--tokenizer-type", "SentencePieceTokenizer", "--tokenizer-model", tokenizer),
+        *("--split", "1,0,0", "--eval-iters", "0", "--log-interval", "1"),
+        *settings.precision,
+    ]
