@@ -1,4 +1,5 @@
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 # Of every test and all that it starts, before torch is imported: the tensors are tiny, several processes
@@ -8,6 +9,7 @@ os.environ["OMP_NUM_THREADS"] = "1"
 import pytest
 
 from tests.helpers import tiny as tiny_world
+from tests.helpers.forked import Server
 
 
 @pytest.fixture(scope="session")
@@ -20,3 +22,11 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> tiny_world.Tiny:
 def runs_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where runs write what no other test reads."""
     return tmp_path_factory.mktemp("runs")
+
+
+@pytest.fixture(scope="session")
+def server() -> Iterator[Server]:
+    """Starts runs without the cost of a start."""
+    server = Server()
+    yield server
+    server.close()

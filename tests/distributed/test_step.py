@@ -11,7 +11,7 @@ import sys
 
 import pytest
 
-from tests.helpers.entry import LOSSES, METRICS, ROOT, Launch, run_all
+from tests.helpers.entry import LOSSES, METRICS, ROOT, Launch
 from tests.helpers.tiny import BATCH, FORGET, SEQUENCE, VOCAB
 
 # fp32 keeps 6e-8 of a number; a term is a mean over 200 to 700 tokens behind 4 layers. At most 2e-7 was
@@ -50,7 +50,7 @@ GRADIENT_ASCENT = "gradient ascent, TP 2"
 
 
 @pytest.fixture(scope="module")
-def runs(tiny, runs_directory):
+def runs(tiny, server, runs_directory):
     """All layouts, each with its losses."""
     launches = {
         name: Launch(tiny.unlearn(*STILL, *flags), ranks=ranks)
@@ -59,7 +59,7 @@ def runs(tiny, runs_directory):
     launches[GRADIENT_ASCENT] = Launch(
         tiny.unlearn(*STILL, "--forget-loss", "gradient-ascent", *LAYOUTS["TP 2"][1]), ranks=2
     )
-    return run_all(launches, runs_directory / "step")
+    return server.run_all(launches, runs_directory / "step")
 
 
 def naive(tiny, forget_loss):

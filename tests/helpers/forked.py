@@ -20,6 +20,8 @@ from typing import Any
 
 from tests.helpers.entry import CORES, ROOT, Launch, Run, read_scalars
 
+TIMEOUT = 300  # seconds; a rank that hangs is ended by a signal, and its run fails
+
 
 class Server:
     """The process with everything imported; `close` ends it."""
@@ -113,6 +115,7 @@ def start(index: int, command: list[str], ranks: int) -> _Running:
     for rank in range(ranks):
         child = os.fork()
         if child == 0:
+            signal.alarm(TIMEOUT)
             os.dup2(running.output.fileno(), 1)
             os.dup2(running.output.fileno(), 2)
             if store is not None:

@@ -1,11 +1,8 @@
 """The unlearning run that several tests look at: its steps, its checkpoints, its reference."""
 
-from collections.abc import Iterator
-
 import pytest
 
 from tests.helpers.entry import Launch, Run, run, run_all, succeed
-from tests.helpers.forked import Server
 from tests.helpers.tiny import Tiny, at_iteration
 
 STEPS, HALF = 10, 5
@@ -13,14 +10,6 @@ TRAIN = ("--train-iters", STEPS, "--lr", 1e-3, "--min-lr", 1e-4)
 TRAIN = (*TRAIN, "--eval-interval", HALF, "--eval-iters", 2, "--save-interval", HALF)
 # Checkpoints of the distributed optimizer that another layout can read.
 SHARDED = ("--use-distributed-optimizer", "--dist-ckpt-optim-fully-reshardable")
-
-
-@pytest.fixture(scope="session")
-def server() -> Iterator[Server]:
-    """Starts runs without the cost of a start."""
-    server = Server()
-    yield server
-    server.close()
 
 
 @pytest.fixture(scope="session")

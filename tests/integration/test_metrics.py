@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from tests.helpers.entry import METRICS, Launch, run_all
+from tests.helpers.entry import METRICS, Launch
 from tests.helpers.tiny import write_tokens
 from tests.integration.conftest import HALF, STEPS
 
@@ -12,7 +12,7 @@ SHORT = ("--train-iters", 4, "--eval-iters", 1)
 
 
 @pytest.fixture(scope="module")
-def runs(tiny, runs_directory):
+def runs(tiny, server, runs_directory):
     """Short runs of every rarer kind."""
     # Every token ends a document, so with --eod-mask-loss none counts.
     nothing = write_tokens(runs_directory / "nothing_text_document", documents=2000)
@@ -26,7 +26,7 @@ def runs(tiny, runs_directory):
         "fp32": Launch(tiny.unlearn(*SHORT)),
         "gradient ascent": Launch(tiny.unlearn(*SHORT, "--forget-loss", "gradient-ascent")),
     }
-    return run_all(launches, runs_directory / "metrics")
+    return server.run_all(launches, runs_directory / "metrics")
 
 
 def all_values(run):

@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.helpers.entry import ROOT, Launch, run_all
+from tests.helpers.entry import ROOT, Launch
 from tools.compare_losses import compare
 
 STEPS = 10
@@ -17,7 +17,7 @@ LAYOUTS: dict[str, tuple[int, tuple[object, ...]]] = {
 
 
 @pytest.fixture(scope="module")
-def runs(tiny, runs_directory):
+def runs(tiny, server, runs_directory):
     """From random weights, by Megatron's example and by the entry point."""
     stock = ROOT / "tests" / "helpers" / "stock_megatron.py"
     launches = {}
@@ -25,7 +25,7 @@ def runs(tiny, runs_directory):
         flags = tiny.plain("--train-iters", STEPS, "--eval-iters", 2, *layout)
         launches[f"Megatron, {name}"] = Launch(flags, ranks=ranks, script=stock)
         launches[f"ours, {name}"] = Launch(flags, ranks=ranks)
-    return run_all(launches, runs_directory / "plain")
+    return server.run_all(launches, runs_directory / "plain")
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
