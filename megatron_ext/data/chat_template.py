@@ -132,6 +132,10 @@ class ChatTemplate:
         add(_after(done, self._render(messages, add_generation_prompt)), 0)
         return ids, mask
 
+    def without_special(self, text: str) -> str:
+        """A text as the content of a message may be: what spells a special token is left out."""
+        return self._text.special.sub("", text)
+
     def _render(self, messages: Sequence[Message], add_generation_prompt: bool) -> str:
         try:
             return self._template.render(

@@ -15,11 +15,14 @@ from megatron_ext.evaluation.sampling import Sampling
 from megatron_ext.exceptions import ConfigError
 
 
-def add_model_arguments(parser: ArgumentParser) -> None:
+def add_model_arguments(parser: ArgumentParser, *, required: bool = True) -> None:
     """Flags that name a model and how to run it."""
     group = parser.add_argument_group("model")
     group.add_argument(
-        "--model", type=Path, required=True, help="checkpoint directory, or Hugging Face folder"
+        "--model",
+        type=Path,
+        required=required,
+        help="checkpoint directory, or Hugging Face folder",
     )
     group.add_argument(
         "--backend",

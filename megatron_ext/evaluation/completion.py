@@ -104,6 +104,10 @@ class Codec:
         stop = frozenset([self.eod, self._end_of_turn])
         return Request(key=key, tokens=tokens, sampling=sampling, stop=stop)
 
+    def clean(self, text: str) -> str:
+        """A text that may stand in a message: what spells a special token is left out."""
+        return self.template.without_special(text)
+
     def completion(self, request: Request, tokens: Sequence[int]) -> Completion:
         """What the new tokens say."""
         stopped = bool(tokens) and tokens[-1] in request.stop

@@ -1,0 +1,198 @@
+"""FollowBench from the command line: answers, verdicts, scores."""
+
+from __future__ import annotations
+
+import json
+import logging
+from argparse import ArgumentParser, Namespace
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from megatron_ext.data.atomic import write_atomically
+from megatron_ext.data.chat import Message
+from megatron_ext.evaluation import followbench as bench
+from megatron_ext.evaluation import paper
+from megatron_ext.evaluation.backends import (
+    add_model_arguments,
+    add_sampling_arguments,
+    open_generator,
+    sampling_from,
+)
+from megatron_ext.evaluation.completion import complete_all
+from megatron_ext.evaluation.followbench_data import KINDS, Checkout, Question
+from megatron_ext.evaluation.journal import Journal
+from megatron_ext.evaluation.judge import Judge, add_judge_arguments, ask_all, judge_from
+from megatron_ext.evaluation.records import open_journal, read_records, write_records
+from megatron_ext.exceptions import ConfigError
+
+logger = logging.getLogger(__name__)
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    """Flags of the verb."""
+    parser.add_argument(
+        "--followbench",
+        type=Path,
+        required=True,
+        help="a checkout of the project: its questions, judge prompts and rules are used",
+    )
+    parser.add_argument("--language", choices=["en", "zh"], default="en")
+    parser.add_argument("--constraint-types", nargs="+", choices=KINDS, default=list(KINDS))
+    parser.add_argument("--name", required=True, help="of the model, in files and tables")
+    parser.add_argument("--output-dir", type=Path, required=True)
+    parser.add_argument("--overwrite", action="store_true", help="answer again")
+    add_model_arguments(parser, required=False)
+    add_sampling_arguments(parser, max_new_tokens=2048)
+    add_judge_arguments(parser)
+
+
+def run(options: Namespace) -> None:
+    """Answer if a model is named, judge if a judge is named.
+
+    Raises:
+        ConfigError: neither is named.
+        DataError: a file is missing or of another form.
+    """
+    judge = judge_from(options)
+    if judge is None and options.model is None:
+        raise ConfigError(
+            "expected --model to answer, --judge-url to judge, or both, found neither"
+        )
+    checkout = Checkout(options.followbench, language=options.language)
+    questions = {kind: checkout.questions(kind) for kind in options.constraint_types}
+    if options.model is not None:
+        _answer(options, questions)
+    if judge is not None and options.is_writer:
+        _judge(options, judge, checkout, questions)
+
+
+def _answer(options: Namespace, questions: Mapping[str, list[Question]]) -> None:
+    """Write the answers that are not there."""
+    files = {kind: bench.answer_file(options.output_dir, options.name, kind) for kind in questions}
+    wanted = [kind for kind in questions if options.overwrite or not files[kind].exists()]
+    for kind in questions.keys() - set(wanted):
+        logger.info("%s is there and used; --overwrite answers again", files[kind])
+    if not wanted:
+        return
+    sampling = sampling_from(options)
+    with open_generator(options) as (generator, codec):
+        asked = [question for kind in wanted for question in questions[kind]]
+        settings: dict[str, Any] = {"model": generator.identity, "sampling": vars(sampling)}
+        settings["questions"] = [question.instruction for question in asked]
+        place = options.output_dir / f"followbench-{options.name}"
+        with open_journal(generator, place, settings) as journal:
+            requests = bench.requests(asked, codec, sampling)
+            done = complete_all(generator, codec, requests, journal=journal, title="answers")
+            if journal is None:
+                return
+            for kind in wanted:
+                lines = [bench.record(q.instruction, done[q.key].text) for q in questions[kind]]
+                write_records(files[kind], lines, overwrite=True)
+            journal.remove()
+
+
+def _judge(
+    options: Namespace,
+    judge: Judge,
+    checkout: Checkout,
+    questions: Mapping[str, list[Question]],
+) -> None:
+    """Ask for the verdicts that are not there, and score."""
+    output, name = options.output_dir, options.name
+    answers = {
+        kind: bench.read_answers(bench.answer_file(output, name, kind), questions[kind])
+        for kind in questions
+    }
+    prompts = {
+        kind: bench.judge_prompts(checkout, questions[kind], answers[kind]) for kind in questions
+    }
+    texts = _verdict_texts(options, judge, prompts)
+    kinds = {
+        kind: bench.score(bench.verdicts(checkout, questions[kind], answers[kind], texts[kind]))
+        for kind in questions
+    }
+    results: dict[str, Any] = {
+        "benchmark": "followbench",
+        "model": name,
+        "language": options.language,
+        "judge": {"url": judge.url, "model": judge.model},
+        "constraint_types": kinds,
+        "summary": bench.summarise(kinds),
+    }
+    text = json.dumps(results, indent=1, ensure_ascii=False)
+    file = _results_file(options)
+    write_atomically(file, text.encode(), overwrite=True)
+    print(report(results))
+    print(f"\n{file}")
+
+
+def _verdict_texts(
+    options: Namespace, judge: Judge, prompts: Mapping[str, Mapping[str, list[Message]]]
+) -> dict[str, dict[str, str]]:
+    """The judge's texts by constraint type and question; asked again only where the prompt is new."""
+    judged = [kind for kind in prompts if prompts[kind]]  # rules check all examples
+    files = {kind: bench.verdict_file(options.output_dir, options.name, kind) for kind in judged}
+    known = {
+        line["prompt_new"]: line["choices"][0]["message"]["content"]
+        for file in files.values()
+        if file.exists() and _judge_of(_results_file(options)) == judge.model
+        for line in read_records(file)
+    }
+    flat = {key: messages for kind in prompts.values() for key, messages in kind.items()}
+    todo = {key: m for key, m in flat.items() if m[0]["content"] not in known}
+    settings = {"judge": judge.model, "url": judge.url, "prompts": flat}
+    with Journal(
+        options.output_dir / f"followbench-{options.name}-judge", settings=settings
+    ) as kept:
+        asked = ask_all(judge, todo, journal=kept)
+        texts = {
+            kind: {
+                key: asked[key] if key in asked else known[messages[0]["content"]]
+                for key, messages in prompts[kind].items()
+            }
+            for kind in prompts
+        }
+        for kind, file in files.items():
+            lines = [
+                bench.record(messages[0]["content"], texts[kind][key])
+                for key, messages in prompts[kind].items()
+            ]
+            write_records(file, lines, overwrite=True)
+        kept.remove()
+    return texts
+
+
+def _results_file(options: Namespace) -> Path:
+    place: Path = options.output_dir / f"followbench-{options.name}.json"
+    return place
+
+
+def _judge_of(results: Path) -> str | None:
+    """Whose verdicts the project's files hold: they do not say so themselves."""
+    return json.loads(results.read_text())["judge"]["model"] if results.exists() else None
+
+
+def report(results: Mapping[str, Any]) -> str:
+    """The scores as text: levels of each constraint type, then the table beside the paper's."""
+    lines = [
+        f"{'constraints':<12}{'':<5}{'1':>7}{'2':>7}{'3':>7}{'4':>7}{'5':>7}{'mean':>8}   bounds"
+    ]
+    for kind, scores in results["constraint_types"].items():
+        for rate in ("hsr", "ssr"):
+            cells = "".join(f"{_number(value):>7}" for value in scores[rate]["levels"])
+            low, high = scores[rate]["bounds"]
+            bounds = f"{low:.1f} to {high:.1f}" if scores["unparsable"] else ""
+            mean = _number(scores[rate]["mean"])
+            lines.append(f"{kind:<12}{rate.upper():<5}{cells}{mean:>8}   {bounds}")
+        lines.append(f"{'':<12}CSL  {_number(scores['csl'], digits=2)}")
+    summary = results["summary"]
+    lines.append(f"unparsable verdicts: {summary['unparsable']} of {summary['verdicts']}\n")
+    ours = {results["model"]: (summary["ssr"]["mean"], summary["hsr"]["mean"], summary["csl"])}
+    theirs = {model: (ssr, hsr, None) for model, (ssr, hsr, _) in paper.CHAT.items()}
+    lines.append(paper.table(("SSR", "HSR", "CSL"), ours, theirs))
+    return "\n".join(lines)
+
+
+def _number(value: float | None, *, digits: int = 1) -> str:
+    return "-" if value is None else f"{value:.{digits}f}"

@@ -1,0 +1,200 @@
+"""Asking a judge: any OpenAI-compatible endpoint, over the standard library's HTTP.
+
+What a judge says is text to be parsed, never code. A transport that fails is no verdict: it is retried,
+and in the end stops the run, which goes on from there when it is started again.
+"""
+
+from __future__ import annotations
+
+import http.client
+import json
+import logging
+import os
+import random
+import time
+import urllib.error
+import urllib.request
+from argparse import ArgumentParser, Namespace
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
+from typing import Any
+
+from tqdm import tqdm
+
+from megatron_ext.data.chat import Message
+from megatron_ext.evaluation.journal import Journal
+from megatron_ext.exceptions import ConfigError, DataError
+
+logger = logging.getLogger(__name__)
+
+# Time-outs, conflicts, rate limits and faults of the server: another attempt may succeed.
+_PASSING = {408, 409, 425, 429, 500, 502, 503, 504, 529}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Judge:
+    """An endpoint and its model.
+
+    Attributes:
+        url: of the API, up to and including its version, such as ``http://localhost:8000/v1``.
+        model: its name there.
+        api_key: sent as a bearer token if there is one.
+        max_tokens: of a verdict.
+        timeout: seconds for an attempt.
+        attempts: for a verdict.
+        wait: seconds before the second attempt; doubled before each further one.
+        parallel: requests at a time.
+    """
+
+    url: str
+    model: str
+    api_key: str | None = None
+    max_tokens: int = 2048
+    timeout: float = 120.0
+    attempts: int = 6
+    wait: float = 2.0
+    parallel: int = 4
+
+    def __post_init__(self) -> None:
+        if not self.url.startswith(("http://", "https://")):
+            raise ConfigError(f"--judge-url: expected http:// or https://, found {self.url}")
+        for flag in ("max_tokens", "attempts", "parallel"):
+            if getattr(self, flag) < 1:
+                raise ConfigError(
+                    f"--judge-{flag.replace('_', '-')}: expected at least 1, found {getattr(self, flag)}"
+                )
+
+    def ask(self, messages: Sequence[Message]) -> str:
+        """The judge's answer at temperature 0.
+
+        Raises:
+            ConfigError: the endpoint refuses the request.
+            DataError: it cannot be reached, or answers with something else, at every attempt.
+        """
+        body = {
+            "model": self.model,
+            "messages": list(messages),
+            "temperature": 0,
+            "max_tokens": self.max_tokens,
+        }
+        problem = ""
+        for attempt in range(self.attempts):
+            if attempt:
+                # Spread out, so that requests that failed together do not come back together.
+                time.sleep(self.wait * 2 ** (attempt - 1) * random.uniform(0.8, 1.2))
+            try:
+                return _content(self._post(body))
+            except urllib.error.HTTPError as error:
+                problem = f"{error.code} {error.reason}: {_excerpt(error)}"
+                if error.code not in _PASSING:
+                    raise ConfigError(
+                        f"--judge-url {self.url}: expected a verdict of {self.model}, found {problem}"
+                    ) from error
+            except (OSError, http.client.HTTPException, _NoVerdictError) as error:
+                problem = str(error) or type(error).__name__
+            logger.info("judge: attempt %d of %d: %s", attempt + 1, self.attempts, problem)
+        raise DataError(
+            f"--judge-url {self.url}: expected a verdict of {self.model}, found none in {self.attempts} "
+            f"attempts, the last: {problem}; finished verdicts are kept, the same command goes on"
+        )
+
+    def _post(self, body: Mapping[str, Any]) -> bytes:
+        request = urllib.request.Request(
+            self.url.rstrip("/") + "/chat/completions",
+            data=json.dumps(body).encode(),
+            headers={"Content-Type": "application/json"},
+        )
+        if self.api_key:
+            request.add_unredirected_header("Authorization", f"Bearer {self.api_key}")
+        with urllib.request.urlopen(request, timeout=self.timeout) as response:
+            content: bytes = response.read()
+        return content
+
+
+class _NoVerdictError(Exception):
+    """An answer of another form."""
+
+
+def _content(data: bytes) -> str:
+    try:
+        content = json.loads(data)["choices"][0]["message"]["content"]
+    except (ValueError, KeyError, IndexError, TypeError) as error:
+        raise _NoVerdictError(f"expected a chat completion, found {data[:200]!r}") from error
+    # A refusal has no content; it is a verdict that says nothing.
+    return content if isinstance(content, str) else ""
+
+
+def _excerpt(error: urllib.error.HTTPError) -> str:
+    try:
+        return error.read(300).decode(errors="replace")
+    except OSError:
+        return ""
+
+
+def ask_all(
+    judge: Judge, prompts: Mapping[str, Sequence[Message]], *, journal: Journal
+) -> dict[str, str]:
+    """Ask for every verdict that the journal does not hold.
+
+    Args:
+        judge: the endpoint.
+        prompts: messages by key.
+        journal: where verdicts are kept as they come.
+
+    Returns:
+        The judge's texts by key, in the order of the prompts.
+    """
+    todo = [key for key in prompts if key not in journal]
+    with ThreadPoolExecutor(max_workers=judge.parallel) as pool:
+        futures = {pool.submit(judge.ask, prompts[key]): key for key in todo}
+        try:
+            for future in tqdm(
+                as_completed(futures), total=len(todo), desc="verdicts", disable=None
+            ):
+                journal.add(futures[future], future.result())
+        except BaseException:
+            for future in futures:
+                future.cancel()
+            raise
+    return {key: journal[key] for key in prompts}
+
+
+def add_judge_arguments(parser: ArgumentParser) -> None:
+    """Flags that name a judge."""
+    group = parser.add_argument_group("judge")
+    group.add_argument(
+        "--judge-url", help="OpenAI-compatible API, such as http://localhost:8000/v1"
+    )
+    group.add_argument("--judge-model", help="its model")
+    group.add_argument(
+        "--judge-api-key-variable",
+        default="OPENAI_API_KEY",
+        metavar="NAME",
+        help="environment variable that holds the API key, if one is needed",
+    )
+    group.add_argument("--judge-max-tokens", type=int, default=Judge.max_tokens)
+    group.add_argument("--judge-timeout", type=float, default=Judge.timeout, help="seconds")
+    group.add_argument("--judge-attempts", type=int, default=Judge.attempts)
+    group.add_argument("--judge-parallel", type=int, default=Judge.parallel)
+
+
+def judge_from(options: Namespace) -> Judge | None:
+    """The judge of the command line, if it names one.
+
+    Raises:
+        ConfigError: only half of it is named.
+    """
+    if options.judge_url is None and options.judge_model is None:
+        return None
+    if options.judge_url is None or options.judge_model is None:
+        raise ConfigError("--judge-url and --judge-model: expected both or none, found one")
+    return Judge(
+        url=options.judge_url,
+        model=options.judge_model,
+        api_key=os.environ.get(options.judge_api_key_variable),
+        max_tokens=options.judge_max_tokens,
+        timeout=options.judge_timeout,
+        attempts=options.judge_attempts,
+        parallel=options.judge_parallel,
+    )

@@ -1,0 +1,222 @@
+"""MT-Bench from the command line: answers, verdicts, scores."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import time
+from argparse import ArgumentParser, Namespace
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from megatron_ext.data.atomic import write_atomically
+from megatron_ext.data.chat import Message
+from megatron_ext.evaluation import mtbench as bench
+from megatron_ext.evaluation import paper
+from megatron_ext.evaluation.backends import add_model_arguments, open_generator
+from megatron_ext.evaluation.completion import Codec, Generator, complete_all
+from megatron_ext.evaluation.journal import Journal
+from megatron_ext.evaluation.judge import Judge, add_judge_arguments, ask_all, judge_from
+from megatron_ext.evaluation.records import open_journal, read_records, write_records
+from megatron_ext.evaluation.sampling import Sampling
+from megatron_ext.exceptions import ConfigError
+
+logger = logging.getLogger(__name__)
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    """Flags of the verb."""
+    parser.add_argument("--questions", type=Path, required=True, help="question.jsonl")
+    parser.add_argument("--judge-prompts", type=Path, help="judge_prompts.jsonl")
+    parser.add_argument(
+        "--reference-answers", type=Path, help="reference_answer/gpt-4.jsonl, for maths and code"
+    )
+    parser.add_argument("--name", required=True, help="of the model, in files and tables")
+    parser.add_argument("--output-dir", type=Path, required=True)
+    parser.add_argument("--overwrite", action="store_true", help="answer again")
+    add_model_arguments(parser, required=False)
+    group = parser.add_argument_group("generation")
+    group.add_argument("--max-new-tokens", type=int, default=1024)
+    group.add_argument("--top-p", type=float, default=1.0)
+    group.add_argument("--seed", type=int, default=0)
+    add_judge_arguments(parser)
+
+
+def run(options: Namespace) -> None:
+    """Answer if a model is named, judge if a judge is named.
+
+    Raises:
+        ConfigError: neither is named, or a file that judging needs is not.
+        DataError: a file is missing or of another form.
+    """
+    judge = judge_from(options)
+    if judge is None and options.model is None:
+        raise ConfigError(
+            "expected --model to answer, --judge-url to judge, or both, found neither"
+        )
+    questions = bench.read_questions(options.questions)
+    prompts: dict[str, Any] = {}
+    references: dict[int, list[str]] = {}
+    if judge is not None:
+        if options.judge_prompts is None:
+            raise ConfigError(
+                "--judge-prompts: expected the project's judge_prompts.jsonl, found none"
+            )
+        prompts = bench.read_prompts(options.judge_prompts)
+        referenced = [q for q in questions if q.category in bench.REFERENCED]
+        if referenced and options.reference_answers is None:
+            raise ConfigError(
+                f"--reference-answers: expected a file, for {len(referenced)} questions are of "
+                f"{', '.join(bench.REFERENCED)}, found none"
+            )
+        if referenced:
+            references = bench.read_answers(options.reference_answers, referenced)
+    answers = options.output_dir / "model_answer" / f"{options.name}.jsonl"
+    if options.model is not None:
+        if answers.exists() and not options.overwrite:
+            logger.info("%s is there and used; --overwrite answers again", answers)
+        else:
+            _answer(options, questions, answers)
+    if judge is not None and options.is_writer:
+        found = bench.read_answers(answers, questions)
+        _judge(
+            options, judge, questions, bench.judge_prompts(questions, found, references, prompts)
+        )
+
+
+def _answer(options: Namespace, questions: Sequence[bench.Question], file: Path) -> None:
+    sampling = Sampling(
+        max_new_tokens=options.max_new_tokens, top_p=options.top_p, seed=options.seed
+    )
+    with open_generator(options) as (generator, codec):
+        settings: dict[str, Any] = {"model": generator.identity, "sampling": vars(sampling)}
+        settings["questions"] = [[q.id, *q.turns] for q in questions]
+        with open_journal(generator, file, settings) as journal:
+            answers = _two_turns(generator, codec, questions, sampling, journal)
+            if journal is None:
+                return
+            lines = [_line(options, q, answers[q.id], generator.identity) for q in questions]
+            write_records(file, lines, overwrite=True)
+            journal.remove()
+
+
+def _two_turns(
+    generator: Generator,
+    codec: Codec,
+    questions: Sequence[bench.Question],
+    sampling: Sampling,
+    journal: Journal | None,
+) -> dict[int, list[str]]:
+    """Answers by question; the second turn sees the first."""
+    answers: dict[int, list[str]] = {q.id: [] for q in questions}
+    for turn in (0, 1):
+        asked = [q for q in questions if len(q.turns) > turn]
+        requests = bench.requests(asked, answers, codec, sampling)
+        title = f"turn {turn + 1}"
+        done = complete_all(generator, codec, requests, journal=journal, title=title)
+        for q in asked:
+            answers[q.id].append(done[q.key(turn)].text.strip())
+    return answers
+
+
+def _line(
+    options: Namespace, question: bench.Question, turns: Sequence[str], identity: str
+) -> dict[str, Any]:
+    digest = hashlib.sha256(f"{identity} {question.id} {list(turns)}".encode()).hexdigest()
+    return {
+        "question_id": question.id,
+        "answer_id": digest[:22],
+        "model_id": options.name,
+        "choices": [{"index": 0, "turns": list(turns)}],
+        "tstamp": time.time(),
+    }
+
+
+def _judge(
+    options: Namespace,
+    judge: Judge,
+    questions: Sequence[bench.Question],
+    prompts: Mapping[str, list[Message]],
+) -> None:
+    """Ask for the verdicts that are not there, and score."""
+    label = judge.model.replace("/", "_")
+    file = options.output_dir / "model_judgment" / f"{label}_single.jsonl"
+    before = read_records(file) if file.exists() else []
+    known = {line["user_prompt"]: line["judgment"] for line in before}
+    todo = {key: m for key, m in prompts.items() if m[-1]["content"] not in known}
+    settings = {"judge": judge.model, "url": judge.url, "prompts": dict(prompts)}
+    place = options.output_dir / f"mt-bench-{options.name}-judge"
+    with Journal(place, settings=settings) as kept:
+        texts = known_texts(prompts, known) | ask_all(judge, todo, journal=kept)
+        found = [
+            bench.Verdict(q, turn, bench.parse_rating(texts[q.key(turn)]))
+            for q in questions
+            for turn in range(len(q.turns))
+        ]
+        others = [line for line in before if line["model"] != options.name]
+        lines = [_judgment(options.name, judge, v, prompts, texts) for v in found]
+        write_records(file, [*others, *lines], overwrite=True)
+        kept.remove()
+    results = {
+        "benchmark": "mt-bench",
+        "model": options.name,
+        "judge": {"url": judge.url, "model": judge.model},
+        "scores": bench.score(found),
+    }
+    text = json.dumps(results, indent=1, ensure_ascii=False)
+    summary = options.output_dir / f"mt-bench-{options.name}.json"
+    write_atomically(summary, text.encode(), overwrite=True)
+    print(report(results))
+    print(f"\n{summary}")
+
+
+def known_texts(prompts: Mapping[str, list[Message]], known: Mapping[str, str]) -> dict[str, str]:
+    """Verdicts of an earlier run on the very same prompts."""
+    return {key: known[m[-1]["content"]] for key, m in prompts.items() if m[-1]["content"] in known}
+
+
+def _judgment(
+    model: str,
+    judge: Judge,
+    verdict: bench.Verdict,
+    prompts: Mapping[str, list[Message]],
+    texts: Mapping[str, str],
+) -> dict[str, Any]:
+    """A line as the project writes it; the score of what cannot be parsed is null, where it writes -1."""
+    key = verdict.question.key(verdict.turn)
+    return {
+        "question_id": verdict.question.id,
+        "model": model,
+        "judge": [judge.model, bench.prompt_name(verdict.question, verdict.turn)],
+        "user_prompt": prompts[key][-1]["content"],
+        "judgment": texts[key],
+        "score": verdict.rating,
+        "turn": verdict.turn + 1,
+        "tstamp": time.time(),
+    }
+
+
+def report(results: Mapping[str, Any]) -> str:
+    """The scores as text, and the table beside the paper's."""
+    scores = results["scores"]
+    rows = {"all": scores["all"]}
+    rows |= {f"turn {turn}": value for turn, value in scores["turns"].items()}
+    rows |= scores["categories"]
+    lines = []
+    for name, part in rows.items():
+        mean = "-" if part["mean"] is None else f"{part['mean']:.2f}"
+        line = f"{name:<14}{mean:>6}"
+        if part["unparsable"]:
+            low, high = part["bounds"]
+            line += (
+                f"   {part['unparsable']} of {part['verdicts']} verdicts unparsable: between {low:.2f} "
+                f"and {high:.2f}"
+            )
+        lines.append(line)
+    total = scores["all"]
+    lines.append(f"unparsable verdicts: {total['unparsable']} of {total['verdicts']}\n")
+    theirs = {model: (value,) for model, (_, _, value) in paper.CHAT.items()}
+    lines.append(paper.table(("MT-Bench",), {results["model"]: (total["mean"],)}, theirs))
+    return "\n".join(lines)

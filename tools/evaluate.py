@@ -1,0 +1,50 @@
+#!/usr/bin/env python
+"""How good a model is: benchmarks, beside the numbers of arXiv 2406.12397.
+
+    python tools/evaluate.py followbench --model ckpt/chat --name mine --followbench FollowBench \
+        --judge-url http://localhost:8000/v1 --judge-model JUDGE --output-dir results
+    python tools/evaluate.py mt-bench --model exported --backend huggingface --name mine \
+        --questions question.jsonl --judge-prompts judge_prompts.jsonl \
+        --reference-answers reference_answer/gpt-4.jsonl --judge-url ... --judge-model ... --output-dir ...
+
+With --model answers are generated, under torchrun at any layout; with --judge-url they are judged. Each
+half may run by itself, on another machine: the files between them are the projects' own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import warnings
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+warnings.filterwarnings("ignore", message=".*(Transformer Engine|Apex).*")
+
+from megatron_ext.runtime import cpu  # noqa: E402
+
+cpu.enable()
+
+from tools.common import run_tool  # noqa: E402
+
+
+def main() -> None:
+    """Parse the command line and run a verb."""
+    from megatron_ext.evaluation import followbench_run, mtbench_run
+
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    verbs = parser.add_subparsers(dest="verb", required=True)
+    followbench = verbs.add_parser("followbench", help="SSR, HSR and CSL of a chat model")
+    followbench_run.add_arguments(followbench)
+    mtbench = verbs.add_parser("mt-bench", help="two turns, rated from 1 to 10")
+    mtbench_run.add_arguments(mtbench)
+    options = parser.parse_args()
+    options.is_writer = os.environ.get("RANK", "0") == "0"
+    {"followbench": followbench_run.run, "mt-bench": mtbench_run.run}[options.verb](options)
+
+
+if __name__ == "__main__":
+    run_tool(main)
