@@ -5,6 +5,7 @@ digits and averages the first two steps after a start.
 """
 
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -61,8 +62,9 @@ class Run:
         return lines.pop()
 
     def digest(self) -> str:
-        """Digest of the reference's weights."""
-        return self.line("reference:").rpartition("digest ")[2]
+        """Digest of the reference's weights; under torchrun the end of the line may come later."""
+        (digest,) = set(re.findall(r"reference: \S+ digest ([0-9a-f]{16})", self.output))
+        return digest
 
     def series(self, tag: str) -> list[float]:
         """The values of a tag in the order of the steps."""

@@ -3,6 +3,7 @@
 import pytest
 
 from tests.helpers.entry import Launch, Run, run, run_all, succeed
+from tests.helpers.forked import Server
 from tests.helpers.tiny import Tiny, at_iteration
 
 STEPS, HALF = 10, 5
@@ -26,7 +27,7 @@ def halfway(straight: Run, runs_directory):
 
 
 @pytest.fixture(scope="session")
-def resumed(tiny: Tiny, halfway, runs_directory) -> dict[str, Run]:
+def resumed(tiny: Tiny, server: Server, halfway, runs_directory) -> dict[str, Run]:
     """The second half at the same and at other layouts; none is told again what the reference is."""
     tp2 = ("--tensor-model-parallel-size", 2, *SHARDED)
     until_half = tiny.unlearn(*TRAIN, "--exit-interval", HALF)
@@ -36,6 +37,7 @@ def resumed(tiny: Tiny, halfway, runs_directory) -> dict[str, Run]:
         "TP 2": Launch((*until_half, *tp2, "--save", runs_directory / "tp2"), ranks=2),
         "DP 2, overlapped": Launch((*until_half, *SHARDED, *overlapped), ranks=2),
     }
+    # As a user starts them, with torchrun; what follows need not pay for that again.
     runs = run_all(first_half, runs_directory / "first_half")
 
     def rest(load, *layout):
@@ -47,4 +49,4 @@ def resumed(tiny: Tiny, halfway, runs_directory) -> dict[str, Run]:
         "DP 1 to DP 2": Launch(rest(halfway), ranks=2),
         "TP 2 to PP 2": Launch(pp2, ranks=2),
     }
-    return runs | run_all(launches, runs_directory / "second_half")
+    return runs | server.run_all(launches, runs_directory / "second_half")

@@ -10,7 +10,7 @@ from megatron_ext.checkpoint.inspect import Checkpoint
 from megatron_ext.checkpoint.source import Start, find_reference
 from megatron_ext.config import UnlearnConfig
 from megatron_ext.exceptions import CheckpointError
-from tests.helpers.entry import ROOT, Launch, run, run_all
+from tests.helpers.entry import ROOT, Launch
 from tests.helpers.tiny import ITERATIONS
 from tests.integration.conftest import STEPS
 
@@ -34,14 +34,14 @@ def test_a_checkpoint_holds_no_more_than_that_of_a_plain_run(tiny, straight, run
 
 
 def test_default_reference_is_the_start_and_no_mitigation_means_none(
-    tiny, straight, runs_directory
+    tiny, server, straight, runs_directory
 ):
     start = ("--load", tiny.base, "--finetune", "--train-iters", 2)
     launches = {
         "default": Launch(tiny.objective(*start)),
         "none": Launch(tiny.objective(*start, "--mitigation-weight", 0)),
     }
-    runs = run_all(launches, runs_directory / "reference")
+    runs = server.run_all(launches, runs_directory / "reference")
     assert str(tiny.base) in runs["default"].line("reference:")
     assert runs["default"].digest() != straight.digest()
     # Student and reference are the same at first, so their KL is 0 but for rounding.
@@ -53,12 +53,12 @@ def test_default_reference_is_the_start_and_no_mitigation_means_none(
         assert runs["none"].scalars[tag][1] == runs["default"].scalars[tag][1]
 
 
-def test_a_reference_that_changes_is_found_out(tiny, runs_directory):
+def test_a_reference_that_changes_is_found_out(tiny, server, runs_directory):
     launch = Launch(
         tiny.unlearn("--train-iters", 1),
         script=ROOT / "tests" / "helpers" / "changed_reference.py",
     )
-    result = run(launch, runs_directory / "changed_reference")
+    result = server.run(launch, runs_directory / "changed_reference")
     assert result.returncode == 2
     assert "reference: expected digest" in result.output
     assert "its weights were changed during the run" in result.output

@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 
-from tests.helpers.entry import Launch, run, run_all, succeed
+from tests.helpers.entry import Launch, succeed
 from tests.helpers.tiny import REFERENCE_ITERATION
 
 LONGER = ("--train-iters", 3, "--lr", 1e-3, "--eval-iters", 0)
@@ -13,7 +13,7 @@ SHORT = (*LONGER, "--exit-interval", 2, "--save-interval", 2)
 
 
 @pytest.fixture(scope="module")
-def runs(tiny, tmp_path_factory):
+def runs(tiny, server, tmp_path_factory):
     """First starts that later ones go on from."""
     directory = tmp_path_factory.mktemp("start")
     release = directory / "release_base"
@@ -33,15 +33,15 @@ def runs(tiny, tmp_path_factory):
             *SHORT, "--pretrained-checkpoint", release, "--save", directory / "release"
         ),
     }
-    made = run_all({k: Launch(v) for k, v in launches.items()}, directory / "tensorboard")
-    return directory, {name: succeed(result) for name, result in made.items()}
+    launches = {name: Launch(flags) for name, flags in launches.items()}
+    return directory, server.run_all(launches, directory / "tensorboard")
 
 
-def resume(tiny, runs, name, *more):
+def resume(tiny, server, runs, name, *more):
     directory, _ = runs
     # Under `more` a flag of before is given again: the later one counts.
     flags = tiny.objective(*LONGER, "--load", directory / name, *more)
-    return run(
+    return server.run(
         Launch(flags), directory / "tensorboard" / f"{name} {json.dumps([*map(str, more)])[:20]}"
     )
 
@@ -60,17 +60,17 @@ def test_the_reference_is_the_iteration_that_the_run_starts_from(runs):
     assert made["earlier"].series("mitigation kl")[0] < 1e-9
 
 
-def test_a_student_never_becomes_its_own_reference(tiny, runs):
-    error = error_of(resume(tiny, runs, "alone"))
+def test_a_student_never_becomes_its_own_reference(tiny, server, runs):
+    error = error_of(resume(tiny, server, runs, "alone"))
     assert "--reference-load" in error
     assert "unlearned without one" in error
-    named = succeed(resume(tiny, runs, "alone", "--reference-load", tiny.base))
+    named = succeed(resume(tiny, server, runs, "alone", "--reference-load", tiny.base))
     assert named.series("mitigation kl")[0] > 1e-9
 
 
-def test_a_release_checkpoint_serves_as_reference_on_resume_too(tiny, runs):
+def test_a_release_checkpoint_serves_as_reference_on_resume_too(tiny, server, runs):
     _, made = runs
-    again = succeed(resume(tiny, runs, "release"))
+    again = succeed(resume(tiny, server, runs, "release"))
     assert again.digest() == made["release"].digest()
 
 
@@ -83,17 +83,17 @@ def test_a_release_checkpoint_serves_as_reference_on_resume_too(tiny, runs):
     ],
 )
 @pytest.mark.parametrize("name", ["alone", "release"])
-def test_another_composition_is_refused_on_resume(tiny, runs, name, flag, value, before):
+def test_another_composition_is_refused_on_resume(tiny, server, runs, name, flag, value, before):
     reference = ("--reference-load", tiny.base) if name == "alone" else ()
-    error = error_of(resume(tiny, runs, name, *reference, flag, value))
+    error = error_of(resume(tiny, server, runs, name, *reference, flag, value))
     assert flag in error or flag == "--global-batch-size"
     assert str(value) in error
     assert str(before) in error
 
 
-def test_going_on_from_another_kind_of_run_is_refused(tiny, runs):
+def test_going_on_from_another_kind_of_run_is_refused(tiny, server, runs):
     directory, _ = runs
     flags = tiny.objective(*LONGER, "--load", tiny.base)
-    error = error_of(run(Launch(flags), directory / "tensorboard" / "other kind"))
+    error = error_of(server.run(Launch(flags), directory / "tensorboard" / "other kind"))
     assert f"--load {tiny.base}" in error
     assert "--pretrained-checkpoint" in error
