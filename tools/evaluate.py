@@ -1,14 +1,17 @@
 #!/usr/bin/env python
 """How good a model is: benchmarks, beside the numbers of arXiv 2406.12397.
 
+    python tools/evaluate.py harness --model ckpt/base --name mine --data-dir data --output scores.json \
+        --tasks mmlu cmmlu ceval-valid gsm8k ifeval humaneval mbpp --allow-code-execution
     python tools/evaluate.py followbench --model ckpt/chat --name mine --followbench FollowBench \
         --judge-url http://localhost:8000/v1 --judge-model JUDGE --output-dir results
     python tools/evaluate.py mt-bench --model exported --backend huggingface --name mine \
         --questions question.jsonl --judge-prompts judge_prompts.jsonl \
         --reference-answers reference_answer/gpt-4.jsonl --judge-url ... --judge-model ... --output-dir ...
 
-With --model answers are generated, under torchrun at any layout; with --judge-url they are judged. Each
-half may run by itself, on another machine: the files between them are the projects' own.
+harness is lm-evaluation-harness (requirements-eval.txt). For the others, with --model answers are
+generated, and with --judge-url they are judged; each half may run by itself, on another machine: the files
+between them are the projects' own. A Megatron checkpoint runs at any layout, under torchrun.
 """
 
 from __future__ import annotations
@@ -31,7 +34,7 @@ from tools.common import run_tool  # noqa: E402
 
 def main() -> None:
     """Parse the command line and run a verb."""
-    from megatron_ext.evaluation import followbench_run, mtbench_run
+    from megatron_ext.evaluation import followbench_run, harness, mtbench_run
 
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -41,9 +44,12 @@ def main() -> None:
     followbench_run.add_arguments(followbench)
     mtbench = verbs.add_parser("mt-bench", help="two turns, rated from 1 to 10")
     mtbench_run.add_arguments(mtbench)
+    tasks = verbs.add_parser("harness", help="tasks of lm-evaluation-harness")
+    harness.add_arguments(tasks)
     options = parser.parse_args()
     options.is_writer = os.environ.get("RANK", "0") == "0"
-    {"followbench": followbench_run.run, "mt-bench": mtbench_run.run}[options.verb](options)
+    runs = {"followbench": followbench_run.run, "mt-bench": mtbench_run.run, "harness": harness.run}
+    runs[options.verb](options)
 
 
 if __name__ == "__main__":

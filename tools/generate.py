@@ -62,7 +62,7 @@ def main() -> None:
         requests = requests_of(records, codec, sampling)
         settings: dict[str, Any] = {
             "model": generator.identity,
-            "requests": [asdict(r) | {"stop": sorted(r.stop)} for r in requests],
+            "requests": [[list(r.tokens), asdict(r.sampling), sorted(r.stop)] for r in requests],
         }
         with open_journal(generator, options.output, settings) as journal:
             done = complete_all(generator, codec, requests, journal=journal, title="prompts")

@@ -15,7 +15,7 @@ from megatron_ext.data.chat import Message
 from megatron_ext.data.chat_template import ChatTemplate, load_template
 from megatron_ext.data.tokenizers import SentencePieceReference, TokenizerSpec, build_reference
 from megatron_ext.evaluation.journal import Journal
-from megatron_ext.evaluation.sampling import Request, Sampling
+from megatron_ext.evaluation.sampling import Request, Sampling, Scored
 from megatron_ext.exceptions import ConfigError
 
 logger = logging.getLogger(__name__)
@@ -46,6 +46,9 @@ class Generator(Protocol):
 
     def complete(self, requests: Sequence[Request]) -> list[list[int]]:
         """New tokens of each request, on every rank."""
+
+    def score(self, sequences: Sequence[Scored]) -> list[tuple[float, bool]]:
+        """Log-probability of each, and whether it is the most probable text, on every rank."""
 
 
 @dataclass(frozen=True)
@@ -94,15 +97,28 @@ class Codec:
 
     def prompt(self, key: str, text: str, sampling: Sampling) -> Request:
         """A request to continue a text; an empty one begins a document."""
-        ids, _ = self._tokenizer.encode_batch([text])
-        tokens = ids.tolist() or [self.eod]
-        return Request(key=key, tokens=tokens, sampling=sampling, stop=frozenset([self.eod]))
+        tokens = self.encode(text) or [self.eod]
+        return Request(key=key, tokens=tokens, sampling=sampling, stop=self.stops(chat=False))
 
     def chat(self, key: str, messages: Sequence[Message], sampling: Sampling) -> Request:
         """A request for the assistant's next turn."""
         tokens, _ = self.template.encode(messages, add_generation_prompt=True)
-        stop = frozenset([self.eod, self._end_of_turn])
-        return Request(key=key, tokens=tokens, sampling=sampling, stop=stop)
+        return Request(key=key, tokens=tokens, sampling=sampling, stop=self.stops(chat=True))
+
+    def stops(self, *, chat: bool) -> frozenset[int]:
+        """Tokens that end a document, or an answer in a conversation."""
+        return frozenset([self.eod, self._end_of_turn] if chat else [self.eod])
+
+    def encode(self, text: str) -> list[int]:
+        """Tokens of a text, as preprocessing makes them."""
+        ids: list[int] = self._tokenizer.encode_batch([text])[0].tolist()
+        return ids
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        """The text of tokens, control tokens left out."""
+        if isinstance(self._tokenizer, SentencePieceReference):
+            return str(self._tokenizer.processor.decode(list(tokens)))
+        return str(self._tokenizer.tokenizer.decode(list(tokens), skip_special_tokens=True))
 
     def clean(self, text: str) -> str:
         """A text that may stand in a message: what spells a special token is left out."""
@@ -111,11 +127,7 @@ class Codec:
     def completion(self, request: Request, tokens: Sequence[int]) -> Completion:
         """What the new tokens say."""
         stopped = bool(tokens) and tokens[-1] in request.stop
-        ids = list(tokens[: len(tokens) - stopped])
-        if isinstance(self._tokenizer, SentencePieceReference):
-            text = str(self._tokenizer.processor.decode(ids))
-        else:
-            text = str(self._tokenizer.tokenizer.decode(ids, skip_special_tokens=True))
+        text = self.decode(tokens[: len(tokens) - stopped])
         return Completion(text, "stop" if stopped else "length", len(tokens))
 
 

@@ -9,10 +9,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, GenerationConfig, LogitsProcessor
+from transformers import (
+    AutoModelForCausalLM,
+    GenerationConfig,
+    LogitsProcessor,
+    StoppingCriteria,
+)
 
 from megatron_ext.checkpoint.huggingface import CONFIG
-from megatron_ext.evaluation.sampling import Chooser, Request
+from megatron_ext.evaluation.sampling import Chooser, Request, Scored
+from megatron_ext.evaluation.scoring import label_scores, sum_scores
 from megatron_ext.exceptions import CheckpointError
 
 
@@ -83,13 +89,35 @@ class HuggingFaceGenerator:
             attention_mask=mask.to(self._model.device),
             generation_config=config,
             logits_processor=[_Choice(requests, vocab_size=self._vocab_size)],
+            stopping_criteria=[_Ends(requests, prompt=width)],
         )
         return [
-            _until_stop(new[:limit], request.stop)
+            _until_finished(new[:limit], request)
             for new, limit, request in zip(
                 output[:, width:].tolist(), limits, requests, strict=True
             )
         ]
+
+    @torch.no_grad()
+    def score(self, sequences: Sequence[Scored]) -> list[tuple[float, bool]]:
+        """Log-probabilities of up to `batch_size` sequences.
+
+        Args:
+            sequences: of at most `context_length` + 1 tokens.
+
+        Returns:
+            For each the sum over its tokens from `start` on, in nats, and whether each of them is the most
+            probable one.
+        """
+        width = max(len(sequence.tokens) for sequence in sequences)
+        tokens = torch.zeros(len(sequences), width, dtype=torch.int64)
+        counts = torch.zeros(len(sequences), width - 1, dtype=torch.bool)
+        for row, sequence in enumerate(sequences):
+            tokens[row, : len(sequence.tokens)] = torch.tensor(sequence.tokens)
+            counts[row, sequence.start - 1 : len(sequence.tokens) - 1] = True
+        tokens = tokens.to(self._model.device)
+        logits = self._model(tokens[:, :-1]).logits[..., : self._vocab_size]
+        return sum_scores(label_scores(logits, tokens[:, 1:]).cpu(), counts)
 
 
 class _Choice(LogitsProcessor):
@@ -104,6 +132,18 @@ class _Choice(LogitsProcessor):
         return torch.full_like(scores, -torch.inf).scatter(1, chosen[:, None], 0.0)
 
 
+class _Ends(StoppingCriteria):
+    """Ends rows whose request says so."""
+
+    def __init__(self, requests: Sequence[Request], *, prompt: int) -> None:
+        self._requests, self._prompt = requests, prompt
+
+    def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:
+        new = input_ids[:, self._prompt :].tolist()
+        done = [request.is_finished(row) for request, row in zip(self._requests, new, strict=True)]
+        return torch.tensor(done, device=input_ids.device)
+
+
 def _identity(folder: Path) -> str:
     """Names, sizes and times of the weights: enough to tell that they were replaced."""
     facts = [(file.name, file.stat()) for file in sorted(folder.glob("*.safetensors"))]
@@ -111,6 +151,7 @@ def _identity(folder: Path) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _until_stop(tokens: list[int], stop: frozenset[int]) -> list[int]:
-    end = next((i + 1 for i, token in enumerate(tokens) if token in stop), len(tokens))
-    return tokens[:end]
+def _until_finished(tokens: list[int], request: Request) -> list[int]:
+    """Tokens up to the one that ends the text; `generate` fills rows that ended early."""
+    ends = (i for i in range(1, len(tokens) + 1) if request.is_finished(tokens[:i]))
+    return tokens[: next(ends, len(tokens))]

@@ -12,7 +12,7 @@ it ends. Batches are made of prompts of similar length.
 from __future__ import annotations
 
 from argparse import Namespace
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -21,8 +21,14 @@ from megatron.core.inference.contexts import StaticInferenceContext
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
-from megatron_ext.evaluation.sampling import Chooser, Request
+from megatron_ext.evaluation.sampling import Chooser, Request, Scored
+from megatron_ext.evaluation.scoring import label_scores, sum_scores
 from megatron_ext.reference import FrozenReference
+
+# From hidden states `[s, b, H]` to logits `[s, b, V]` of the whole vocabulary.
+Projection = Callable[[Tensor], Tensor]
+# Positions whose logits are held at a time when texts are scored.
+_POSITIONS = 64
 
 
 class MegatronGenerator:
@@ -95,10 +101,10 @@ class MegatronGenerator:
             wanted = [row for row in range(len(padded)) if lengths[row] <= end < ends[row]]
             logits = self._forward(tokens[:, start:end], start, contexts)
             chosen = None if logits is None else choose(logits, rows=wanted)
-            column = _from_last_stage(chosen, rows=len(padded)).cpu()
+            column = _from_last_stage(chosen, shape=(len(padded),)).cpu()
             tokens[wanted, end] = column[wanted]
             for row in wanted:
-                if int(column[row]) in padded[row].stop:
+                if padded[row].is_finished(tokens[row, lengths[row] : end + 1].tolist()):
                     ends[row] = end + 1
             if all(stop <= end + 1 for stop in ends):
                 break
@@ -106,18 +112,68 @@ class MegatronGenerator:
         for row in range(len(requests)):
             yield tokens[row, lengths[row] : ends[row]].tolist()
 
+    @torch.no_grad()
+    def score(self, sequences: Sequence[Scored]) -> list[tuple[float, bool]]:
+        """Log-probabilities of up to `batch_size` sequences, the same on every rank.
+
+        Args:
+            sequences: of at most `context_length` + 1 tokens.
+
+        Returns:
+            For each the sum over its tokens from `start` on, in nats, and whether each of them is the most
+            probable one.
+        """
+        width = max(len(sequence.tokens) for sequence in sequences)
+        rows = -(-len(sequences) // self._rows) * self._rows
+        tokens = torch.zeros(rows, width, dtype=torch.int64)
+        counts = torch.zeros(rows, width - 1, dtype=torch.bool)
+        for row, sequence in enumerate(sequences):
+            tokens[row, : len(sequence.tokens)] = torch.tensor(sequence.tokens)
+            counts[row, sequence.start - 1 : len(sequence.tokens) - 1] = True
+        labels = iter(tokens[:, 1:].split(self._rows))
+
+        def token_scores(hidden: Tensor, project: Projection) -> Tensor:
+            wanted = next(labels).to(hidden.device).transpose(0, 1)
+            parts = zip(hidden.split(_POSITIONS), wanted.split(_POSITIONS), strict=True)
+            found = [
+                label_scores(project(part)[..., : self._vocab_size], own) for part, own in parts
+            ]
+            return torch.cat(found).transpose(0, 1)
+
+        contexts = [None] * (rows // self._rows)
+        found = self._run(tokens[:, :-1], 0, contexts, token_scores)
+        scores = _from_last_stage(found, shape=(rows, width - 1, 2), dtype=torch.float64).cpu()
+        return sum_scores(scores, counts)[: len(sequences)]
+
     def _forward(
         self, tokens: Tensor, start: int, contexts: Sequence[StaticInferenceContext]
     ) -> Tensor | None:
-        """Run the next positions of all microbatches.
+        """Logits `[rows, V]` of the token that follows, on the last stage; `None` elsewhere."""
+
+        def last_logits(hidden: Tensor, project: Projection) -> Tensor:
+            return project(hidden[-1:])[0]
+
+        caches = contexts if self._use_cache else [None] * len(contexts)
+        return self._run(tokens, start, caches, last_logits)
+
+    def _run(
+        self,
+        tokens: Tensor,
+        start: int,
+        contexts: Sequence[StaticInferenceContext | None],
+        process: Callable[[Tensor, Projection], Tensor],
+    ) -> Tensor | None:
+        """Run some positions of all microbatches.
 
         Args:
             tokens: int64 `[rows, s]`, those positions.
             start: the first of them.
-            contexts: cache of each microbatch.
+            contexts: cache of each microbatch, or `None`.
+            process: from final hidden states `[s, b, H]` of a microbatch, and what makes whole logits of
+                some of them, to a result whose first dimension is its rows.
 
         Returns:
-            On the last stage logits `[rows, V]` of the token after them, `None` elsewhere.
+            On the last stage the results of all rows, `None` elsewhere.
         """
         device = torch.cuda.current_device()
         parts = iter(tokens.to(device).split(self._rows))
@@ -125,25 +181,25 @@ class MegatronGenerator:
         positions = torch.arange(start, start + length, device=device).expand(self._rows, -1)
         caches = iter(contexts)
 
-        def last_logits(
+        def output(
             hidden_states: Tensor, output_layer: Any, output_weight: Tensor | None, **_: Any
         ) -> Tensor:
-            logits: Tensor = output_layer(
-                hidden_states[-1:], weight=output_weight, runtime_gather_output=True
-            )[0]
-            return logits[0]
+            def project(hidden: Tensor) -> Tensor:
+                logits: Tensor = output_layer(
+                    hidden, weight=output_weight, runtime_gather_output=True
+                )[0]
+                return logits
+
+            return process(hidden_states, project)
 
         def forward_step(_: Any, model: Any) -> tuple[Any, Any]:
             context = next(caches)
-            context.sequence_len_offset = start
-            output = model(
-                next(parts),
-                positions,
-                None,
-                inference_context=context if self._use_cache else None,
-                output_processor=last_logits,
+            if context is not None:
+                context.sequence_len_offset = start
+            found = model(
+                next(parts), positions, None, inference_context=context, output_processor=output
             )
-            return output, lambda output_tensor, non_loss_data: output_tensor
+            return found, lambda output_tensor, non_loss_data: output_tensor
 
         outputs = get_forward_backward_func()(
             forward_step_func=forward_step,
@@ -158,16 +214,17 @@ class MegatronGenerator:
         return torch.cat(outputs) if outputs else None
 
 
-def _from_last_stage(chosen: Tensor | None, *, rows: int) -> Tensor:
-    """The tokens that the last pipeline stage chose, int64 `[rows]`, on all stages."""
-    if parallel_state.get_pipeline_model_parallel_world_size() == 1:
-        assert chosen is not None
-        return chosen
-    if chosen is None:
-        chosen = torch.empty(rows, dtype=torch.int64, device=torch.cuda.current_device())
-    torch.distributed.broadcast(
-        chosen,
-        src=parallel_state.get_pipeline_model_parallel_last_rank(),
-        group=parallel_state.get_pipeline_model_parallel_group(),
-    )
-    return chosen
+def _from_last_stage(
+    found: Tensor | None, *, shape: tuple[int, ...], dtype: torch.dtype = torch.int64
+) -> Tensor:
+    """What the last pipeline stage found, on all stages."""
+    if found is None:
+        found = torch.empty(shape, dtype=dtype, device=torch.cuda.current_device())
+    if parallel_state.get_pipeline_model_parallel_world_size() > 1:
+        found = found.to(dtype).contiguous()
+        torch.distributed.broadcast(
+            found,
+            src=parallel_state.get_pipeline_model_parallel_last_rank(),
+            group=parallel_state.get_pipeline_model_parallel_group(),
+        )
+    return found

@@ -9,7 +9,7 @@ Shapes: b requests of a batch, V tokens of the vocabulary.
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -52,12 +52,31 @@ class Request:
         tokens: ids of the prompt, at least one.
         sampling: how to choose.
         stop: ids that end the text; the one that ended it is its last token.
+        ends: whether the new tokens end the text in another way, by a word for example.
     """
 
     key: str
     tokens: Sequence[int]
     sampling: Sampling
     stop: frozenset[int]
+    ends: Callable[[Sequence[int]], bool] | None = None
+
+    def is_finished(self, new: Sequence[int]) -> bool:
+        """Whether the last of the new tokens ends the text."""
+        return new[-1] in self.stop or (self.ends is not None and self.ends(new))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scored:
+    """Tokens whose probability is asked for.
+
+    Attributes:
+        tokens: ids, at least two.
+        start: of the first that counts, at least 1; all before it are its context.
+    """
+
+    tokens: Sequence[int]
+    start: int
 
 
 class Chooser:

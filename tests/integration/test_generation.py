@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from megatron_ext.evaluation.sampling import Sampling
+from megatron_ext.evaluation.sampling import Sampling, Scored
 from tests.helpers import llama
 from tests.helpers.distributed import run_ranks
 from tests.helpers.entry import ROOT
@@ -105,7 +105,22 @@ def complete(generator: Any, codec: Any) -> dict[str, list]:
         batches = [requests[i : i + size] for i in range(0, len(requests), size)]
         found[name] = [tokens for batch in batches for tokens in generator.complete(batch)]
     found["texts"] = [codec.completion(requests[0], found["greedy"][0]).text]
+    pairs = zip(requests, found["greedy"], strict=True)
+    scored = [Scored(tokens=[*r.tokens, *new], start=len(r.tokens)) for r, new in pairs]
+    scored.append(Scored(tokens=[5, 6, 7], start=1))
+    batches = [scored[i : i + size] for i in range(0, len(scored), size)]
+    found["scores"] = [score for batch in batches for score in generator.score(batch)]
     return found
+
+
+def same(found: dict[str, list], expected: dict[str, list]) -> bool:
+    """The same tokens, and the same log-probabilities up to the order of fp32 sums."""
+    for (sum_found, greedy_found), (sum_expected, greedy) in zip(
+        found.pop("scores"), scores := expected["scores"], strict=True
+    ):
+        assert sum_found == pytest.approx(sum_expected, abs=1e-4)
+        assert greedy_found == greedy
+    return found == {name: value for name, value in expected.items() if value is not scores}
 
 
 @pytest.fixture(scope="module")
@@ -121,13 +136,24 @@ def test_one_rank_and_both_backends(world, single, expected):
     assert huggingface["greedy"] == expected
     assert single["texts"] == huggingface["texts"]
     assert single["sampled"] == huggingface["sampled"]
+    model = AutoModelForCausalLM.from_pretrained(world / "hf").eval()
+    tokenizer = AutoTokenizer.from_pretrained(world / "hf")
+    prompts = [tokenizer(prompt).input_ids for prompt in PROMPTS]
+    for found in (single, huggingface):
+        for ids, new, (total, greedy) in zip(prompts, expected, found["scores"][:-1], strict=True):
+            with torch.no_grad():
+                log_p = model(torch.tensor([[*ids, *new]])).logits[0].double().log_softmax(-1)
+            wanted = log_p[len(ids) - 1 : -1].gather(1, torch.tensor(new)[:, None]).sum()
+            assert total == pytest.approx(wanted.item(), abs=1e-4)
+            assert greedy
+        assert not found["scores"][-1][1]
     assert len({str(single[name]) for name in ("greedy", "sampled", "other seed")}) == 3
 
 
 def test_every_layout_gives_the_same_tokens(world, single):
     for rank in run_ranks(generate, 2, str(world / "megatron"), "megatron", LAYOUTS):
         for found in rank:
-            assert found == single
+            assert same(found, single)
 
 
 def test_the_tool_continues_prompts_and_answers_messages(world, expected, tmp_path):

@@ -1,0 +1,159 @@
+"""lm-evaluation-harness over a tiny model, offline. Not part of `make test`:
+
+pip install -r requirements-eval.txt; pytest tests/integration/eval_harness.py
+"""
+
+import json
+from argparse import ArgumentParser
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from megatron_ext.evaluation import harness
+from megatron_ext.exceptions import ConfigError, DataError
+from tests.helpers import llama
+
+
+def write(path, records):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
+
+
+def choices(count):
+    return [
+        {"question": f"Which is {i}?", "A": "one", "B": "two", "C": "three", "D": "four"}
+        for i in range(count)
+    ]
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """A model, and small data of the forms that the sets have on the hub."""
+    from lm_eval.tasks import TaskManager
+
+    directory = tmp_path_factory.mktemp("harness")
+    llama.save(directory / "model")
+    data = directory / "data"
+    manager = TaskManager()
+    for group, hub, split in (
+        ("mmlu", "cais/mmlu", "test"),
+        ("cmmlu", "haonan-li/cmmlu", "test"),
+        ("ceval-valid", "ceval/ceval-exam", "val"),
+    ):
+        for subject in subjects(manager, group):
+            if group == "mmlu":
+                rows = [
+                    {"question": r["question"], "choices": ["1", "2", "3", "4"], "answer": i % 4}
+                    for i, r in enumerate(choices(3))
+                ]
+            elif group == "cmmlu":
+                rows = [
+                    {"Question": r.pop("question"), **r, "Answer": "ABCD"[i]}
+                    for i, r in enumerate(choices(3))
+                ]
+            else:
+                rows = [r | {"answer": "ABCD"[i]} for i, r in enumerate(choices(3))]
+            for name in (split, "dev"):
+                write(data / hub / subject / f"{name}.jsonl", rows)
+    sums = [{"question": f"{n} + {n}?", "answer": f"It is\n#### {2 * n}"} for n in range(6)]
+    for name in ("train", "test"):
+        write(data / "openai/gsm8k/main" / f"{name}.jsonl", sums)
+    problem = {
+        "task_id": "t/0",
+        "prompt": 'def one():\n    """1"""\n',
+        "test": "def check(f):\n    assert f() == 1\n",
+        "entry_point": "one",
+        "canonical_solution": "    return 1\n",
+    }
+    write(data / "openai/openai_humaneval" / "test.jsonl", [problem])
+    tests = ["assert one() == 1", "assert one() > 0", "assert one() < 2"]
+    write(
+        data / "google-research-datasets/mbpp/full" / "test.jsonl",
+        [{"task_id": 1, "text": "one", "code": "def one(): return 1", "test_list": tests}],
+    )
+    write(
+        data / "google/IFEval" / "train.jsonl",
+        [
+            {
+                "key": 1,
+                "prompt": "Say it without commas.",
+                "instruction_id_list": ["punctuation:no_comma"],
+                "kwargs": [{}],
+            }
+        ],
+    )
+    items = [{"rule": "lower", "argument": ""}, {"rule": "at_most_words", "argument": "99"}]
+    write(data / "demo/instructions/test.jsonl", [{"prompt": "Say something.", "rules": items}] * 3)
+    choice = {"question": "Which?\nAnswer:", "choices": ["first", "second", "third"], "answer": 1}
+    for name in ("sums", "definitions", "definitions_seen"):
+        write(data / f"demo/{name}/test.jsonl", [choice | {"answer": i} for i in range(3)])
+    return directory
+
+
+def subjects(manager, group):
+    """Names of the parts of a group's data set; some more do no harm."""
+    prefix = f"{group}_"
+    return [name.removeprefix(prefix) for name in manager.all_tasks if name.startswith(prefix)]
+
+
+def run(world, output, *arguments):
+    parser = ArgumentParser()
+    harness.add_arguments(parser)
+    common = ("--model", world / "model", "--backend", "huggingface", "--name", "mine")
+    common += ("--data-dir", world / "data", "--output", output, "--micro-batch-size", 4)
+    harness.run(parser.parse_args([*map(str, (*common, *arguments))]))
+    return json.loads(output.read_text())
+
+
+def test_all_benchmarks_by_name(world, tmp_path, capsys):
+    tasks = ("mmlu", "cmmlu", "ceval-valid", "gsm8k", "humaneval", "mbpp", "ifeval")
+    results = run(
+        world, tmp_path / "scores.json", "--allow-code-execution", "--limit", 2, "--tasks", *tasks
+    )
+    for task, metric in harness.COLUMNS.values():
+        assert 0 <= results["results"][task][metric] <= 1, task
+    assert "prompt_level_strict_acc,none" in results["results"]["ifeval"]
+    assert results["n-samples"]["gsm8k"]["effective"] == 2
+    shown = capsys.readouterr().out
+    assert "| mine " in shown
+    assert "| UnlearnLM      | paper    |" in shown
+
+
+def test_own_tasks_are_scored_as_transformers_scores_them(world, tmp_path):
+    tasks = ("demo_instructions", "demo_sums", "demo_definitions", "demo_definitions_seen")
+    results = run(world, tmp_path / "scores.json", "--log-samples", "--tasks", *tasks)
+    scores = results["results"]
+    assert scores["demo_sums"]["acc,none"] == pytest.approx(1 / 3)  # the same answer to all three
+    answers = [sample["resps"][0][0] for sample in results["samples"]["demo_instructions"]]
+    expected = float(bool(answers[0].strip()) and answers[0].islower())
+    assert scores["demo_instructions"]["case,none"] == expected
+    assert scores["demo_instructions"]["length,none"] == float(bool(answers[0].strip()))
+    tokenizer = llama.tokenizer()
+    model = AutoModelForCausalLM.from_pretrained(world / "model").eval()
+    sample = results["samples"]["demo_sums"][0]
+    for choice, found in zip(["first", "second", "third"], sample["filtered_resps"], strict=True):
+        context = tokenizer("Which?\nAnswer:").input_ids
+        ids = tokenizer(f"Which?\nAnswer: {choice}").input_ids
+        with torch.no_grad():
+            log_p = model(torch.tensor([ids])).logits[0].log_softmax(-1)
+        wanted = sum(log_p[i - 1, ids[i]].item() for i in range(len(context), len(ids)))
+        assert float(found[0]) == pytest.approx(wanted, abs=1e-4)
+
+
+def test_a_chat_model_is_asked_as_a_user(world, tmp_path):
+    arguments = ("--apply-chat-template", "--log-samples", "--tasks", "demo_instructions")
+    results = run(world, tmp_path / "chat.json", *arguments)
+    answer = results["samples"]["demo_instructions"][0]["resps"][0][0]
+    tokenizer = llama.tokenizer()
+    model = AutoModelForCausalLM.from_pretrained(world / "model").eval()
+    ids = tokenizer("Say something.</s>", return_tensors="pt").input_ids
+    output = model.generate(ids, max_new_tokens=64, do_sample=False, pad_token_id=1)
+    assert answer == tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True)
+
+
+def test_what_is_missing_is_named(world, tmp_path):
+    with pytest.raises(ConfigError, match="mmlo"):
+        run(world, tmp_path / "x.json", "--tasks", "mmlo")
+    with pytest.raises(DataError, match="expected the data set"):
+        run(world, tmp_path / "x.json", "--tasks", "hellaswag")
