@@ -12,6 +12,7 @@ Python lists, some 80 bytes a document against 8 here; and it writes under the f
 start. Tests hold both to the same bytes.
 """
 
+import hashlib
 import os
 import struct
 from array import array
@@ -22,6 +23,7 @@ from typing import BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
+from megatron_ext.data.document_digests import DocumentSample, document_digests
 from megatron_ext.exceptions import DataError
 
 MAGIC = b"MMIDIDX\x00\x00"
@@ -66,9 +68,12 @@ class IndexedWriter:
     """
 
     def __init__(self, bin_stream: BinaryIO, idx_stream: BinaryIO, dtype: np.dtype) -> None:
-        self._bin = bin_stream
-        self._idx = idx_stream
+        content = hashlib.sha256()
+        self._content = content
+        self._bin = _Digesting(bin_stream, content)
+        self._idx = _Digesting(idx_stream, content)
         self._dtype = dtype
+        self._sample = DocumentSample()
         self._sequence_lengths = array("i")
         self._document_sequences = array("i")
         self.tokens = 0
@@ -82,6 +87,16 @@ class IndexedWriter:
     def sequences(self) -> int:
         """Non-empty sequences so far."""
         return len(self._sequence_lengths)
+
+    @property
+    def content_digest(self) -> str:
+        """SHA-256 of what was written: the tokens, then, once finished, the index."""
+        return self._content.hexdigest()
+
+    @property
+    def document_sample(self) -> list[int]:
+        """The smallest digests of non-empty documents, ascending; see `DocumentSample`."""
+        return self._sample.smallest
 
     def append(
         self,
@@ -102,6 +117,9 @@ class IndexedWriter:
         assert len(tokens) == count * self._dtype.itemsize
         assert int(document_sequences.sum(dtype=np.int64)) == len(sequence_lengths)
         self._bin.write(tokens)
+        ends = np.concatenate(([0], np.cumsum(sequence_lengths, dtype=np.int64)))
+        bounds = ends[np.concatenate(([0], np.cumsum(document_sequences)))] * self._dtype.itemsize
+        self._sample.add(document_digests(tokens, bounds))
         self._sequence_lengths.frombytes(np.ascontiguousarray(sequence_lengths, np.int32).tobytes())
         self._document_sequences.frombytes(
             np.ascontiguousarray(document_sequences, np.int32).tobytes()
@@ -119,8 +137,20 @@ class IndexedWriter:
         _write_exclusive_cumsum(self._idx, documents, scale=1, with_total=True)
 
 
+class _Digesting:
+    """Writes to a stream and takes what is written into a digest."""
+
+    def __init__(self, stream: BinaryIO, digest: "hashlib._Hash") -> None:
+        self._stream = stream
+        self._digest = digest
+
+    def write(self, data: bytes | memoryview) -> None:
+        self._stream.write(data)
+        self._digest.update(data)
+
+
 def _write_exclusive_cumsum(
-    stream: BinaryIO, values: NDArray[np.int32], *, scale: int, with_total: bool
+    stream: _Digesting, values: NDArray[np.int32], *, scale: int, with_total: bool
 ) -> None:
     """Writes int64 `[0, v0, v0 + v1, ...] * scale`; the grand total only if asked for."""
     total = 0

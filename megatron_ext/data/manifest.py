@@ -45,6 +45,9 @@ class Manifest:
         skipped: Inputs left out by `--on-error skip`, by reason.
         backend: What encoded it: `gigatoken` or `reference`.
         sources: Input files, in order.
+        content_digest: SHA-256 of `.bin` and then `.idx`; None in manifests of earlier versions.
+        document_sample: The smallest of the documents' digests, at most `document_digests.SAMPLED_DOCUMENTS`,
+            ascending; None in manifests of earlier versions.
         format_version: Version of this file's format.
     """
 
@@ -62,6 +65,8 @@ class Manifest:
     skipped: dict[str, int]
     backend: str
     sources: list[Source]
+    content_digest: str | None = None
+    document_sample: list[str] | None = None
     format_version: int = FORMAT_VERSION
 
     def to_json(self) -> bytes:

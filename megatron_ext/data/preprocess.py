@@ -243,4 +243,6 @@ def _manifest(
         skipped=dict(skipped),
         backend=tokenizer.backend_name,
         sources=[Source(path=str(path), bytes=path.stat().st_size) for path in paths],
+        content_digest=writer.content_digest,
+        document_sample=[digest.to_bytes(8).hex() for digest in writer.document_sample],
     )

@@ -11,13 +11,14 @@ from typing import Any
 
 from megatron.core import parallel_state
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
-from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig, MockGPTDataset
+from megatron.core.datasets.gpt_dataset import GPTDatasetConfig, MockGPTDataset
 from megatron.core.datasets.utils import Split, get_blend_from_list
 from megatron.training import get_tokenizer
 from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_last_pipeline_stage
 
 from megatron_ext.config import UnlearnConfig
 from megatron_ext.data.composition import ComposedDataset
+from megatron_ext.data.sourced import SourcedGPTDataset
 
 Blend = tuple[list[str], list[float] | None] | None
 Datasets = tuple[Any, Any, Any]
@@ -135,7 +136,7 @@ def _build(
         defer_npy_index_mmap=args.dataloader_defer_npy_index_mmap,
         sequences_per_dataset=sequences,
     )
-    dataset_type = MockGPTDataset if args.mock_data else GPTDataset
+    dataset_type = MockGPTDataset if args.mock_data else SourcedGPTDataset
     builder = BlendedMegatronDatasetBuilder(
         dataset_type, list(num_samples), partial(reads_data, vp_stage=vp_stage), dataset_config
     )

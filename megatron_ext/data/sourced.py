@@ -1,0 +1,87 @@
+"""Megatron's GPT dataset that knows what it was made from: in its cache's names, and in every sample."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from megatron.core.datasets.gpt_dataset import GPTDataset
+
+from megatron_ext.data.indexed import bin_path, idx_path
+from megatron_ext.data.manifest import read_manifest
+
+# Of an index without a manifest, what is read to tell it from another of the same size.
+_SPOTS, _SPOT_BYTES = 64, 4096
+
+
+class SourcedGPTDataset(GPTDataset):
+    """Samples with a key ``source``; indices whose cache belongs to this very data.
+
+    Megatron names cached indices by a digest of the settings and of the data set's path, not of its
+    content. Text that is tokenised again under the same prefix meets the indices of the text before, and
+    with them other samples, or none.
+    """
+
+    def _build_document_sample_shuffle_indices(self) -> tuple[Any, Any, Any]:
+        """Name the cache by the data as well, before Megatron looks for it."""
+        self.unique_identifiers["content"] = content_key(self.dataset_path)
+        self.unique_description = json.dumps(
+            self.unique_identifiers, indent=4, default=lambda obj: obj.unique_identifiers
+        )
+        self.unique_description_hash = hashlib.md5(
+            self.unique_description.encode(), usedforsecurity=False
+        ).hexdigest()
+        return super()._build_document_sample_shuffle_indices()
+
+    def _query_document_sample_shuffle_indices(self, idx: int) -> tuple[Any, Any, Any]:
+        """Remember the documents of the sample that is being read."""
+        queried: tuple[Any, Any, Any] = super()._query_document_sample_shuffle_indices(idx)
+        self._documents = queried[1]
+        return queried
+
+    def __getitem__(self, idx: int | None) -> dict[str, Any]:
+        """Megatron's sample, and under ``source`` the data set, the sample and its documents."""
+        sample: dict[str, Any] = super().__getitem__(idx)
+        documents = np.unique(self._documents).tolist()
+        source = f"sample {idx} of {self.dataset_path} (documents {_shorten(documents)})"
+        return {**sample, "source": source}
+
+
+def content_key(prefix: str | None) -> str | None:
+    """Tells data of a prefix from other data that was, or will be, under the same one.
+
+    Args:
+        prefix: path without ``.bin`` and ``.idx``; ``None`` or a place that is no local file has no key.
+
+    Returns:
+        The content digest of the manifest, or else a digest of the index's size, date and
+        evenly spaced parts, and of the size of the tokens.
+    """
+    if prefix is None or not idx_path(prefix).is_file():
+        return None
+    manifest = read_manifest(prefix)
+    if manifest is not None and manifest.content_digest is not None:
+        return manifest.content_digest
+    index = idx_path(prefix)
+    state = index.stat()
+    digest = hashlib.sha256(f"{state.st_size} {state.st_mtime_ns} ".encode())
+    digest.update(f"{_size(bin_path(prefix))} ".encode())
+    with index.open("rb") as stream:
+        last = max(0, state.st_size - _SPOT_BYTES)
+        for start in np.unique(np.linspace(0, last, _SPOTS).astype(np.int64)):
+            stream.seek(int(start))
+            digest.update(stream.read(_SPOT_BYTES))
+    return digest.hexdigest()
+
+
+def _size(path: Path) -> int | None:
+    return path.stat().st_size if path.is_file() else None
+
+
+def _shorten(numbers: list[int], most: int = 8) -> str:
+    """The first of them, and how many more there are."""
+    text = ", ".join(map(str, numbers[:most]))
+    return text if len(numbers) <= most else f"{text} and {len(numbers) - most} more"

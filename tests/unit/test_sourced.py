@@ -1,0 +1,124 @@
+"""Text that is tokenised again under the same prefix never meets the indices of the text before."""
+
+import itertools
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
+from megatron.core.datasets.utils import Split
+
+from megatron_ext.data.manifest import Manifest, write_manifest
+from megatron_ext.data.sourced import SourcedGPTDataset, content_key
+from tests.helpers.text import write_dataset
+
+SEQUENCE = 16
+
+
+class FakeTokenizer:
+    """As much of one as a dataset asks for; made again it looks the same."""
+
+    vocab_size, eod, pad, eos = 1000, 0, 1, 0
+    unique_identifiers = {"class": "FakeTokenizer"}  # noqa: RUF012
+
+
+def documents(seed):
+    """50 documents, of the same number of tokens in all, whatever the seed."""
+    random = np.random.default_rng(seed)
+    bounds = [0, *sorted(random.choice(np.arange(1, 2000), 49, replace=False)), 2000]
+    ids = random.integers(2, 1000, 2000)
+    return [ids[a:b] for a, b in itertools.pairwise(bounds)]
+
+
+def samples(of, prefix, cache):
+    """Tokens of one epoch."""
+    config = GPTDatasetConfig(
+        random_seed=1,
+        sequence_length=SEQUENCE,
+        blend=([prefix], None),
+        split="1",
+        path_to_cache=str(cache),
+        tokenizer=FakeTokenizer(),
+        reset_position_ids=False,
+        reset_attention_mask=False,
+        eod_mask_loss=False,
+        create_attention_mask=False,
+    )
+    data = of.build_low_level_dataset(prefix, config)
+    indices = np.arange(len(data.sequence_lengths), dtype=np.int32)
+    dataset = of(data, prefix, indices, 100, Split.train, config)
+    return np.stack([dataset[i]["tokens"].numpy() for i in range(100)]), dataset
+
+
+def again(of, tmp_path):
+    """Samples of retokenised data: with the cache that the first data left, and with an empty one."""
+    prefix = write_dataset(tmp_path / "d", documents(1))
+    first, _ = samples(of, prefix, tmp_path / "cache")
+    write_dataset(tmp_path / "new", documents(2))
+    for suffix in (".bin", ".idx"):
+        os.replace(tmp_path / f"new{suffix}", f"{prefix}{suffix}")
+    cached, _ = samples(of, prefix, tmp_path / "cache")
+    fresh, _ = samples(of, prefix, tmp_path / "empty")
+    assert not np.array_equal(first, fresh)
+    return cached, fresh
+
+
+def test_megatron_alone_takes_the_indices_of_other_data(tmp_path):
+    """Documents are cut where those of the data before ended: samples of another length, or other text."""
+    with pytest.raises(IndexError):
+        again(GPTDataset, tmp_path)
+
+
+def test_retokenised_data_have_indices_of_their_own(tmp_path):
+    cached, fresh = again(SourcedGPTDataset, tmp_path)
+    assert np.array_equal(cached, fresh)
+
+
+def test_the_same_data_are_indexed_once(tmp_path):
+    prefix = write_dataset(tmp_path / "d", documents(1))
+    first, _ = samples(SourcedGPTDataset, prefix, tmp_path / "cache")
+    files = {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").iterdir()}
+    second, _ = samples(SourcedGPTDataset, prefix, tmp_path / "cache")
+    assert np.array_equal(first, second)
+    assert files == {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").iterdir()}
+    stock, _ = samples(GPTDataset, prefix, tmp_path / "stock")
+    assert np.array_equal(first, stock)
+
+
+def test_a_sample_says_where_it_comes_from(tmp_path):
+    prefix = write_dataset(tmp_path / "d", documents(1))
+    tokens, dataset = samples(SourcedGPTDataset, prefix, tmp_path / "cache")
+    for index in (0, 57):
+        source = dataset[index]["source"]
+        head, _, rest = source.partition(" (documents ")
+        assert head == f"sample {index} of {prefix}"
+        named = [int(number) for number in rest.rstrip(")").split(",")]
+        ids = np.concatenate([documents(1)[number] for number in named])
+        assert set(tokens[index].tolist()) <= set(ids.tolist())
+
+
+def test_the_key_is_the_manifests_digest_where_there_is_one(tmp_path):
+    prefix = write_dataset(tmp_path / "d", documents(1))
+    without = content_key(prefix)
+    fields = dict.fromkeys(Manifest.__dataclass_fields__, None)
+    fields |= {"sources": [], "format_version": 1, "content_digest": "abc"}
+    write_manifest(prefix, Manifest(**fields))
+    assert content_key(prefix) == "abc" != without
+    Path(f"{prefix}.manifest.json").unlink()
+    assert content_key(prefix) == without
+    os.utime(f"{prefix}.idx", ns=(1, 1))
+    assert content_key(prefix) != without
+    assert content_key(None) is content_key("s3://bucket/prefix") is None
+
+
+@pytest.mark.parametrize("part", [".bin", ".idx"])
+def test_the_key_sees_either_file(tmp_path, part):
+    prefix = write_dataset(tmp_path / "d", documents(1))
+    before, times = content_key(prefix), os.stat(f"{prefix}.idx")
+    with open(f"{prefix}{part}", "r+b") as stream:
+        if part == ".bin":
+            stream.seek(0, os.SEEK_END)
+        stream.write(b"12")
+    os.utime(f"{prefix}.idx", ns=(times.st_atime_ns, times.st_mtime_ns))
+    assert content_key(prefix) != before
