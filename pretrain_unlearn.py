@@ -14,6 +14,7 @@ import time
 _PROGRAM_START = time.time()
 
 import logging  # noqa: E402
+import multiprocessing  # noqa: E402
 import os  # noqa: E402
 import sys  # noqa: E402
 import warnings  # noqa: E402
@@ -73,7 +74,7 @@ def main() -> None:
     container = pretrain_cfg_container_from_args(args, model_config)
 
     built: list[FrozenReference] = []
-    forward_step = PlainStep(args).forward_step
+    step: PlainStep | UnlearnStep = PlainStep(args)
     if config.enabled:
         if source is not None:
 
@@ -88,12 +89,11 @@ def main() -> None:
 
             model_config.post_wrap_hooks.append(build_reference)
         step = UnlearnStep(args, config, reference=lambda: built[0] if built else None)
-        step.install()
-        forward_step = step.forward_step
+    step.install()
 
     provider = datasets_provider(args, config) if chat is None else chat.provider()
     try:
-        pretrain(container, provider, ModelType.encoder_or_decoder, forward_step)
+        pretrain(container, provider, ModelType.encoder_or_decoder, step.forward_step)
     except SystemExit as leaving:  # after --exit-interval, --exit-duration-in-mins or a signal
         if leaving.code:
             raise
@@ -117,5 +117,8 @@ if __name__ == "__main__":
         print(
             f"{os.path.basename(sys.argv[0])}: error{where}: {error}", file=sys.stderr, flush=True
         )
+        # The process that writes checkpoints would outlive this one, and keep its output open.
+        for child in multiprocessing.active_children():
+            child.kill()
         # A rank that is waiting in a collective for this one is ended by torchrun, not by a shutdown here.
         os._exit(2)

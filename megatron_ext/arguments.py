@@ -82,6 +82,7 @@ def machine_defaults() -> dict[str, Any]:
     defaults: dict[str, Any] = {
         "create_attention_mask_in_dataloader": False,
         "eval_interval": 1000,
+        "rerun_mode": "disabled",  # see finite.py
     }
     if not _installed("transformer_engine"):
         defaults |= {"transformer_impl": "local"}

@@ -19,3 +19,7 @@ class DataError(MegatronExtError):
 
 class CheckpointError(MegatronExtError):
     """A checkpoint that is missing, incomplete or of another model."""
+
+
+class TrainingError(MegatronExtError):
+    """A step whose result no run may go on with: NaN or inf in a loss or a gradient."""

@@ -8,12 +8,12 @@ from functools import partial
 from typing import Any
 
 import torch
-from megatron.core.rerun_state_machine import get_rerun_state_machine
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.utils import get_attr_wrapped_model
 from megatron.training import get_timers
 
 from megatron_ext.data.batch import read_micro_batch
+from megatron_ext.finite import FiniteGuard
 from megatron_ext.head import token_losses
 
 
@@ -26,6 +26,11 @@ class PlainStep:
 
     def __init__(self, args: Namespace) -> None:
         self.args = args
+        self.guard = FiniteGuard(args)
+
+    def install(self) -> None:
+        """Put the guard against NaN around Megatron's schedule."""
+        self.guard.install()
 
     def forward_step(
         self, data_iterator: Iterator[dict[str, torch.Tensor]] | None, model: MegatronModule
@@ -41,6 +46,7 @@ class PlainStep:
             micro_batch_size=self._micro_batch_size(model),
         )
         timer.stop()
+        index = self.guard.begin(model, batch)
         output = model(
             batch.tokens,
             batch.position_ids,
@@ -48,39 +54,27 @@ class PlainStep:
             labels=batch.labels,
             output_processor=token_losses,
         )
-        return output, partial(self.loss, batch.loss_mask)
+        return output, partial(self.loss, batch.loss_mask, index)
 
     def loss(
-        self, loss_mask: torch.Tensor | None, output: torch.Tensor
+        self, loss_mask: torch.Tensor | None, index: int, output: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
         """Sum of the losses, number of tokens and report, as Megatron averages them.
 
         Args:
             loss_mask: ``[b, s]``, 1 where a token counts.
+            index: number of the microbatch, from the guard.
             output: fp32 ``[b, s]``, cross-entropy of every token in nats.
         """
         assert loss_mask is not None
         mask = loss_mask.view(-1).float()
         loss = (output.view(-1).float() * mask).sum()
         tokens = mask.sum().to(torch.int)
-        if self.args.check_for_nan_in_loss_and_grad:
-            check_finite(loss)
+        self.guard.check_loss(loss, index)
         report = torch.cat((loss.detach().view(1), tokens.view(1)))
         return loss, tokens, {"lm loss": report}
 
     def _micro_batch_size(self, model: MegatronModule) -> int:
         return int(
             self.args.micro_batch_size if model.training else self.args.eval_micro_batch_size
-        )
-
-
-def check_finite(loss: torch.Tensor) -> None:
-    """Megatron's own check of a rank's loss, before it reaches the other ranks."""
-    for rejects, what in ((torch.isnan, "NaN"), (torch.isinf, "Inf")):
-        get_rerun_state_machine().validate_result(
-            result=loss,
-            rejection_func=rejects,
-            message=f"found {what} in local forward loss calculation",
-            tolerance=0.0,  # the forward pass is deterministic
-            fatal=True,
         )

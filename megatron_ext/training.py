@@ -22,9 +22,9 @@ from megatron.training import get_timers
 
 from megatron_ext.config import UnlearnConfig
 from megatron_ext.data.batch import MicroBatch, read_micro_batch
+from megatron_ext.finite import FiniteGuard
 from megatron_ext.head import head_terms
 from megatron_ext.objective import Objective
-from megatron_ext.plain import check_finite
 from megatron_ext.reference import FrozenReference
 from megatron_ext.watch import Watch
 
@@ -66,6 +66,7 @@ class UnlearnStep:
         self.config = config
         self.objective = Objective(config)
         self.watch = Watch(args, config)
+        self.guard = FiniteGuard(args)
         self._reference = reference
 
     def install(self) -> None:
@@ -84,6 +85,7 @@ class UnlearnStep:
         loop.get_forward_backward_func = get_wrapped_schedule
         loop.evaluate = evaluate_and_derive
         self.watch.install()
+        self.guard.install()  # last, and so around the schedule of this step
 
     def forward_backward(
         self,
@@ -143,13 +145,14 @@ class UnlearnStep:
         timer.start()
         batch = next(data_iterator)
         timer.stop()
+        index = self.guard.begin(model, batch)
         output = model(
             batch.tokens,
             batch.position_ids,
             batch.attention_mask,
             output_processor=partial(self._head, batch),
         )
-        return output, partial(self.loss, batch)
+        return output, partial(self.loss, batch, index)
 
     def _head(
         self,
@@ -182,12 +185,13 @@ class UnlearnStep:
         return torch.cat((terms, margins[None]))
 
     def loss(
-        self, batch: MicroBatch, terms: torch.Tensor
+        self, batch: MicroBatch, index: int, terms: torch.Tensor
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """A microbatch's part of the global batch's loss.
 
         Args:
             batch: the microbatch; its signed ``loss_mask`` ``[b, s]`` gives each token's role.
+            index: its number, from the guard.
             terms: fp32 ``[2, s * b]`` or ``[3, s * b]``, as ``Objective.sums`` takes them, in the order of
                 the head.
 
@@ -199,8 +203,7 @@ class UnlearnStep:
         mask = batch.loss_mask.transpose(0, 1).reshape(-1)
         sums = self.objective.sums(terms, mask)
         loss = self.objective.loss(sums, batch.context.tokens)
-        if self.args.check_for_nan_in_loss_and_grad:
-            check_finite(loss)
+        self.guard.check_loss(loss, index)
         return loss * batch.context.scale, {"sums": sums.detach()}
 
     def _forget_microbatches(self, num_microbatches: int, micro_batch_size: int) -> int:

@@ -29,6 +29,8 @@ class MicroBatch:
         labels: int64 ``[b, s]``, on the last stage.
         loss_mask: float ``[b, s]``, on the last stage; its sign is the role of the token.
         attention_mask: bool ``[b, 1, s, s]`` if the loader builds one.
+        sources: where each of the ``b`` samples comes from; ``None`` on ranks that receive the batch from
+            another.
         context: what the step attaches for the head of the last stage.
     """
 
@@ -37,6 +39,7 @@ class MicroBatch:
     loss_mask: torch.Tensor | None = None
     position_ids: torch.Tensor | None = None
     attention_mask: torch.Tensor | None = None
+    sources: list[str] | None = None
     context: Any = field(default=None, repr=False)
 
 
@@ -64,9 +67,11 @@ def read_micro_batch(
         return MicroBatch()
     tp_rank = parallel_state.get_tensor_model_parallel_rank()
     batch: dict[str, Any] = {}
+    sources: list[str] | None = None
     if tp_rank == 0:
         assert data_iterator is not None
-        sample = next(data_iterator)
+        sample: dict[str, Any] = next(data_iterator)
+        sources = sample.get("source")
         if forget is not None:
             _check_role(sample["loss_mask"], forget)
         batch = {
@@ -97,7 +102,7 @@ def read_micro_batch(
     batch = get_batch_on_this_cp_rank(
         batch, is_hybrid_cp=False, cp_group=parallel_state.get_context_parallel_group()
     )
-    return MicroBatch(**{key: batch.get(key) for key in _KEYS})
+    return MicroBatch(**{key: batch.get(key) for key in _KEYS}, sources=sources)
 
 
 def _check_role(loss_mask: torch.Tensor, forget: bool) -> None:

@@ -130,12 +130,12 @@ class ChatDataset(Dataset):
     def __len__(self) -> int:
         return self.samples
 
-    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+    def __getitem__(self, index: int) -> dict[str, Any]:
         """The sample at a position of the run, with the keys of Megatron's GPT dataset.
 
         Returns:
             ``tokens``, ``labels`` and ``position_ids``, int64 ``[s]``, and ``loss_mask``, fp32 ``[s]``, 1
-            where the label is one that the assistant writes.
+            where the label is one that the assistant writes; and ``source``, what the sample holds.
         """
         ids, mask = self.packing.sequence(int(index))
         length = self.packing.seq_length
@@ -148,4 +148,5 @@ class ChatDataset(Dataset):
             "labels": tokens[1:].contiguous(),
             "loss_mask": counts[1:].contiguous(),
             "position_ids": torch.arange(length, dtype=torch.int64),
+            "source": f"sequence {index} (conversations {self.packing.conversations(int(index))})",
         }

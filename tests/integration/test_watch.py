@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.helpers.entry import Launch, run, run_all
+from tests.helpers.entry import Launch
 from tests.integration.conftest import STEPS, TRAIN
 
 STOP = 4  # between two saves
@@ -24,7 +24,7 @@ def flags(limit):
 
 
 @pytest.fixture(scope="module")
-def runs(tiny, flags, runs_directory):
+def runs(tiny, server, flags, runs_directory):
     """Stopped over two pipeline stages, of which the second knows the metrics; and the reference's loss."""
     save = ("--save", runs_directory / "stopped")
     from_reference = tiny.objective("--load", tiny.reference, "--finetune", "--train-iters", 1)
@@ -34,7 +34,7 @@ def runs(tiny, flags, runs_directory):
         ),
         "from reference": Launch((*from_reference, "--lr-warmup-iters", 0)),
     }
-    return run_all(launches, runs_directory / "watch")
+    return server.run_all(launches, runs_directory / "watch")
 
 
 def test_it_stops_with_a_checkpoint_and_says_why(runs, straight, limit, runs_directory):
@@ -73,9 +73,9 @@ def test_replay_is_compared_with_the_reference_on_the_same_tokens(runs):
     )
 
 
-def test_a_resume_says_at_once_that_nothing_is_left(runs, tiny, flags, runs_directory):
+def test_a_resume_says_at_once_that_nothing_is_left(runs, server, tiny, flags, runs_directory):
     command = tiny.objective(*flags, "--load", runs_directory / "stopped")
-    result = run(Launch(command), runs_directory / "watch" / "again")
+    result = server.run(Launch(command), runs_directory / "watch" / "again")
     assert result.returncode == 0
     reason = result.line("nothing left to train: ")
     assert f"at iteration {STOP} of {runs_directory / 'stopped'}" in reason

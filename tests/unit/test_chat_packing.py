@@ -95,6 +95,8 @@ def test_a_sample_is_that_of_megatrons_gpt_dataset(packing):
     for index in (0, packing.sequences(1) + 3, 999):
         ids, mask = packing.sequence(index)
         sample = dataset[index]
+        source = sample.pop("source")
+        assert source == f"sequence {index} (conversations {packing.conversations(index)})"
         assert {key: str(value.dtype) for key, value in sample.items()} == {
             "tokens": "torch.int64",
             "labels": "torch.int64",

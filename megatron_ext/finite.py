@@ -1,0 +1,178 @@
+"""NaN or inf in a loss or a gradient ends the run, and the error says where it came from.
+
+Megatron's default, ``--rerun-mode validate_results``, does not look at the first step after a start, runs a
+bad step again, and then saves a checkpoint for a third try on another machine: of weights that the step
+before may have ruined, as the latest one. Here the default is ``disabled``: the first NaN ends the run, and
+nothing is saved after it.
+"""
+
+from __future__ import annotations
+
+import math
+from argparse import Namespace
+from collections import defaultdict
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.rerun_state_machine import RerunMode, get_rerun_state_machine
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.utils import get_attr_wrapped_model, unwrap_model
+
+from megatron_ext.data.batch import MicroBatch
+from megatron_ext.exceptions import TrainingError
+
+# How DDP's check of gradients, and nothing else, begins its message.
+_GRADIENT_CHECK = "in local grad norm for bucket"
+
+
+class FiniteGuard:
+    """Checks the losses of a step, and remembers of each microbatch what an error has to name.
+
+    Args:
+        args: Megatron's validated arguments.
+    """
+
+    def __init__(self, args: Namespace) -> None:
+        self.args = args
+        self._training = True
+        # By virtual stage, in the order of the microbatches.
+        self._sources: dict[int | None, list[list[str] | None]] = defaultdict(list)
+        self._bad: dict[int | None, dict[int, torch.Tensor]] = defaultdict(dict)
+        self._hooked: set[int] = set()
+
+    def install(self) -> None:
+        """Go around Megatron's schedule, as it is by now, and around its step."""
+        import megatron.training.training as loop
+
+        get_schedule, train_step = loop.get_forward_backward_func, loop.train_step
+
+        def get_guarded_schedule(*args: Any, **kwargs: Any) -> Callable[..., Any]:
+            return partial(self._run, get_schedule(*args, **kwargs))
+
+        def check_norm(*args: Any, **kwargs: Any) -> Any:
+            result = train_step(*args, **kwargs)
+            self._check_norm(result[5])
+            return result
+
+        loop.get_forward_backward_func = get_guarded_schedule
+        loop.train_step = check_norm
+
+    def _check_norm(self, norm: float | None) -> None:
+        """The last chance: gradients that are finite on each rank, and not any more in their sum.
+
+        The weights are ruined by then, but nothing has been saved of them.
+        """
+        if not self.args.check_for_nan_in_loss_and_grad or norm is None or math.isfinite(norm):
+            return
+        names = [self._samples(stage, list(range(len(s)))) for stage, s in self._sources.items()]
+        raise TrainingError(
+            f"{self._where()}: the norm of the gradient over all ranks is {float(norm)}, though each rank's "
+            f"own gradient is finite; {'; '.join(names)}"
+        )
+
+    def _run(self, schedule: Callable[..., Any], **arguments: Any) -> Any:
+        self._training = not arguments.get("forward_only", False)
+        self._sources.clear()
+        self._bad.clear()
+        try:
+            return schedule(**arguments)
+        except RuntimeError as error:
+            if _GRADIENT_CHECK not in str(error):
+                raise
+            raise TrainingError(self._gradient_report(str(error))) from error
+
+    def begin(self, model: MegatronModule, batch: MicroBatch) -> int:
+        """Note a microbatch that is about to go through a model chunk.
+
+        Returns:
+            Its number in this step on this rank, from 0.
+        """
+        stage = get_attr_wrapped_model(model, "vp_stage")
+        self._sources[stage].append(batch.sources)
+        decoder = unwrap_model(model).decoder
+        if id(decoder) not in self._hooked:
+            self._hooked.add(id(decoder))
+            decoder.register_forward_pre_hook(
+                partial(self._watch_input, stage), with_kwargs=True, prepend=True
+            )
+        return len(self._sources[stage]) - 1
+
+    def check_loss(self, loss: torch.Tensor, index: int) -> None:
+        """Look at a microbatch's loss before it reaches other microbatches or ranks.
+
+        Args:
+            loss: scalar.
+            index: the microbatch, from :meth:`begin`.
+
+        Raises:
+            TrainingError: it is NaN or inf.
+        """
+        if not self.args.check_for_nan_in_loss_and_grad:
+            return
+        machine = get_rerun_state_machine()
+        if (
+            machine.get_mode() is not RerunMode.DISABLED
+        ):  # the user asked for Megatron's own diagnosis
+            machine.validate_result(
+                result=loss,
+                rejection_func=lambda value: not torch.isfinite(value),
+                message="found NaN or inf in local forward loss calculation",
+                tolerance=0.0,  # the forward pass is deterministic
+                fatal=True,
+            )
+        elif not torch.isfinite(loss):
+            # Losses belong to the last chunk, whose list of microbatches is the one that just grew.
+            stage = max(self._sources, key=lambda key: -1 if key is None else key)
+            raise TrainingError(
+                f"{self._where()}: the loss of microbatch {index} is {loss.item()}; "
+                f"{self._samples(stage, [index])}"
+            )
+
+    def _watch_input(
+        self, stage: int | None, decoder: Any, _: tuple[Any, ...], keywords: dict[str, Any]
+    ) -> None:
+        """Let the gradient that leaves a chunk's layers, the last of a microbatch's, be looked at.
+
+        What goes wrong in a layer's backward pass reaches the gradient of the layers' input. The flags
+        stay on the device: nobody waits for them unless the step fails.
+        """
+        hidden = keywords.get("hidden_states") if decoder.pre_process else decoder.input_tensor
+        if not isinstance(hidden, torch.Tensor) or not hidden.requires_grad:
+            return
+        index = len(self._sources[stage]) - 1
+
+        def mark(gradient: torch.Tensor) -> None:
+            self._bad[stage][index] = ~torch.isfinite(gradient).all()
+
+        hidden.register_hook(mark)
+
+    def _gradient_report(self, message: str) -> str:
+        """What is known of a gradient that DDP refused."""
+        found = message[message.index("message='") + len("message='") :].rstrip("')")
+        parts = []
+        for stage, flags in self._bad.items():
+            bad = sorted(index for index, flag in flags.items() if bool(flag))
+            if bad:
+                chunk = "" if stage is None else f" of model chunk {stage}"
+                which = ", ".join(map(str, bad))
+                parts.append(f"microbatch {which}{chunk}, {self._samples(stage, bad)}")
+        if not parts:
+            count = max(map(len, self._sources.values()), default=0)
+            parts = [f"no single one of the {count} microbatches, but their sum or an embedding"]
+        return f"{self._where()}: {found}; it comes from {'; '.join(parts)}"
+
+    def _where(self) -> str:
+        step = "step" if self._training else "validation after step"
+        iteration = getattr(self.args, "curr_iteration", 0) + 1
+        return f"{step} {iteration}, rank {torch.distributed.get_rank()}"
+
+    def _samples(self, stage: int | None, indices: list[int]) -> str:
+        known = [self._sources[stage][index] for index in indices]
+        names = [name for sources in known for name in sources or ()]
+        if names:
+            return "its samples: " + "; ".join(names)
+        reader = parallel_state.get_tensor_model_parallel_src_rank()
+        return f"its samples are named by rank {reader}, or by the first pipeline stage"

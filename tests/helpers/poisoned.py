@@ -1,0 +1,45 @@
+"""The entry point with a fault: in step `POISON_STEP` the weights or a gradient turn NaN.
+
+The first argument says which: `token:N` the embedding of token N, `gradient:M` what goes back from
+microbatch M.
+"""
+
+import runpy
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+POISON_STEP = 3
+
+
+def main(poison):
+    from megatron_ext.runtime import cpu
+
+    cpu.enable()
+    from megatron.core.utils import unwrap_model
+
+    from megatron_ext.training import UnlearnStep
+
+    kind, _, number = poison.partition(":")
+    forward_step = UnlearnStep.forward_step
+    seen = []
+
+    def poisoned(self, data_iterator, model):
+        if self.args.curr_iteration != POISON_STEP - 1:
+            return forward_step(self, data_iterator, model)
+        core = unwrap_model(model)
+        if kind == "token" and core.pre_process:
+            core.embedding.word_embeddings.weight.data[int(number)] = float("nan")
+        output, loss = forward_step(self, data_iterator, model)
+        if kind == "gradient" and len(seen) == int(number):
+            output.register_hook(lambda gradient: gradient * float("nan"))
+        seen.append(output.shape)
+        return output, loss
+
+    UnlearnStep.forward_step = poisoned
+    runpy.run_path(str(ROOT / "pretrain_unlearn.py"), run_name="__main__")
+
+
+if __name__ == "__main__":
+    main(sys.argv.pop(1))
