@@ -131,7 +131,12 @@ def _megatron(options: Namespace, template: Path | None) -> Iterator[tuple[Gener
     spec = _spec(options, recorded)
     codec = Codec(spec, template=template)
     wanted = Namespace(
-        **vars(options) | {"checkpoint": [str(options.model)]} | vars_of(spec), samples=0, seed=0
+        checkpoint=[str(options.model)],
+        tokenizer_type=spec.tokenizer_type,
+        tokenizer_model=spec.tokenizer_model,
+        micro_batch_size=options.micro_batch_size,
+        tensor_model_parallel_size=options.tensor_model_parallel_size,
+        pipeline_model_parallel_size=options.pipeline_model_parallel_size,
     )
     with open_session(wanted) as session:
         check_architecture(checkpoint, session.args, flag="--model")
@@ -139,11 +144,6 @@ def _megatron(options: Namespace, template: Path | None) -> Iterator[tuple[Gener
             session.model_config, args=session.args, source=ReferenceSource(checkpoint, None)
         )
         yield MegatronGenerator(model, args=session.args), codec
-
-
-def vars_of(spec: TokenizerSpec) -> dict[str, str]:
-    """A tokenizer as Megatron's flags name it."""
-    return {"tokenizer_type": spec.tokenizer_type, "tokenizer_model": spec.tokenizer_model}
 
 
 def _spec(options: Namespace, recorded: TokenizerSpec) -> TokenizerSpec:

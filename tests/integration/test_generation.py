@@ -161,7 +161,7 @@ def test_the_tool_continues_prompts_and_answers_messages(world, expected, tmp_pa
     records = [{"prompt": text, "id": i} for i, text in enumerate(PROMPTS)]
     records.append({"messages": [{"role": "user", "content": "Who holds the copyright?"}]})
     prompts.write_text("".join(json.dumps(record) + "\n" for record in records))
-    command = ("generate", "--backend", "huggingface", "--model", world / "hf", "--input", prompts)
+    command = ("generate", "--model", world / "megatron", "--input", prompts)
     command += ("--output", output, "--max-new-tokens", NEW, "--micro-batch-size", 4)
     tool(*command)
     lines = [json.loads(line) for line in output.read_text().splitlines()]
