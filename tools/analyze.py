@@ -6,17 +6,20 @@
     torchrun --nproc-per-node 2 tools/analyze.py perplexity --checkpoint runs/base runs/synth \
         --data real=data/real_text_document synthetic=data/synthetic_text_document \
         --tokenizer-model tokenizer.model --output perplexity.json --tensor-model-parallel-size 2
+    python tools/analyze.py report --tokens tokens.json --perplexity perplexity.json --output report.html \
+        --losses unlearn=runs/unlearn/tensorboard --before synth --after unlearn --forgotten synthetic
 
 The figures of arXiv 2406.12397 for data and models of one's own: embeddings (figure 2), structural tokens
-(figure 3, no model) and per-sample perplexities (figure 4). Each verb prints a table and writes a JSON file,
-and beside it a picture of the same name. Models run distributed, also without torchrun as one process; the
-architecture is read from each checkpoint.
+(figure 3, no model) and per-sample perplexities (figure 4). Each prints a table and writes a JSON file, and
+beside it a picture of the same name; `report` makes one page of those files, loss curves and evaluations.
+Models run distributed, also without torchrun as one process; the architecture is read from each checkpoint.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import logging
 import sys
 import warnings
 from argparse import ArgumentParser, Namespace
@@ -32,6 +35,7 @@ from megatron_ext.analysis.samples import describe_dataset, parse_sets  # noqa: 
 from megatron_ext.data.atomic import AtomicFiles  # noqa: E402
 from megatron_ext.exceptions import ConfigError  # noqa: E402
 from tools.common import run_tool  # noqa: E402
+from tools.compare_losses import read_scalars  # noqa: E402
 
 if TYPE_CHECKING:
     from megatron_ext.analysis.figures import Panel
@@ -58,9 +62,11 @@ def main() -> None:
     embeddings.add_argument("--checkpoint", nargs=1, required=True, help="checkpoint directory")
     _add_data(embeddings)
     _add_layout(embeddings)
+    _add_report(verbs.add_parser("report", help="one HTML page of all of it"))
     options = parser.parse_args()
     _check(options)
     runners = {"tokens": run_tokens, "embeddings": run_embeddings, "perplexity": run_perplexity}
+    runners["report"] = run_report
     runners[options.verb](options)
 
 
@@ -83,8 +89,29 @@ def _add_layout(parser: ArgumentParser) -> None:
     parser.add_argument("--pipeline-model-parallel-size", type=int, default=1)
 
 
+def _add_report(parser: ArgumentParser) -> None:
+    """Flags of the report: files to read, and what models and sets are to each other."""
+    parser.add_argument("--output", required=True, help="HTML file to write")
+    parser.add_argument("--title", default="What unlearning did to this model and its data")
+    for verb in ("tokens", "embeddings"):
+        parser.add_argument(f"--{verb}", nargs="+", default=[], help=f"JSON files of `{verb}`")
+    parser.add_argument("--perplexity", help="JSON file of `perplexity`")
+    for flag, what in (
+        ("--losses", "TensorBoard directories of runs"),
+        ("--evaluation", "JSON files of evaluate.py; a name may have several"),
+    ):
+        parser.add_argument(flag, nargs="+", default=[], metavar="NAME=PATH", help=what)
+    parser.add_argument("--before", metavar="MODEL", help="the model before unlearning")
+    parser.add_argument("--after", nargs="+", default=[], metavar="MODEL", help="models after it")
+    for flag, what in (
+        ("--forgotten", "sets that were to be forgotten"),
+        ("--instruction", "sets whose shift by synthetic training was to be taken back"),
+    ):
+        parser.add_argument(flag, nargs="+", default=[], metavar="SET", help=what)
+
+
 def _check(options: Namespace) -> None:
-    """Refuse numbers that are none, and an output that a picture beside it would overwrite."""
+    """Refuse numbers that make no sense, and an output that the picture beside it would overwrite."""
     for name in ("samples", "length", "bandwidth", "top", "micro_batch_size"):
         value = getattr(options, name, 1)
         if value <= 0:
@@ -146,6 +173,22 @@ def run_perplexity(options: Namespace) -> None:
     print(perplexity_table(report))
 
 
+def run_report(options: Namespace) -> None:
+    """Write the page, and a picture of the loss curves beside it."""
+    from megatron_ext.analysis.figures import render
+    from megatron_ext.analysis.report import curves, write_page
+    from megatron_ext.analysis.report_inputs import read_inputs
+
+    # It reports the end of every file that it reads.
+    logging.getLogger("tensorboard").setLevel(logging.WARNING)
+    inputs = read_inputs(options, read_scalars=read_scalars)
+    path, panels = Path(options.output), curves(inputs)
+    contents = {path: write_page(inputs, title=options.title).encode()}
+    if panels:
+        contents[path.with_name(f"{path.stem}-losses.png")] = render(panels)
+    _publish(contents)
+
+
 def _session(options: Namespace) -> AbstractContextManager[Session]:
     """Megatron, set up for the architecture of the first checkpoint; it prints all of its arguments."""
     from megatron_ext.runtime import compat, cpu
@@ -160,13 +203,17 @@ def _session(options: Namespace) -> AbstractContextManager[Session]:
 def _write(
     output: str, report: Mapping[str, Any], panels: Sequence[Panel], *, columns: int = 3
 ) -> None:
-    """Write the JSON file and the picture of it, both or neither."""
+    """Write a JSON file and the picture of it."""
     from megatron_ext.analysis.figures import render
 
     path = Path(output)
-    contents = {path: json.dumps(report, indent=1, ensure_ascii=False, allow_nan=False).encode()}
-    if panels:
-        contents[path.with_suffix(".png")] = render(panels, columns=columns)
+    text = json.dumps(report, indent=1, ensure_ascii=False, allow_nan=False)
+    picture = render(panels, columns=columns)
+    _publish({path: text.encode(), path.with_suffix(".png"): picture})
+
+
+def _publish(contents: Mapping[Path, bytes]) -> None:
+    """Write files, all or none; the first is the last to appear."""
     with AtomicFiles(list(reversed(contents)), overwrite=True) as files:
         for name, content in contents.items():
             files[name].write(content)

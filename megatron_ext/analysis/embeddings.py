@@ -9,12 +9,9 @@ Legend: N samples, H hidden size.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-
-from megatron_ext.exceptions import DataError
 
 FOLDS = 5
 NEIGHBOURS = 10
@@ -22,18 +19,6 @@ NEIGHBOURS = 10
 MIN_SAMPLES = 20
 # Dimensions that t-SNE is given (by PCA), as its authors do; in 2,000 the distances are noise and slow.
 _PCA = 50
-
-
-def check_samples(name: str, samples: Sequence[np.ndarray]) -> None:
-    """Refuse sets that are too small to be compared.
-
-    Raises:
-        DataError: fewer than ``MIN_SAMPLES``.
-    """
-    if len(samples) < MIN_SAMPLES:
-        raise DataError(
-            f"--data {name}: expected at least {MIN_SAMPLES} samples with text, found {len(samples)}"
-        )
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ instruction data. Every model scores the same samples, so shifts are measured sa
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -32,7 +33,7 @@ def add_shifts(report: dict[str, Any], *, seed: int) -> None:
     interval over samples.
 
     Args:
-        report: what ``perplexity.json`` holds; changed in place.
+        report: what ``perplexity.json`` holds, at least two samples a set; changed in place.
         seed: of the bootstrap.
     """
     models = list(report["models"].values())
@@ -42,10 +43,15 @@ def add_shifts(report: dict[str, Any], *, seed: int) -> None:
             scores = model["sets"][name]
             loss = np.array(scores["loss"])
             scores["summary"] = {
-                "loss": _summary(loss, base if number else None, seed),
-                "perplexity": _summary(
-                    _perplexity(loss), _perplexity(base) if number else None, seed
-                ),
+                kind: {
+                    "mean": float(values.mean()),
+                    "variance": _variance(values),
+                    **(compare(values, other, seed=seed) if number else {}),
+                }
+                for kind, values, other in (
+                    ("loss", loss, base),
+                    ("perplexity", _perplexity(loss), _perplexity(base)),
+                )
             }
 
 
@@ -54,17 +60,25 @@ def _perplexity(loss: np.ndarray) -> np.ndarray:
     return np.exp(np.minimum(loss, 300.0))
 
 
-def _summary(values: np.ndarray, base: np.ndarray | None, seed: int) -> dict[str, Any]:
-    found: dict[str, Any] = {"mean": float(values.mean()), "variance": _variance(values)}
-    if base is None or len(values) < 2:
-        return found
+def compare(values: np.ndarray, base: np.ndarray, *, seed: int = 1234) -> dict[str, Any]:
+    """Shift of the mean and ratio of the variances of the same samples under two models.
+
+    Args:
+        values: fp64 ``[n]``, of one model.
+        base: fp64 ``[n]``, of the model that it is compared with.
+        seed: of the bootstrap.
+
+    Returns:
+        ``shift`` and ``variance_ratio``, each with ``value``, ``low`` and ``high``; no ratio if the base
+        has no variance.
+    """
     # Around the means, so that the squares do not cancel; the shift between the means is put back.
     centred, other = values - values.mean(), base - base.mean()
     columns = np.stack((centred, centred**2, other, other**2), axis=1)
     means = resampled_sums(columns, generator=np.random.default_rng(seed)) / len(values)
     shift = values.mean() - base.mean()
     low, high = interval(shift + means[:, 0] - means[:, 2])
-    found["shift"] = {"value": float(shift), "low": float(low), "high": float(high)}
+    found = {"shift": {"value": float(shift), "low": float(low), "high": float(high)}}
     variances = [means[:, 1] - means[:, 0] ** 2, means[:, 3] - means[:, 2] ** 2]
     if _variance(base) > 0:
         low, high = interval(variances[0] / np.maximum(variances[1], 1e-300))
@@ -74,7 +88,7 @@ def _summary(values: np.ndarray, base: np.ndarray | None, seed: int) -> dict[str
 
 
 def _variance(values: np.ndarray) -> float:
-    return float(values.var(ddof=1)) if len(values) > 1 else 0.0
+    return float(values.var(ddof=1))
 
 
 def perplexity_table(report: Mapping[str, Any]) -> str:
@@ -115,7 +129,7 @@ def _interval(found: Mapping[str, float] | None, form: str) -> str:
 def perplexity_panels(report: Mapping[str, Any]) -> list[Panel]:
     """For each set the density of its samples' perplexities under every model."""
     sets = next(iter(report["models"].values()))["sets"]
-    return [lambda axis, name=name: _draw(axis, report, name) for name in sets]  # type: ignore[misc]
+    return [partial(_draw, report=report, name=name) for name in sets]
 
 
 def _draw(axis: Axes, report: Mapping[str, Any], name: str) -> None:
@@ -128,7 +142,7 @@ def _draw(axis: Axes, report: Mapping[str, Any], name: str) -> None:
     grid = np.linspace(low - margin, high + margin, 400)
     for number, (label, loss) in enumerate(values.items()):
         mean = f"{label} (mean {loss.mean():.2f}, var {_variance(loss):.2f})"
-        if len(loss) < 2 or loss.std() < 1e-9:
+        if loss.std() < 1e-9:
             axis.axvline(loss[0], color=colour(number), linestyle=line(number), label=mean)
             continue
         if np.median(loss) > high:

@@ -45,7 +45,8 @@ def record_run(checkpoint: Checkpoint) -> dict[str, Any]:
     names = _SETTINGS + (_UNLEARNING if forgot else ())
     settings = {name: getattr(args, name, None) for name in names}
     return {
-        "settings": {key: value for key, value in settings.items() if value not in (None, False)},
+        # A weight of 0 is a setting; what was not asked for is none.
+        "settings": {k: v for k, v in settings.items() if v is not None and v is not False},
         "data": _datasets(args),
     }
 

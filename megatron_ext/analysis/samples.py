@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,7 +16,7 @@ from megatron_ext.data.indexed import (
     read_index_summary,
 )
 from megatron_ext.data.manifest import read_manifest
-from megatron_ext.exceptions import ConfigError
+from megatron_ext.exceptions import ConfigError, DataError
 
 # Blocks of a .bin file that its fingerprint covers, and their size in bytes: 4 MiB at most are read.
 _BLOCKS, _BLOCK = 64, 1 << 16
@@ -85,6 +85,19 @@ def read_samples(prefix: str, *, count: int, length: int, seed: int) -> list[np.
     return samples
 
 
+def check_samples(samples: Mapping[str, Sequence[np.ndarray]], *, minimum: int) -> None:
+    """Refuse sets that are too small.
+
+    Raises:
+        DataError: one has fewer samples than the minimum.
+    """
+    for name, drawn in samples.items():
+        if len(drawn) < minimum:
+            raise DataError(
+                f"--data {name}: expected at least {minimum} samples with text, found {len(drawn)}"
+            )
+
+
 def _map_index(prefix: str, summary: IndexSummary) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Lengths int32 ``[S]``, offsets in bytes int64 ``[S]``, document bounds int64 ``[D + 1]``."""
     arrays, start = [], HEADER.size
@@ -102,10 +115,11 @@ def _map_index(prefix: str, summary: IndexSummary) -> tuple[np.ndarray, np.ndarr
 
 
 def describe_dataset(prefix: str) -> dict[str, Any]:
-    """What a dataset is, for the record: sizes, tokenizer, and a hash of its content.
+    """What a dataset is, for the record: sizes, tokenizer, and hashes of its content.
 
-    The hash is SHA-256 of the size of the ``.bin`` file and 64 evenly spaced blocks of 64 KiB: all of a
-    small dataset, a sample of a large one, which would take hours to read.
+    The manifest has the hash of all content, if this project's tool made the dataset. Any dataset has a
+    sampled one, made here: SHA-256 of the size of the ``.bin`` file and 64 evenly spaced blocks of 64 KiB,
+    which is all of a small dataset and a sample of a large one, which would take hours to read.
 
     Raises:
         DataError: the dataset or its manifest is missing or broken.
@@ -123,6 +137,7 @@ def describe_dataset(prefix: str) -> dict[str, Any]:
         "prefix": str(prefix),
         "documents": summary.documents,
         "tokens": summary.tokens,
+        "content_sha256": None if manifest is None else manifest.content_digest,
         "sampled_sha256": digest.hexdigest(),
         "tokenizer_sha256": None if manifest is None else manifest.tokenizer_digest,
     }

@@ -14,11 +14,11 @@ import numpy as np
 import torch
 from megatron.core import parallel_state
 
-from megatron_ext.analysis.embeddings import check_samples
+from megatron_ext.analysis.embeddings import MIN_SAMPLES
 from megatron_ext.analysis.forward import embed_samples
 from megatron_ext.analysis.perplexity import score_samples
 from megatron_ext.analysis.records import record_run, short_names
-from megatron_ext.analysis.samples import read_samples
+from megatron_ext.analysis.samples import check_samples, read_samples
 from megatron_ext.arguments import add_arguments, record_tokenizer
 from megatron_ext.checkpoint.inspect import (
     ARCHITECTURE,
@@ -75,6 +75,7 @@ class Session:
             sample; no sets on ranks other than the writer's stage.
         """
         drawn = self._draw(sets, length=self.args.seq_length)
+        check_samples(drawn, minimum=2)
         model, report = self._open_model(directory)
         report["sets"] = {}
         for name, samples in drawn.items():
@@ -102,8 +103,7 @@ class Session:
             stage.
         """
         drawn = self._draw(sets, length=self.args.seq_length - 1)
-        for name, samples in drawn.items():
-            check_samples(name, samples)
+        check_samples(drawn, minimum=MIN_SAMPLES)
         model, report = self._open_model(directory)
         found = {}
         for name, samples in drawn.items():

@@ -5,6 +5,7 @@ from __future__ import annotations
 from argparse import Namespace
 from collections.abc import Mapping
 from dataclasses import asdict
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -164,8 +165,8 @@ def token_panels(report: Mapping[str, Any]) -> list[Panel]:
     """For each set its density beside the baseline's, and its structural tokens."""
     panels: list[Panel] = []
     for name in report["overuse"]:
-        panels.append(lambda axis, name=name: _draw_density(axis, report, name))  # type: ignore[misc]
-        panels.append(lambda axis, name=name: _draw_overuse(axis, report, name))  # type: ignore[misc]
+        panels.append(partial(_draw_density, report=report, name=name))
+        panels.append(partial(_draw_overuse, report=report, name=name))
     return panels
 
 

@@ -8,9 +8,8 @@ from megatron_ext.analysis.embedding_report import (
     embedding_table,
     measure_embeddings,
 )
-from megatron_ext.analysis.embeddings import check_samples, separation
+from megatron_ext.analysis.embeddings import separation
 from megatron_ext.analysis.figures import render
-from megatron_ext.exceptions import DataError
 
 H = 24
 
@@ -78,8 +77,3 @@ def test_report_of_three_sets():
     assert report["map"] == measure_embeddings(sets, seed=1)["map"]
     assert "a | b" in embedding_table(report)
     assert render(embedding_panels(report)).startswith(b"\x89PNG")
-
-
-def test_too_few_samples():
-    with pytest.raises(DataError, match="--data x: expected at least 20 samples"):
-        check_samples("x", [np.array([1])] * 19)

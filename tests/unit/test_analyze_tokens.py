@@ -6,7 +6,7 @@ import sys
 import numpy as np
 import pytest
 
-from megatron_ext.analysis.samples import describe_dataset, parse_sets, read_samples
+from megatron_ext.analysis.samples import check_samples, describe_dataset, parse_sets, read_samples
 from megatron_ext.analysis.tokens import count_tokens, density, find_overuse
 from megatron_ext.exceptions import ConfigError, DataError, MegatronExtError
 from tests.helpers.text import train_sentencepiece, write_dataset
@@ -123,6 +123,7 @@ def test_content_has_a_hash(sets, tmp_path):
     other = describe_dataset(write_dataset(tmp_path / "c", [[5, 6, 7], [8, 10]]))
     assert first["sampled_sha256"] == same["sampled_sha256"] != other["sampled_sha256"]
     assert (first["documents"], first["tokens"]) == (2, 5)
+    assert first["content_sha256"] is None  # there is no manifest
 
 
 def analyze(monkeypatch, *arguments):
@@ -183,3 +184,8 @@ def test_ids_of_another_tokenizer(tmp_path):
         count_tokens(samples, vocab_size=VOCAB, special=[END], name="x")
     with pytest.raises(DataError, match="at least 2 documents"):
         count_tokens([np.array([END])], vocab_size=VOCAB, special=[END], name="x")
+
+
+def test_too_few_samples():
+    with pytest.raises(DataError, match="--data x: expected at least 3 samples with text, found 2"):
+        check_samples({"x": [np.array([1])] * 2}, minimum=3)
