@@ -45,6 +45,7 @@ def main() -> None:
     from megatron_ext import arguments
     from megatron_ext.checkpoint.source import find_reference
     from megatron_ext.data.checks import check_datasets
+    from megatron_ext.data.overlap import check_overlap
     from megatron_ext.data.providers import datasets_provider
     from megatron_ext.model.model_config import model_config_from_args
     from megatron_ext.plain import PlainStep
@@ -68,6 +69,7 @@ def main() -> None:
         if args.rank == 0:
             print(reason, flush=True)
         return
+    check_overlap(args, config)
     source = find_reference(args, config, start) if config.needs_reference else None
 
     model_config = model_config_from_args(args)

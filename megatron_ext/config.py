@@ -29,6 +29,10 @@ class UnlearnConfig:
     forget_test_data_path: list[str] | None = field(default=None, metadata=_LIST)
     """Like --forget-data-path for the test split alone; goes with --test-data-path."""
 
+    allow_data_overlap: bool = False
+    """Go on although text to forget seems to be replayed as well. Compared are files, their content and
+    samples of their documents, as the manifests have them; tools/verify_data.py compares all documents."""
+
     forget_batch_size: int | None = None
     """Samples of each global batch that are forgotten; the rest are replayed. A multiple of
     micro-batch size times data-parallel size. Default: half of the global batch."""

@@ -1,7 +1,8 @@
 """Digests of documents, by which data sets that share some are found.
 
-A document's digest is the first 8 bytes of BLAKE2b over its token ids as they are stored. Two different
-documents of 10^8 and 10^9 have the same one with a probability of 0.5%.
+A document's digest is an 8-byte BLAKE2b of its token ids as they are stored. That any two different
+documents of 10^8 and 10^9 have the same one has a probability of 0.5%. A document of a few tokens, a
+number or "Yes.", is no text that two data sets share: it has no digest.
 """
 
 import hashlib
@@ -10,27 +11,35 @@ from collections.abc import Buffer
 import numpy as np
 from numpy.typing import NDArray
 
+MIN_TOKENS = 16
 # Kept in a manifest, as 20 KB of text. If two data sets share a fraction f of their documents taken
 # together, about 1024 f of the shared ones are in both samples.
 SAMPLED_DOCUMENTS = 1024
 
 
-def document_digests(tokens: Buffer, bounds: NDArray[np.int64]) -> NDArray[np.uint64]:
-    """Digests of the non-empty documents of a run of tokens.
+def has_digest(bounds: NDArray[np.int64], itemsize: int) -> NDArray[np.bool_]:
+    """Whether each document, bool `[documents]`, is long enough; arguments as in `document_digests`."""
+    return np.diff(bounds) >= MIN_TOKENS * itemsize
+
+
+def document_digests(
+    tokens: Buffer, bounds: NDArray[np.int64], *, itemsize: int
+) -> NDArray[np.uint64]:
+    """Digests of the documents of a run of tokens that have one.
 
     Args:
         tokens: Ids as stored.
         bounds: int64 `[documents + 1]`, where each document begins and ends, in bytes.
+        itemsize: Bytes of a token.
 
     Returns:
-        uint64 `[non-empty documents]`.
+        uint64, a digest for each document of at least `MIN_TOKENS`.
     """
     view = memoryview(tokens).cast("B")
-    places = zip(bounds[:-1].tolist(), bounds[1:].tolist(), strict=True)
+    long = has_digest(bounds, itemsize)
+    places = zip(bounds[:-1][long].tolist(), bounds[1:][long].tolist(), strict=True)
     digests = b"".join(
-        hashlib.blake2b(view[start:end], digest_size=8).digest()
-        for start, end in places
-        if end > start
+        hashlib.blake2b(view[start:end], digest_size=8).digest() for start, end in places
     )
     return np.frombuffer(digests, dtype=">u8").astype(np.uint64)
 

@@ -95,7 +95,7 @@ class IndexedWriter:
 
     @property
     def document_sample(self) -> list[int]:
-        """The smallest digests of non-empty documents, ascending; see `DocumentSample`."""
+        """The smallest digests of documents, ascending; see `DocumentSample`."""
         return self._sample.smallest
 
     def append(
@@ -118,8 +118,9 @@ class IndexedWriter:
         assert int(document_sequences.sum(dtype=np.int64)) == len(sequence_lengths)
         self._bin.write(tokens)
         ends = np.concatenate(([0], np.cumsum(sequence_lengths, dtype=np.int64)))
-        bounds = ends[np.concatenate(([0], np.cumsum(document_sequences)))] * self._dtype.itemsize
-        self._sample.add(document_digests(tokens, bounds))
+        size = self._dtype.itemsize
+        bounds = ends[np.concatenate(([0], np.cumsum(document_sequences)))] * size
+        self._sample.add(document_digests(tokens, bounds, itemsize=size))
         self._sequence_lengths.frombytes(np.ascontiguousarray(sequence_lengths, np.int32).tobytes())
         self._document_sequences.frombytes(
             np.ascontiguousarray(document_sequences, np.int32).tobytes()

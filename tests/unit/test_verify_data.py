@@ -1,0 +1,230 @@
+"""Full checks of tokenised data, and documents that two data sets share."""
+
+import dataclasses
+import hashlib
+import json
+import subprocess
+import sys
+from argparse import Namespace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from megatron_ext.config import UnlearnConfig
+from megatron_ext.data import verify as verify_module
+from megatron_ext.data.document_digests import (
+    MIN_TOKENS,
+    SAMPLED_DOCUMENTS,
+    DocumentSample,
+    document_digests,
+    shared_in_samples,
+)
+from megatron_ext.data.manifest import manifest_path, read_manifest
+from megatron_ext.data.overlap import check_overlap, shared_content
+from megatron_ext.data.preprocess import PreprocessConfig, preprocess
+from megatron_ext.data.tokenizers import TokenizerSpec
+from megatron_ext.data.verify import digests, find_overlap, verify
+from megatron_ext.exceptions import DataError
+from tests.helpers.entry import ROOT
+from tests.helpers.text import make_texts, train_sentencepiece, write_dataset, write_jsonl
+
+TEXTS = [text for text in make_texts(80) if len(text) > 200][:40]
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """Data sets made by preprocessing, by name: their prefixes."""
+    folder = tmp_path_factory.mktemp("data")
+    spec = TokenizerSpec(
+        tokenizer_type="SentencePieceTokenizer",
+        tokenizer_model=train_sentencepiece(folder / "t.model"),
+    )
+    prefixes = {}
+    parts = {"all": TEXTS, "first": TEXTS[:20], "last": TEXTS[20:], "again": TEXTS}
+    for name, texts in parts.items():
+        source = write_jsonl(folder / f"{name}.jsonl", [{"text": text} for text in texts])
+        result = preprocess(
+            PreprocessConfig(inputs=[source], output_prefix=str(folder / name), tokenizer=spec)
+        )
+        prefixes[name] = result.prefixes[0]
+    return prefixes
+
+
+@pytest.fixture
+def copy(made, tmp_path):
+    """A copy of one that a test may break."""
+    for suffix in (".bin", ".idx", ".manifest.json"):
+        (tmp_path / f"c{suffix}").write_bytes(Path(f"{made['all']}{suffix}").read_bytes())
+    return str(tmp_path / "c")
+
+
+def change(path, at, data):
+    content = bytearray(Path(path).read_bytes())
+    content[at : at + len(data)] = data
+    Path(path).write_bytes(content)
+
+
+def test_what_preprocessing_writes_is_right(made):
+    found = verify(made["all"])
+    assert found.has_digest
+    assert found.summary.documents == 40
+    content = Path(f"{made['all']}.bin").read_bytes() + Path(f"{made['all']}.idx").read_bytes()
+    assert read_manifest(made["all"]).content_digest == hashlib.sha256(content).hexdigest()
+
+
+def test_blocks_of_any_size_give_the_same(made, monkeypatch):
+    expected, documents = verify(made["all"]), np.concatenate(list(digests(made["all"])))
+    monkeypatch.setattr(verify_module, "_BLOCK", 64)
+    monkeypatch.setattr(verify_module, "_ENTRIES", 3)
+    assert verify(made["all"]) == expected
+    assert np.array_equal(np.concatenate(list(digests(made["all"]))), documents)
+    found = find_overlap(made["first"], made["all"], max_bytes=1)
+    assert (found.documents, found.distinct) == (20, 20)
+
+
+def test_a_flipped_bit_anywhere_is_found(copy):
+    """Within the vocabulary and the right size: nothing but the digest, or the largest id, can tell."""
+    content = Path(f"{copy}.bin").read_bytes()
+    for at in (0, len(content) // 2 & ~1, len(content) - 2):
+        change(f"{copy}.bin", at, bytes([content[at] ^ 1]))
+        with pytest.raises(
+            DataError, match=r"c\.manifest\.json: expected (content_digest|max_token_id)"
+        ):
+            verify(copy)
+        Path(f"{copy}.bin").write_bytes(content)
+    verify(copy)
+
+
+def test_ids_outside_the_vocabulary_are_placed(copy):
+    change(f"{copy}.bin", 2 * 77, np.uint16(60000).tobytes())
+    with pytest.raises(DataError, match=r"c\.bin: expected ids .*, found 60000 at token 77"):
+        verify(copy)
+    manifest_path(copy).unlink()
+    with pytest.raises(DataError, match=r"c\.bin: expected ids from 0 to 500 - 1.*found 60000"):
+        verify(copy, vocab_size=500)
+    assert verify(copy).largest == 60000
+
+
+@pytest.mark.parametrize(
+    ("field", "at", "value", "message"),
+    [
+        ("length", 34 + 4 * 5, np.int32(3), "sequence 6 has .* from byte"),
+        ("zero length", 34, np.int32(0), "sequence 0 has 0 tokens"),
+        ("offset", 34 + 4 * 40 + 8 * 7, np.int64(1), "sequence 7 has .* from byte 1,"),
+        ("boundary", 34 + 12 * 40 + 8 * 9, np.int64(3), "document 9 begins before"),
+        ("first boundary", 34 + 12 * 40, np.int64(1), "document 0 begins before"),
+    ],
+)
+def test_a_broken_index_is_placed(copy, field, at, value, message):
+    """The ends, which training looks at, are right."""
+    change(f"{copy}.idx", at, value.tobytes())
+    with pytest.raises(DataError, match=rf"c\.idx is broken: {message}"):
+        verify(copy)
+
+
+@pytest.mark.parametrize("field", ["documents", "tokens", "dtype", "vocab_size"])
+def test_another_manifest_is_refused(copy, field):
+    fields = json.loads(manifest_path(copy).read_text())
+    fields[field] = "int32" if field == "dtype" else fields[field] + 1
+    manifest_path(copy).write_text(json.dumps(fields))
+    # The vocabulary is given, so that the manifest's has something to differ from.
+    with pytest.raises(DataError, match=f"c.manifest.json: expected {field}"):
+        verify(copy, vocab_size=fields["vocab_size"] - (field == "vocab_size"))
+
+
+def test_shared_documents_are_counted(made, tmp_path):
+    """Against sets of tuples."""
+    random = np.random.default_rng(3)
+    long = [random.integers(0, 9, MIN_TOKENS + i % 5) for i in range(60)]
+    first = write_dataset(tmp_path / "f", [*long[:40], [], [1, 2]])
+    second = write_dataset(tmp_path / "s", [[1, 2], [], *long[30:], long[39]])
+    known = {tuple(ids) for ids in long[:40]}
+    inside = [number for number, ids in enumerate(long[30:] + [long[39]], 2) if tuple(ids) in known]
+    found = find_overlap(first, second)
+    assert (found.documents, found.distinct) == (len(inside), 10) == (11, 10)
+    assert found.examples == inside[:5]
+    assert find_overlap(made["first"], made["last"]).documents == 0
+
+
+def test_samples_are_comparable_whatever_the_size():
+    """A full sample says nothing beyond its largest digest."""
+    everything = [number * 2**50 for number in range(SAMPLED_DOCUMENTS * 8)]
+    few = DocumentSample()
+    few.add(np.array(everything[::100], dtype=np.uint64))
+    many = DocumentSample()
+    for start in range(0, len(everything), 1000):
+        many.add(np.array(everything[start : start + 1000], dtype=np.uint64))
+    assert many.smallest == everything[:SAMPLED_DOCUMENTS]
+    in_range = len([d for d in few.smallest if d <= many.smallest[-1]])
+    assert shared_in_samples(few.smallest, many.smallest) == (in_range, in_range)
+    other = [digest + 1 for digest in few.smallest]
+    assert shared_in_samples(other, many.smallest)[0] == 0
+
+
+def test_short_documents_have_no_digest():
+    ids = np.arange(3 * MIN_TOKENS, dtype=np.uint16)
+    bounds = 2 * np.array([0, MIN_TOKENS - 1, 2 * MIN_TOKENS - 1, 2 * MIN_TOKENS - 1, len(ids)])
+    expected = [
+        int.from_bytes(hashlib.blake2b(ids.tobytes()[a:b], digest_size=8).digest())
+        for a, b in ((bounds[1], bounds[2]), (bounds[3], bounds[4]))
+    ]
+    assert document_digests(ids.tobytes(), bounds, itemsize=2).tolist() == expected
+
+
+def arguments(made, forget, replay, **fields):
+    config = UnlearnConfig(forget_data_path=["1", made[forget]], **fields)
+    args = Namespace(
+        data_path=[made[replay]],
+        data_args_path=None,
+        per_split_data_args_path=None,
+        **dict.fromkeys(("train_data_path", "valid_data_path", "test_data_path"), None),
+    )
+    return args, config
+
+
+@pytest.mark.parametrize(
+    ("forget", "replay", "found"),
+    [
+        ("all", "all", "the same file"),
+        ("all", "again", "the same content"),
+        ("first", "all", "20 of 20 sampled documents"),
+    ],
+)
+def test_text_that_is_forgotten_and_replayed_is_refused(made, forget, replay, found):
+    with pytest.raises(DataError, match=f"--forget-data-path .*, found {found} as in .*{replay}"):
+        check_overlap(*arguments(made, forget, replay))
+    check_overlap(*arguments(made, forget, replay, allow_data_overlap=True))
+
+
+def test_disjoint_text_passes(made):
+    check_overlap(*arguments(made, "first", "last"))
+    check_overlap(arguments(made, "all", "all")[0], UnlearnConfig())
+
+
+def test_a_manifest_of_an_earlier_version_says_less(made):
+    manifest = read_manifest(made["all"])
+    old = dataclasses.replace(manifest, content_digest=None, document_sample=None)
+    assert shared_content("a", old, "b", old) is None
+    assert shared_content("a", None, "b", manifest) is None
+    assert shared_content("a", old, "./a", None) == "the same file"
+
+
+def test_the_tool_checks_all_and_says_which_are_bad(made, copy):
+    change(f"{copy}.bin", 0, np.uint16(60000).tobytes())
+    command = [sys.executable, str(ROOT / "tools" / "verify_data.py")]
+
+    def tool(*words):
+        return subprocess.run([*command, *words], capture_output=True, text=True)
+
+    result = tool(copy, made["first"], "--against", made["all"])
+    assert result.returncode == 2
+    lines = result.stdout.splitlines()
+    assert lines[0].startswith(f"BAD {copy}.bin: expected ids")
+    assert lines[1].startswith(f"ok  {made['first']}: 20 documents")
+    assert result.stderr == "verify_data.py: error: 1 checks failed, see above\n"
+    result = tool(made["first"], "--against", made["all"], made["last"])
+    assert result.returncode == 2
+    assert f"BAD {made['all']}: 20 documents (20 distinct) are in {made['first']}" in result.stdout
+    assert f"ok  {made['last']} shares no document with {made['first']}" in result.stdout
+    assert tool(made["first"], made["last"]).returncode == 0

@@ -1,0 +1,127 @@
+#!/usr/bin/env python
+"""Check tokenised data sets in full; training itself checks only what is cheap.
+
+    python tools/verify_data.py data/web_text_document data/qa_text_document \
+        --tokenizer-type SentencePieceTokenizer --tokenizer-model tok.model
+    python tools/verify_data.py data/qa_text_document --against data/web_text_document
+
+Reads every token: the index against the tokens, every id against the vocabulary, counts and the digest of
+the content against the manifest. With --against, finds documents, of 16 tokens or more, that the data sets
+share with others. The exit code is 0 if nothing is wrong.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from megatron_ext.data.indexed import bin_path
+from megatron_ext.data.tokenizers import (
+    TOKENIZER_TYPES,
+    TokenizerSpec,
+    build_reference,
+    tokenizer_digest,
+)
+from megatron_ext.data.verify import find_overlap, verify
+from megatron_ext.exceptions import ConfigError, DataError
+from tools.common import run_tool
+
+
+def parse_args() -> argparse.Namespace:
+    """Parse the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("prefix", nargs="+", help="data sets, as --data-path names them")
+    parser.add_argument("--tokenizer-type", choices=TOKENIZER_TYPES)
+    parser.add_argument("--tokenizer-model", help="without it, ids are held against the manifest")
+    parser.add_argument(
+        "--against", nargs="+", default=[], metavar="PREFIX", help="other data sets"
+    )
+    parser.add_argument("--max-memory", type=float, default=1.0, metavar="GB", help="for digests")
+    args = parser.parse_args()
+    if (args.tokenizer_type is None) != (args.tokenizer_model is None):
+        raise ConfigError(
+            "--tokenizer-type, --tokenizer-model: expected both or neither, found one"
+        )
+    if not args.max_memory > 0:
+        raise ConfigError(f"--max-memory: expected more than 0, found {args.max_memory}")
+    return args
+
+
+def _bar(prefix: str, label: str) -> tqdm:
+    path = bin_path(prefix)
+    size = path.stat().st_size if path.is_file() else 0
+    return tqdm(total=size, unit="B", unit_scale=True, desc=label, disable=None)
+
+
+def check_sets(args: argparse.Namespace) -> int:
+    """Verify each data set and print what was found; the number of bad ones."""
+    vocab_size = digest = None
+    if args.tokenizer_model is not None:
+        spec = TokenizerSpec(
+            tokenizer_type=args.tokenizer_type, tokenizer_model=args.tokenizer_model
+        )
+        vocab_size, digest = build_reference(spec).vocab_size, tokenizer_digest(spec)
+    bad = 0
+    for prefix in args.prefix:
+        try:
+            with _bar(prefix, "verifying") as bar:
+                found = verify(
+                    prefix, vocab_size=vocab_size, tokenizer_digest=digest, advance=bar.update
+                )
+        except DataError as error:
+            bad += 1
+            print(f"BAD {error}")
+            continue
+        size = found.summary
+        note = (
+            "" if found.has_digest else "; no digest of the content in a manifest to compare with"
+        )
+        print(
+            f"ok  {prefix}: {size.documents:,} documents, {size.tokens:,} tokens, ids up to "
+            f"{found.largest}{note}"
+        )
+    return bad
+
+
+def check_overlaps(args: argparse.Namespace) -> int:
+    """Compare each data set with each of the others; the number of pairs that share documents."""
+    bad = 0
+    for prefix in args.prefix:
+        for other in args.against:
+            with _bar(other, "comparing") as bar:
+                found = find_overlap(
+                    prefix, other, max_bytes=int(args.max_memory * 1e9), advance=bar.update
+                )
+            if found.documents:
+                bad += 1
+                numbers = ", ".join(map(str, found.examples))
+                print(
+                    f"BAD {other}: {found.documents:,} documents ({found.distinct:,} distinct) are in "
+                    f"{prefix} too, numbers {numbers} among them"
+                )
+            else:
+                print(f"ok  {other} shares no document with {prefix}")
+    return bad
+
+
+def main() -> None:
+    """Run both checks."""
+    args = parse_args()
+    bad = check_sets(args)
+    if not bad:  # documents of a broken index are none
+        bad = check_overlaps(args)
+    if bad:
+        raise DataError(f"{bad} checks failed, see above")
+
+
+if __name__ == "__main__":
+    run_tool(main)
