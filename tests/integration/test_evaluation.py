@@ -2,17 +2,14 @@
 
 import json
 import re
-import subprocess
-import sys
 from argparse import ArgumentParser
-from pathlib import Path
 
 import pytest
 
 from megatron_ext.evaluation import followbench_run, mtbench_run
 from megatron_ext.exceptions import ConfigError, DataError
 from tests.helpers import llama
-from tests.helpers.entry import ROOT
+from tests.helpers.entry import ROOT, Launch
 from tests.helpers.judge import stub_judge
 
 # A checkout of the same form as the project's: modules that import each other by bare names.
@@ -261,10 +258,11 @@ def test_what_is_missing_is_named(world, tmp_path):
             run(verb, *arguments)
 
 
-def test_the_tool_ends_without_a_traceback(world, tmp_path):
-    command = [sys.executable, "tools/evaluate.py", "mt-bench", "--questions", "nowhere.jsonl"]
-    command += ["--name", "x", "--output-dir", str(tmp_path), "--model", str(Path("nowhere"))]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 2
-    assert "nowhere.jsonl" in done.stderr.splitlines()[-1]
-    assert "Traceback" not in done.stderr
+def test_the_tool_ends_without_a_traceback(server, tmp_path):
+    arguments = ("mt-bench", "--questions", "nowhere.jsonl", "--name", "x")
+    arguments += ("--output-dir", tmp_path, "--model", "nowhere")
+    launch = Launch(arguments, script=ROOT / "tools" / "evaluate.py")
+    ((code, output),) = server.results([launch])
+    assert code == 2
+    assert "nowhere.jsonl" in output.splitlines()[-1]
+    assert "Traceback" not in output
