@@ -25,45 +25,16 @@ from megatron_ext.config import ChatConfig, UnlearnConfig
 from megatron_ext.data.tokenizers import TOKENIZER_TYPES, TokenizerSpec, tokenizer_digest
 from megatron_ext.exceptions import ConfigError
 from megatron_ext.model.layer_spec import check_arguments as check_layer_arguments
+from megatron_ext.refusals import (
+    NEVER,
+    WITH_UNLEARNING,
+    WITHOUT_TRANSFORMER_ENGINE,
+    WITHOUT_UNLEARNING,
+    refuse,
+)
 from megatron_ext.runtime import compat, cpu
 
 logger = logging.getLogger(__name__)
-
-# Combinations that are refused: the argument, whether it is set, and why it cannot work.
-_NEVER: tuple[tuple[str, str], ...] = (
-    ("num_experts", "mixture-of-experts layers route tokens with losses of their own"),
-    ("multi_latent_attention", "multi-latent attention is not among the layers of this product"),
-    ("yaml_cfg", "settings are given as flags"),
-    ("use_torch_fsdp2", "the model is sharded by tensor and pipeline parallelism"),
-    ("use_megatron_fsdp", "the model is sharded by tensor and pipeline parallelism"),
-    ("use_mup", "the head does not scale logits by width"),
-    ("modelopt_enabled", "ModelOpt replaces the loss"),
-    ("fim_data", "fill-in-the-middle samples are not built here"),
-    ("sft", "conversations are named by --chat-data-path"),
-    (
-        "mtp_num_layers",
-        "the head has no loss for further predictions, with --forget-data-path or without",
-    ),
-    ("reset_attention_mask", "attention is causal over the whole sample"),
-    ("dataloader_inter_document_masking", "attention is causal over the whole sample"),
-    ("defer_embedding_wgrad_compute", "the head computes the output layer's gradient itself"),
-    ("tensor_parallel_num_weight_shards", "weights are sharded by tensor parallelism alone"),
-)
-_NEVER_WITH_UNLEARNING: tuple[tuple[str, str], ...] = (
-    ("rampup_batch_size", "the composition of a batch is fixed for the whole run"),
-    ("step_batch_size_schedule", "the composition of a batch is fixed for the whole run"),
-    ("decrease_batch_size_if_needed", "the composition of a batch is fixed for the whole run"),
-    ("phase_transition_iterations", "the composition of a batch is fixed for the whole run"),
-    (
-        "calculate_per_token_loss",
-        "each term is already averaged over its tokens of the global batch",
-    ),
-    ("multiple_validation_sets", "forget and replay validation losses are reported apart already"),
-    ("full_validation", "validation batches are composed of forget and replay samples"),
-    ("overlap_moe_expert_parallel_comm", "it replaces the schedule that runs the reference"),
-    ("hybrid_context_parallel", "it replaces the schedule that runs the reference"),
-    ("mock_data", "there is nothing to forget in random tokens"),
-)
 
 
 def add_arguments(parser: ArgumentParser) -> ArgumentParser:
@@ -196,35 +167,16 @@ def check_before_megatron(args: Namespace, config: UnlearnConfig) -> None:
     Raises:
         ConfigError: names the flag, what was expected and what was found.
     """
-    for name, reason in _NEVER:
-        _refuse(args, name, f"is not supported: {reason}")
-    if args.context_parallel_size > 1 and not _installed("transformer_engine"):
-        raise ConfigError(
-            f"--context-parallel-size: expected 1, found {args.context_parallel_size}; attention over a "
-            "sequence that is split across ranks needs Transformer Engine, which is not installed"
-        )
+    refuse(args, NEVER, where="is not supported")
+    if not _installed("transformer_engine"):
+        refuse(args, WITHOUT_TRANSFORMER_ENGINE, where="is not supported")
     if args.spec is None and args.transformer_impl == "local":
         check_layer_arguments(args)
     if config.enabled:
-        for name, reason in _NEVER_WITH_UNLEARNING:
-            _refuse(args, name, f"cannot be combined with --forget-data-path: {reason}")
-        if args.dataloader_type not in (None, "single"):
-            raise ConfigError(
-                f"--dataloader-type: expected single, found {args.dataloader_type}; "
-                "the order of forgotten and replayed samples is fixed"
-            )
-        if args.cuda_graph_impl == "full_iteration":
-            raise ConfigError(
-                "--cuda-graph-impl full_iteration cannot capture the reference's pass"
-            )
+        refuse(args, WITH_UNLEARNING, where="cannot be combined with --forget-data-path")
         _check_start(args, flag="--forget-data-path")
-    elif config.reference_load is not None:
-        raise ConfigError("--reference-load: expected --forget-data-path beside it, found none")
-
-
-def _refuse(args: Namespace, name: str, reason: str) -> None:
-    if getattr(args, name, None):
-        raise ConfigError(f"--{name.replace('_', '-')} {reason}")
+    else:
+        refuse(args, WITHOUT_UNLEARNING, where="needs --forget-data-path, found none")
 
 
 def _check_start(args: Namespace, *, flag: str) -> None:

@@ -25,41 +25,10 @@ from megatron_ext.data.chat_tokens import load_tokens
 from megatron_ext.data.providers import Datasets, reads_data
 from megatron_ext.data.tokenizers import TokenizerSpec, tokenizer_digest
 from megatron_ext.exceptions import ConfigError
+from megatron_ext.refusals import REQUIRED_WITH_CHAT, WITH_CHAT, refuse
 
 # Megatron's arguments that make the loss the mean over the counted tokens of the global batch.
 NORMALISATION: dict[str, Any] = {"calculate_per_token_loss": True}
-_ONE_OF_TWO = "a run either unlearns or tunes; unlearn first, then tune the result"
-_OTHER_DATA = "the conversations are the data"
-_EVERY_TOKEN = "the template decides which tokens count"
-_PACKED = "positions and attention run on over a packed sequence"
-_FIXED = "the number of iterations follows from a fixed global batch"
-_NEVER_WITH_CHAT: tuple[tuple[str, str], ...] = (
-    ("forget_data_path", _ONE_OF_TWO),
-    ("forget_train_data_path", _ONE_OF_TWO),
-    ("forget_valid_data_path", _ONE_OF_TWO),
-    ("forget_test_data_path", _ONE_OF_TWO),
-    ("data_path", _OTHER_DATA),
-    ("data_args_path", _OTHER_DATA),
-    ("per_split_data_args_path", _OTHER_DATA),
-    ("train_data_path", _OTHER_DATA),
-    ("valid_data_path", _OTHER_DATA),
-    ("test_data_path", _OTHER_DATA),
-    ("mock_data", _OTHER_DATA),
-    ("sft", "it is another way to do the same"),
-    ("eod_mask_loss", _EVERY_TOKEN),
-    ("reset_position_ids", _PACKED),
-    ("reset_attention_mask", _PACKED),
-    ("create_attention_mask_in_dataloader", _PACKED),
-    ("rampup_batch_size", _FIXED),
-    ("step_batch_size_schedule", _FIXED),
-    ("decrease_batch_size_if_needed", _FIXED),
-    ("phase_transition_iterations", _FIXED),
-    ("mtp_num_layers", "multi-token prediction adds a loss over other tokens"),
-    ("multiple_validation_sets", "there is one validation set"),
-    ("full_validation", "validation reads --eval-iters batches"),
-    ("hybrid_context_parallel", _PACKED),
-    ("ddp_average_in_collective", "gradients are summed and then divided by the counted tokens"),
-)
 
 
 @dataclass(frozen=True)
@@ -218,16 +187,8 @@ def check_resume(saved: Namespace, args: Namespace) -> None:
 
 
 def _check(args: Namespace) -> None:
-    for name, reason in _NEVER_WITH_CHAT:
-        if getattr(args, name, None):
-            flag = name.replace("_", "-")
-            raise ConfigError(f"--{flag} cannot be combined with --chat-data-path: {reason}")
-    if args.dataloader_type not in (None, "single"):
-        raise ConfigError(
-            f"--dataloader-type: expected single, found {args.dataloader_type}; the order of the "
-            "conversations is a function of --seed and the epoch"
-        )
-    for name in ("seq_length", "global_batch_size", "tokenizer_type", "tokenizer_model"):
+    refuse(args, WITH_CHAT, where="cannot be combined with --chat-data-path")
+    for name in REQUIRED_WITH_CHAT:
         if getattr(args, name) is None:
             flag = name.replace("_", "-")
             raise ConfigError(f"--{flag}: expected it beside --chat-data-path, found none")

@@ -137,8 +137,6 @@ class UnlearnConfig:
             if not 0 < value < bound:  # nor NaN
                 what = "between 0 and 1" if bound == 1 else "above 0"
                 raise ConfigError(f"{flag}: expected a finite number {what}, found {value}")
-            if not self.enabled:
-                raise ConfigError(f"{flag}: expected --forget-data-path beside it, found none")
 
     def forget_samples(self, global_batch_size: int, *, train_global_batch_size: int) -> int:
         """Forgotten samples of a batch whose size may differ from training's (in validation).

@@ -7,6 +7,7 @@ that follow them), so a checkpoint of either loads here, and the reverse.
 """
 
 from argparse import Namespace
+from collections.abc import Callable
 from typing import Any
 
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
@@ -30,7 +31,7 @@ from megatron_ext.model.mlp import TorchMLP
 from megatron_ext.model.norm import TorchNorm
 
 # Field of the config -> what to call it in the error, for everything that must be left unset.
-_UNSUPPORTED = {
+UNSUPPORTED = {
     "multi_latent_attention": "multi-latent attention",
     "num_moe_experts": "mixture of experts (--num-experts)",
     "window_size": "sliding-window attention (--window-size)",
@@ -52,6 +53,15 @@ _UNSUPPORTED = {
     "fused_single_qkv_rope": "Transformer Engine's rotary kernel (--fused-single-qkv-rope)",
     "use_te_activation_func": "Transformer Engine's activation (--use-te-activation-func)",
     "batch_invariant_mode": "--batch-invariant-mode",
+    "context_parallel_size": "context parallelism (--context-parallel-size above 1)",
+    "softmax_type": "--softmax-type other than vanilla",
+    "cuda_graph_impl": "--cuda-graph-impl transformer_engine",
+}
+# Of these, some values are fine though they are set.
+_FINE: dict[str, Callable[[Any], bool]] = {
+    "context_parallel_size": lambda size: size == 1,
+    "softmax_type": lambda kind: kind == "vanilla",
+    "cuda_graph_impl": lambda kind: kind != "transformer_engine",
 }
 
 
@@ -62,15 +72,12 @@ def check_config(config: TransformerConfig) -> None:
         ConfigError: The config asks for something of Transformer Engine or of another attention;
             the message names all of it.
     """
-    wrong = [text for field, text in _UNSUPPORTED.items() if getattr(config, field, None)]
-    if config.context_parallel_size > 1:
-        wrong.append(
-            f"context parallelism (--context-parallel-size {config.context_parallel_size})"
-        )
-    if config.softmax_type != "vanilla":
-        wrong.append(f"--softmax-type {config.softmax_type}")
-    if config.cuda_graph_impl == "transformer_engine":
-        wrong.append("--cuda-graph-impl transformer_engine")
+    values = {field: getattr(config, field, None) for field in UNSUPPORTED}
+    wrong = [
+        UNSUPPORTED[field] + (f", found {value}" if field in _FINE else "")
+        for field, value in values.items()
+        if value and not (field in _FINE and _FINE[field](value))
+    ]
     if wrong:
         raise ConfigError(f"the torch-native layers do not support: {'; '.join(wrong)}")
 

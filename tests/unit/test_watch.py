@@ -32,8 +32,6 @@ def test_limits_that_no_run_can_reach_or_pass(name, value):
     flag = "--" + name.replace("_", "-")
     with pytest.raises(ConfigError, match=f"{flag}: expected a finite number .*, found {value}"):
         config(**{name: value})
-    with pytest.raises(ConfigError, match=f"{flag}: expected --forget-data-path beside it"):
-        UnlearnConfig(**{name: 0.5})
 
 
 def test_a_probability_is_below_one():

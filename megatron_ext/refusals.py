@@ -1,0 +1,201 @@
+"""Every flag and combination of flags that is refused, with the reason; docs/refused.md lists them.
+
+A row is checked against the parsed arguments before Megatron validates them, so that nothing has started yet.
+"""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from megatron_ext.exceptions import ConfigError
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """A flag that cannot be used.
+
+    Attributes:
+        name: the argument.
+        reason: why not.
+        expected: what it must be; where it may not be used at all, nothing.
+        is_refused: whether a value is.
+    """
+
+    name: str
+    reason: str
+    expected: str = ""
+    is_refused: Callable[[Any], Any] = bool
+
+    @property
+    def flag(self) -> str:
+        """As it is typed."""
+        return f"--{self.name.replace('_', '-')}"
+
+
+def _is_no_single(loader: str | None) -> bool:
+    return loader not in (None, "single")
+
+
+NEVER: tuple[Refusal, ...] = (
+    Refusal("num_experts", "mixture-of-experts layers route tokens with losses of their own"),
+    Refusal(
+        "multi_latent_attention", "multi-latent attention is not among the layers of this product"
+    ),
+    Refusal("yaml_cfg", "settings are given as flags"),
+    Refusal("use_torch_fsdp2", "the model is sharded by tensor and pipeline parallelism"),
+    Refusal("use_megatron_fsdp", "the model is sharded by tensor and pipeline parallelism"),
+    Refusal("use_mup", "the head does not scale logits by width"),
+    Refusal("fim_data", "fill-in-the-middle samples are not built here"),
+    Refusal("sft", "conversations are named by --chat-data-path"),
+    Refusal(
+        "mtp_num_layers",
+        "the head has no loss for further predictions, with --forget-data-path or without",
+    ),
+    Refusal("reset_attention_mask", "attention is causal over the whole sample"),
+    Refusal("dataloader_inter_document_masking", "attention is causal over the whole sample"),
+    Refusal(
+        "defer_embedding_wgrad_compute", "the head computes the output layer's gradient itself"
+    ),
+    Refusal("tensor_parallel_num_weight_shards", "weights are sharded by tensor parallelism alone"),
+)
+WITHOUT_TRANSFORMER_ENGINE = (
+    Refusal(
+        "context_parallel_size",
+        "attention over a sequence that is split across ranks needs Transformer Engine, which is not "
+        "installed",
+        "1",
+        lambda size: size > 1,
+    ),
+)
+WITH_UNLEARNING: tuple[Refusal, ...] = (
+    Refusal("rampup_batch_size", "the composition of a batch is fixed for the whole run"),
+    Refusal("step_batch_size_schedule", "the composition of a batch is fixed for the whole run"),
+    Refusal(
+        "decrease_batch_size_if_needed", "the composition of a batch is fixed for the whole run"
+    ),
+    Refusal("phase_transition_iterations", "the composition of a batch is fixed for the whole run"),
+    Refusal(
+        "calculate_per_token_loss",
+        "each term is already averaged over its tokens of the global batch",
+    ),
+    Refusal(
+        "multiple_validation_sets", "forget and replay validation losses are reported apart already"
+    ),
+    Refusal("full_validation", "validation batches are composed of forget and replay samples"),
+    Refusal("overlap_moe_expert_parallel_comm", "it replaces the schedule that runs the reference"),
+    Refusal("hybrid_context_parallel", "it replaces the schedule that runs the reference"),
+    Refusal("mock_data", "there is nothing to forget in random tokens"),
+    Refusal(
+        "dataloader_type",
+        "the order of forgotten and replayed samples is fixed",
+        "single",
+        _is_no_single,
+    ),
+    Refusal(
+        "cuda_graph_impl",
+        "a graph of a full iteration cannot capture the reference's pass",
+        "none, local or transformer_engine",
+        lambda kind: kind == "full_iteration",
+    ),
+)
+WITHOUT_UNLEARNING = tuple(
+    Refusal(name, "nothing is unlearned")
+    for name in (
+        *("reference_load", "allow_data_overlap"),
+        *("max_mitigation_kl", "min_forget_probability", "max_replay_increase"),
+    )
+)
+
+_ONE_OF_TWO = "a run either unlearns or tunes; unlearn first, then tune the result"
+_OTHER_DATA = "the conversations are the data"
+_EVERY_TOKEN = "the template decides which tokens count"
+_PACKED = "positions and attention run on over a packed sequence"
+_FIXED = "the number of iterations follows from a fixed global batch"
+WITH_CHAT: tuple[Refusal, ...] = (
+    Refusal("forget_data_path", _ONE_OF_TWO),
+    Refusal("forget_train_data_path", _ONE_OF_TWO),
+    Refusal("forget_valid_data_path", _ONE_OF_TWO),
+    Refusal("forget_test_data_path", _ONE_OF_TWO),
+    Refusal("data_path", _OTHER_DATA),
+    Refusal("data_args_path", _OTHER_DATA),
+    Refusal("per_split_data_args_path", _OTHER_DATA),
+    Refusal("train_data_path", _OTHER_DATA),
+    Refusal("valid_data_path", _OTHER_DATA),
+    Refusal("test_data_path", _OTHER_DATA),
+    Refusal("mock_data", _OTHER_DATA),
+    Refusal("sft", "it is another way to do the same"),
+    Refusal("eod_mask_loss", _EVERY_TOKEN),
+    Refusal("reset_position_ids", _PACKED),
+    Refusal("reset_attention_mask", _PACKED),
+    Refusal("rampup_batch_size", _FIXED),
+    Refusal("step_batch_size_schedule", _FIXED),
+    Refusal("decrease_batch_size_if_needed", _FIXED),
+    Refusal("phase_transition_iterations", _FIXED),
+    Refusal("mtp_num_layers", "multi-token prediction adds a loss over other tokens"),
+    Refusal("multiple_validation_sets", "there is one validation set"),
+    Refusal("full_validation", "validation reads --eval-iters batches"),
+    Refusal("hybrid_context_parallel", _PACKED),
+    Refusal(
+        "ddp_average_in_collective", "gradients are summed and then divided by the counted tokens"
+    ),
+    Refusal(
+        "dataloader_type",
+        "the order of the conversations is a function of --seed and the epoch",
+        "single",
+        _is_no_single,
+    ),
+)
+REQUIRED_WITH_CHAT = ("seq_length", "global_batch_size", "tokenizer_type", "tokenizer_model")
+
+
+def refuse(args: Namespace, refusals: Iterable[Refusal], *, where: str) -> None:
+    """Hold parsed arguments against a table.
+
+    Args:
+        args: the arguments; one that is not among them is not refused.
+        refusals: the rows.
+        where: completes "--flag ...": under which circumstance the rows hold.
+
+    Raises:
+        ConfigError: names the flag and the reason of the first row that applies.
+    """
+    for row in refusals:
+        value = getattr(args, row.name, None)
+        if value is None or not row.is_refused(value):
+            continue
+        if row.expected:
+            raise ConfigError(f"{row.flag}: expected {row.expected}, found {value}; {row.reason}")
+        raise ConfigError(f"{row.flag} {where}: {row.reason}")
+
+
+def render() -> str:
+    """The page that lists every row, as Markdown."""
+    from megatron_ext.model.layer_spec import UNSUPPORTED
+
+    lines = [
+        "# What is refused",
+        "",
+        "Generated by `python tools/list_refused.py` from the tables that the checks use. Each of these ends",
+        "a run at its start, with the reason. Values that do not fit together, batch sizes for one, are",
+        "refused with messages of their own, and so is what Megatron-Core itself refuses.",
+    ]
+    groups = {
+        "In every run": NEVER,
+        "Without Transformer Engine": WITHOUT_TRANSFORMER_ENGINE,
+        "With `--forget-data-path` (unlearning)": WITH_UNLEARNING,
+        "Without `--forget-data-path`": WITHOUT_UNLEARNING,
+        "With `--chat-data-path` (chat tuning)": WITH_CHAT,
+    }
+    for title, rows in groups.items():
+        lines += ["", f"## {title}", "", "| flag | refused | because |", "|---|---|---|"]
+        for row in rows:
+            what = f"unless {row.expected}" if row.expected else "always"
+            lines.append(f"| `{row.flag}` | {what} | {row.reason} |")
+    required = ", ".join(f"`--{name.replace('_', '-')}`" for name in REQUIRED_WITH_CHAT)
+    lines += ["", f"Chat tuning needs {required}."]
+    lines += ["", "## With the torch-native layers (no Transformer Engine)", ""]
+    lines += [f"- {text}" for text in UNSUPPORTED.values()]
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,72 @@
+"""The tables of what is refused: they are listed in the docs, and their arguments exist."""
+
+from argparse import ArgumentParser, Namespace
+
+import pytest
+
+from megatron_ext import refusals
+from megatron_ext.exceptions import ConfigError
+from megatron_ext.refusals import (
+    NEVER,
+    REQUIRED_WITH_CHAT,
+    WITH_CHAT,
+    WITH_UNLEARNING,
+    WITHOUT_TRANSFORMER_ENGINE,
+    WITHOUT_UNLEARNING,
+    refuse,
+)
+from tests.helpers.entry import ROOT
+
+TABLES = (NEVER, WITHOUT_TRANSFORMER_ENGINE, WITH_UNLEARNING, WITHOUT_UNLEARNING, WITH_CHAT)
+ROWS = [row for table in TABLES for row in table]
+
+
+def test_the_page_is_the_one_that_the_tables_give():
+    page = ROOT / "docs" / "refused.md"
+    assert page.read_text() == refusals.render(), "run: python tools/list_refused.py"
+
+
+def test_every_row_is_on_the_page():
+    page = refusals.render()
+    for row in ROWS:
+        assert f"| `{row.flag}` |" in page
+        assert row.reason in page
+
+
+@pytest.fixture(scope="module")
+def destinations():
+    from megatron.training.arguments import add_megatron_arguments
+
+    from megatron_ext.arguments import add_arguments
+
+    parser = add_arguments(add_megatron_arguments(ArgumentParser(allow_abbrev=False)))
+    return {
+        action.dest: (action.option_strings, parser.get_default(action.dest))
+        for action in parser._actions
+    }
+
+
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
+def test_each_is_an_argument_that_exists_and_may_be_left_out(destinations, row):
+    assert row.name in destinations, "a row of a misspelt argument would refuse nothing"
+    flags, default = destinations[row.name]
+    assert row.flag in flags
+    assert default is None or not row.is_refused(default)
+
+
+def test_what_chat_tuning_needs_exists(destinations):
+    assert set(REQUIRED_WITH_CHAT) <= destinations.keys()
+
+
+def test_the_first_row_that_applies_is_named():
+    with pytest.raises(ConfigError, match=r"^--num-experts is not supported: mixture-of-experts"):
+        refuse(Namespace(num_experts=8, sft=True), NEVER, where="is not supported")
+    with pytest.raises(
+        ConfigError, match=r"^--dataloader-type: expected single, found cyclic; the"
+    ):
+        refuse(Namespace(dataloader_type="cyclic"), WITH_CHAT, where="")
+    with pytest.raises(ConfigError, match=r"^--max-mitigation-kl needs --forget-data-path"):
+        refuse(
+            Namespace(max_mitigation_kl=1.0), WITHOUT_UNLEARNING, where="needs --forget-data-path"
+        )
+    refuse(Namespace(num_experts=None, dataloader_type="single"), ROWS, where="")
