@@ -84,6 +84,9 @@ def _add_data(parser: ArgumentParser) -> None:
 
 def _add_layout(parser: ArgumentParser) -> None:
     """Flags of every verb that runs a model."""
+    parser.add_argument(
+        "--length", type=int, help="tokens read of a document (the model's sequence length)"
+    )
     parser.add_argument("--micro-batch-size", type=int, default=8)
     parser.add_argument("--tensor-model-parallel-size", type=int, default=1)
     parser.add_argument("--pipeline-model-parallel-size", type=int, default=1)
@@ -113,8 +116,8 @@ def _add_report(parser: ArgumentParser) -> None:
 def _check(options: Namespace) -> None:
     """Refuse numbers that make no sense, and an output that the picture beside it would overwrite."""
     for name in ("samples", "length", "bandwidth", "top", "micro_batch_size"):
-        value = getattr(options, name, 1)
-        if value <= 0:
+        value = getattr(options, name, None)
+        if value is not None and value <= 0:
             raise ConfigError(f"--{name.replace('_', '-')}: expected more than 0, found {value}")
     if Path(options.output).suffix == ".png":
         raise ConfigError(f"--output: expected the JSON file, found a picture, {options.output}")
@@ -197,7 +200,7 @@ def _session(options: Namespace) -> AbstractContextManager[Session]:
     from megatron_ext.analysis.session import open_session
 
     compat.apply()
-    return open_session(options)
+    return open_session(options, length=options.length)
 
 
 def _write(

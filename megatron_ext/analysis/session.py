@@ -144,12 +144,13 @@ class Session:
 
 
 @contextlib.contextmanager
-def open_session(options: Namespace) -> Iterator[Session]:
+def open_session(options: Namespace, *, length: int | None = None) -> Iterator[Session]:
     """Set Megatron up for the architecture of the first checkpoint.
 
     Args:
         options: ``checkpoint``, ``tokenizer_type``, ``tokenizer_model``, ``micro_batch_size``,
             ``tensor_model_parallel_size``, ``pipeline_model_parallel_size``, ``samples``, ``seed``.
+        length: tokens of a sequence, if fewer than the model's: text is padded to it.
 
     Raises:
         CheckpointError: a checkpoint cannot be read.
@@ -161,7 +162,8 @@ def open_session(options: Namespace) -> Iterator[Session]:
 
     os.environ.setdefault("MASTER_ADDR", "localhost")
     os.environ.setdefault("MASTER_PORT", "0" if "RANK" not in os.environ else "29500")
-    args = _arguments(options, open_checkpoint(options.checkpoint[0], flag="--checkpoint"))
+    checkpoint = open_checkpoint(options.checkpoint[0], flag="--checkpoint")
+    args = _arguments(options, checkpoint, length)
     try:
         set_global_variables(args)
     except (OSError, RuntimeError, ValueError) as error:
@@ -178,7 +180,7 @@ def open_session(options: Namespace) -> Iterator[Session]:
             torch.distributed.destroy_process_group()
 
 
-def _arguments(options: Namespace, checkpoint: Checkpoint) -> Namespace:
+def _arguments(options: Namespace, checkpoint: Checkpoint, length: int | None) -> Namespace:
     """Megatron's arguments for running the model of a checkpoint."""
     from megatron.training.arguments import parse_args, validate_args
 
@@ -199,6 +201,13 @@ def _arguments(options: Namespace, checkpoint: Checkpoint) -> Namespace:
     for name in (*ARCHITECTURE, *_RUN, "group_query_attention", "num_query_groups"):
         if hasattr(saved, name):
             setattr(args, name, getattr(saved, name))
+    if length is not None:
+        if length > args.seq_length:
+            raise ConfigError(
+                f"--length: expected at most {args.seq_length}, the sequence length of {checkpoint.path}, "
+                f"found {length}"
+            )
+        args.seq_length = length
     try:
         validate_args(args)
     except (AssertionError, ValueError) as error:

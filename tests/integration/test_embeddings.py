@@ -16,28 +16,23 @@ from tests.helpers.entry import ROOT
 from tests.helpers.tiny import SEQUENCE
 
 HEADS, GROUPS, END = 4, 2, 2
-SAMPLES, SEED = 200, 7
+SAMPLES, SEED, SHORT = 200, 7, 20
 TORCHRUN = ["-m", "torch.distributed.run", "--rdzv-backend", "c10d"]
 TORCHRUN += ["--rdzv-endpoint", "localhost:0", "--nproc-per-node", "2"]
 
 
-def naive(tiny, prefix):
+def naive(tiny, prefix, *, length):
     """Mean over a text's tokens of the states behind the final norm; documents one at a time."""
     weights = naive_gpt.load_weights(str(tiny.base))
     # With this for the output layer, the "logits" are the hidden states.
     weights["output_layer.weight"] = torch.eye(32, dtype=torch.float64)
     rows = []
-    for sample in read_samples(str(prefix), count=SAMPLES, length=SEQUENCE - 1, seed=SEED):
+    for sample in read_samples(str(prefix), count=SAMPLES, length=length, seed=SEED):
         inputs = torch.tensor([END, *sample])[None]
         with torch.no_grad():
             states = naive_gpt.logits(weights, inputs, heads=HEADS, groups=GROUPS)[0]
         rows.append(states[1:].mean(dim=0).numpy())
     return np.stack(rows)
-
-
-@pytest.fixture(scope="module")
-def expected(tiny):
-    return {name: naive(tiny, getattr(tiny, name)) for name in ("replay", "forget")}
 
 
 def start(*command):
@@ -53,7 +48,7 @@ def start(*command):
     return done.stdout
 
 
-def test_tensor_parallel_embeddings_are_naive(tiny, expected, tmp_path):
+def test_tensor_parallel_embeddings_are_naive(tiny, tmp_path):
     options = {
         "checkpoint": [str(tiny.base)],
         "tokenizer_type": "SentencePieceTokenizer",
@@ -67,29 +62,28 @@ def test_tensor_parallel_embeddings_are_naive(tiny, expected, tmp_path):
     output = tmp_path / "x.npy"
     start(*TORCHRUN, "-m", "tests.helpers.embed", output, tiny.forget, json.dumps(options))
     # fp32 against fp64; values are of the order of 1.
-    np.testing.assert_allclose(np.load(output), expected["forget"], atol=2e-5)
+    expected = naive(tiny, tiny.forget, length=SEQUENCE - 1)
+    np.testing.assert_allclose(np.load(output), expected, atol=2e-5)
 
 
-def test_command_on_one_rank(tiny, expected, tmp_path):
+def test_command_on_one_rank(tiny, tmp_path):
     output = tmp_path / "embeddings.json"
     printed = start(
         *("tools/analyze.py", "embeddings", "--checkpoint", tiny.base),
         *("--data", f"text={tiny.replay}", f"sums={tiny.forget}"),
         *("--tokenizer-model", tiny.tokenizer, "--samples", SAMPLES, "--seed", SEED),
-        *("--output", output),
+        *("--output", output, "--length", SHORT + 1),
     )
     report = json.loads(output.read_text())
     (pair,) = report["pairs"]
-    numbers = separation(expected["replay"], expected["forget"], seed=SEED)
+    rows = [naive(tiny, prefix, length=SHORT) for prefix in (tiny.replay, tiny.forget)]
+    numbers = separation(*rows, seed=SEED)
     # A sample on the border may fall to either side of it in fp32.
     assert pair["accuracy"] == pytest.approx(numbers.accuracy, abs=0.01)
     assert pair["overlap"] == pytest.approx(numbers.overlap, abs=0.01)
     assert f"{pair['accuracy']:.1%}" in printed
     assert "arguments" not in printed  # Megatron's
-    assert [len(report["map"][name]) for name in ("text", "sums")] == [
-        len(expected["replay"]),
-        len(expected["forget"]),
-    ]
+    assert [len(report["map"][name]) for name in ("text", "sums")] == [len(part) for part in rows]
     assert report["model"]["iteration"] == 40
     assert report["model"]["run"]["settings"]["num_layers"] == 4
     (data, _) = report["model"]["run"]["data"]["--data-path"]
