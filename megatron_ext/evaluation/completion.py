@@ -109,9 +109,17 @@ class Codec:
         """Tokens that end a document, or an answer in a conversation."""
         return frozenset([self.eod, self._end_of_turn] if chat else [self.eod])
 
-    def encode(self, text: str) -> list[int]:
-        """Tokens of a text, as preprocessing makes them."""
-        ids: list[int] = self._tokenizer.encode_batch([text])[0].tolist()
+    def encode(self, text: str, *, special: bool = True) -> list[int]:
+        """Tokens of a text, as preprocessing makes them.
+
+        Args:
+            text: the text.
+            special: whether a tokenizer that begins documents with a token may do so.
+        """
+        if not special and not isinstance(self._tokenizer, SentencePieceReference):
+            ids: list[int] = self._tokenizer.tokenizer(text, add_special_tokens=False).input_ids
+        else:
+            ids = self._tokenizer.encode_batch([text])[0].tolist()
         return ids
 
     def decode(self, tokens: Sequence[int]) -> str:

@@ -84,8 +84,8 @@ def verdict_file(output: Path, model: str, kind: str) -> Path:
 
 
 def record(prompt: str, text: str) -> Record:
-    """A line of both files."""
-    return {"prompt_new": prompt, "choices": [{"message": {"content": text}}]}
+    """A line of both files; newer versions of the project look an answer up by the first key."""
+    return {"prompt": prompt, "prompt_new": prompt, "choices": [{"message": {"content": text}}]}
 
 
 def read_answers(file: Path, questions: Sequence[Question]) -> dict[str, str]:
@@ -97,7 +97,8 @@ def read_answers(file: Path, questions: Sequence[Question]) -> dict[str, str]:
     found: dict[str, str] = {}
     for number, line in enumerate(read_records(file), start=1):
         try:
-            found[line["prompt_new"]] = line["choices"][0]["message"]["content"]
+            prompt = line["prompt"] if "prompt" in line else line["prompt_new"]
+            found[prompt] = line["choices"][0]["message"]["content"]
         except (KeyError, IndexError, TypeError) as error:
             raise DataError(f"{file}: record {number}: expected {error}, found none") from error
     for question in questions:

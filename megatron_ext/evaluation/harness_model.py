@@ -73,13 +73,13 @@ class HarnessModel(TemplateLM):
         """Tokens of a text, or of a conversation with what follows it."""
         found = _CHAT.match(string)
         if found is None:
-            return self._codec.encode(string)
+            return self._codec.encode(string, special=add_special_tokens is not False)
         messages, add_generation_prompt = json.loads(found[1])
         ids, _mask = self._codec.template.encode(
             messages, add_generation_prompt=add_generation_prompt
         )
         rest = string[found.end() :]
-        return [*ids, *(self._codec.encode(rest) if rest else [])]
+        return [*ids, *(self._codec.encode(rest, special=False) if rest else [])]
 
     def _loglikelihood_tokens(
         self,

@@ -144,6 +144,9 @@ def test_followbench(world, tmp_path, capsys):
     assert [line["prompt_new"] for line in answers] == [
         f"content {example} level {level}" for example in (1, 2) for level in range(1, 6)
     ]
+    assert all(
+        line["prompt"] == line["prompt_new"] for line in answers
+    )  # of its old and new versions
     texts = [line["choices"][0]["message"]["content"] for line in answers]
     assert any(texts)
     verdicts = tmp_path / "gpt4_discriminative_eval_output" / "mine" / "content_constraint.jsonl"

@@ -4,12 +4,14 @@ import json
 
 import pytest
 import torch
+from sentencepiece import SentencePieceProcessor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from megatron_ext.evaluation.backends import open_generator
-from tests.helpers import generate_all, llama
+from tests.helpers import generate_all, llama, naive_gpt
 from tests.helpers.entry import ROOT, Launch
 from tests.helpers.generate_all import NEW, PROMPTS
+from tests.helpers.tiny import VOCAB
 
 # Tensor and pipeline parallelism, and ranks; what is left of the ranks is data parallelism.
 LAYOUTS = {"one rank": (1, 1, 1), "TP 2": (2, 1, 2), "PP 2": (1, 2, 2), "DP 2": (1, 1, 2)}
@@ -133,3 +135,24 @@ def test_the_tool_continues_prompts_and_answers_messages(
     assert code == 2
     assert "--overwrite" in log.splitlines()[-1]
     assert "Traceback" not in log
+
+
+def test_a_chat_with_a_sentencepiece_model_against_a_naive_one(tiny, server, tmp_path):
+    """The tokenizer and the architecture come from the checkpoint; the template is the built-in one."""
+    question, output = "what is 3 + 4?", tmp_path / "answers.jsonl"
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text(json.dumps({"messages": [{"role": "user", "content": question}]}))
+    arguments = ("--model", tiny.base, "--input", prompts, "--output", output)
+    ((code, log),) = server.results([tool("generate", *arguments, "--max-new-tokens", NEW)])
+    assert code == 0, log
+    processor = SentencePieceProcessor(model_file=str(tiny.tokenizer))
+    end = processor.eos_id()
+    tokens = [*processor.encode(f"User: {question}"), end, *processor.encode("Assistant:")]
+    start, weights = len(tokens), naive_gpt.load_weights(str(tiny.base))
+    while len(tokens) < start + NEW and tokens[-1] != end:
+        inputs = torch.tensor([tokens])
+        logits = naive_gpt.logits(weights, inputs, heads=4, groups=2)[0, -1, :VOCAB]
+        tokens.append(int(logits.argmax()))
+    answer = json.loads(output.read_text())
+    assert answer["tokens"] == len(tokens) - start
+    assert answer["completion"] == processor.decode([t for t in tokens[start:] if t != end])

@@ -4,13 +4,16 @@ import json
 
 import pytest
 import torch
+from tokenizers import processors
 
+from megatron_ext.checkpoint.huggingface import tokenizer_spec
 from megatron_ext.data.tokenizers import TokenizerSpec
 from megatron_ext.evaluation.completion import Codec, complete_all
 from megatron_ext.evaluation.journal import Journal
 from megatron_ext.evaluation.records import read_prompts
 from megatron_ext.evaluation.sampling import Chooser, Request, Sampling, sample
 from megatron_ext.exceptions import ConfigError, DataError
+from tests.helpers import llama
 from tests.helpers.text import train_sentencepiece
 
 GRID = 20_000
@@ -131,6 +134,18 @@ def test_prompts_and_conversations_become_tokens(codec):
     assert codec.eod in chat.stop
     found = codec.completion(chat, [*codec.prompt("", "the fox", sampling).tokens, codec.eod])
     assert (found.text, found.finish) == ("the fox", "stop")
+
+
+def test_a_document_begins_with_its_token_and_a_continuation_does_not(tmp_path):
+    fast = llama.tokenizer()
+    fast.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", 0)]
+    )
+    fast.save_pretrained(tmp_path)
+    codec = Codec(tokenizer_spec(tmp_path))
+    begun, continued = codec.encode("the License"), codec.encode("the License", special=False)
+    assert begun == [0, *continued]
+    assert codec.decode(begun) == "the License"
 
 
 @pytest.mark.parametrize(

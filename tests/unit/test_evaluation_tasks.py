@@ -1,6 +1,7 @@
 """What the harness is given: rules, programs that are run, files by their hub names, the demo's tasks."""
 
 import json
+from argparse import Namespace
 from random import Random
 
 import pytest
@@ -11,6 +12,7 @@ from megatron_ext.evaluation.code_execution import CodeEval, runs
 from megatron_ext.evaluation.local_data import data_files
 from megatron_ext.evaluation.rules import KINDS, follows
 from megatron_ext.evaluation.tasks.checks import process_results
+from megatron_ext.exceptions import ConfigError
 
 
 @pytest.mark.parametrize(
@@ -92,6 +94,12 @@ def test_the_table_stands_beside_the_papers():
     assert len(named) == 3 + len(paper.BASE)
     some = harness.report("mine", {"results": {"gsm8k": {"exact_match,strict-match": 0.1}}})
     assert some.splitlines()[2].split("|")[-2].strip() == ""  # an average of one is none
+
+
+def test_the_harness_is_named_where_it_is_not_installed(monkeypatch):
+    monkeypatch.setattr(harness.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"pip install -r requirements-eval\.txt"):
+        harness.run(Namespace())
 
 
 def test_the_papers_numbers():
