@@ -38,7 +38,7 @@ class SafetensorsReader:
             for name in self._file_names():
                 opened = self._stack.enter_context(safe_open(folder / name, framework="pt"))
                 self._files |= dict.fromkeys(opened.keys(), opened)
-        except (OSError, SafetensorError, KeyError, ValueError) as error:
+        except (OSError, SafetensorError, ValueError) as error:
             self._stack.close()
             raise CheckpointError(f"{folder}: weights cannot be read: {error}") from error
         except BaseException:
@@ -47,8 +47,7 @@ class SafetensorsReader:
 
     def _file_names(self) -> list[str]:
         if (self.folder / INDEX).is_file():
-            index = json.loads((self.folder / INDEX).read_text())
-            return sorted(set(index["weight_map"].values()))
+            return _named_files(self.folder / INDEX)
         if (self.folder / SINGLE).is_file():
             return [SINGLE]
         raise CheckpointError(f"{self.folder}: expected {SINGLE} or {INDEX}, found neither")
@@ -78,6 +77,18 @@ class SafetensorsReader:
         """The tensor, in its own dtype."""
         tensor: Tensor = self._files[name].get_tensor(name)
         return tensor
+
+
+def _named_files(path: Path) -> list[str]:
+    """The files that an index names."""
+    try:
+        index = json.loads(path.read_text())
+    except RecursionError as error:
+        raise ValueError(f"{path.name} is nested too deeply") from error
+    places = index.get("weight_map") if isinstance(index, dict) else None
+    if not isinstance(places, dict) or not all(isinstance(p, str) for p in places.values()):
+        raise ValueError(f"{path.name}: expected the file of each tensor under weight_map")
+    return sorted(set(places.values()))
 
 
 def write_safetensors(

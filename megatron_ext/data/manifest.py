@@ -7,15 +7,18 @@ vocabulary that is far too small is found, one that differs in rare ids or in me
 
 import dataclasses
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from types import UnionType
+from typing import Any, get_args, get_origin
 
 from megatron_ext.data.atomic import write_atomically
 from megatron_ext.data.indexed import IndexSummary, bin_path, read_index_summary, sample_max_token
 from megatron_ext.exceptions import DataError
 
 FORMAT_VERSION = 1
+_DIGEST = re.compile("[0-9a-f]{16}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,15 +99,35 @@ def read_manifest(prefix: str | Path) -> Manifest | None:
         version = fields.get("format_version")
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, AttributeError) as error:
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
         raise DataError(f"{path} cannot be read as a manifest: {error}") from error
     if version != FORMAT_VERSION:
         raise DataError(f"{path}: expected format version {FORMAT_VERSION}, found {version!r}")
     try:
         sources = [Source(**source) for source in fields.pop("sources")]
-        return Manifest(**fields, sources=sources)
+        manifest = Manifest(**fields, sources=sources)
     except (TypeError, KeyError) as error:
         raise DataError(f"{path} is not a complete manifest: {error}") from error
+    for field in dataclasses.fields(manifest):
+        value = getattr(manifest, field.name)
+        if not _fits(value, field.type):
+            raise DataError(
+                f"{path}: expected {field.name} of type {field.type}, found {value!r:.60}"
+            )
+    if not all(map(_DIGEST.fullmatch, manifest.document_sample or ())):
+        raise DataError(f"{path}: expected digests of 16 hexadecimal digits in document_sample")
+    return manifest
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    """Whether a value of JSON has the type of a field; a bool is no int."""
+    if isinstance(kind, UnionType):
+        return any(_fits(value, each) for each in get_args(kind))
+    if get_origin(kind) is list:
+        return isinstance(value, list) and all(_fits(v, get_args(kind)[0]) for v in value)
+    if get_origin(kind) is dict:
+        return isinstance(value, dict) and all(_fits(v, get_args(kind)[1]) for v in value.values())
+    return isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
 
 
 def check_prefix(

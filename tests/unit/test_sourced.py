@@ -101,9 +101,11 @@ def test_a_sample_says_where_it_comes_from(tmp_path):
 def test_the_key_is_the_manifests_digest_where_there_is_one(tmp_path):
     prefix = write_dataset(tmp_path / "d", documents(1))
     without = content_key(prefix)
-    fields = dict.fromkeys(Manifest.__dataclass_fields__, None)
-    fields |= {"sources": [], "format_version": 1, "content_digest": "abc"}
-    write_manifest(prefix, Manifest(**fields))
+    texts = ("tokenizer_type", "tokenizer_model", "tokenizer_digest", "dtype", "backend")
+    counts = ("vocab_size", "documents", "sequences", "tokens", "max_token_id")
+    fields = dict.fromkeys(texts, "x") | dict.fromkeys(counts, 1)
+    fields |= {"eod_id": None, "append_eod": True, "skipped": {}, "sources": []}
+    write_manifest(prefix, Manifest(**fields, content_digest="abc"))
     assert content_key(prefix) == "abc" != without
     Path(f"{prefix}.manifest.json").unlink()
     assert content_key(prefix) == without
