@@ -63,25 +63,26 @@ def read_samples(prefix: str, *, count: int, length: int, seed: int) -> list[np.
     """
     summary = read_index_summary(prefix)
     lengths, offsets, bounds = _map_index(prefix, summary)
-    tokens = np.memmap(bin_path(prefix), dtype=summary.dtype, mode="r")
     chosen = np.arange(summary.documents)
     if count < summary.documents:
         generator = np.random.default_rng(seed)
         chosen = generator.choice(summary.documents, size=count, replace=False, shuffle=False)
         chosen.sort()
     samples = []
-    for document in chosen:
-        parts: list[np.ndarray] = []
-        wanted = length
-        for sequence in range(int(bounds[document]), int(bounds[document + 1])):
-            start = int(offsets[sequence]) // summary.dtype.itemsize
-            part = tokens[start : start + min(wanted, int(lengths[sequence]))].astype(np.int64)
-            parts.append(part)
-            wanted -= len(part)
-            if wanted == 0:
-                break
-        if sum(map(len, parts)):
-            samples.append(np.concatenate(parts))
+    # Read, not mapped: the kernel maps far more of a file than is asked for, and it counts as ours.
+    with bin_path(prefix).open("rb") as stream:
+        for document in chosen:
+            parts: list[np.ndarray] = []
+            wanted = length
+            for sequence in range(int(bounds[document]), int(bounds[document + 1])):
+                stream.seek(int(offsets[sequence]))
+                size = min(wanted, int(lengths[sequence]))
+                parts.append(np.fromfile(stream, dtype=summary.dtype, count=size).astype(np.int64))
+                wanted -= size
+                if wanted == 0:
+                    break
+            if wanted < length:
+                samples.append(np.concatenate(parts))
     return samples
 
 
