@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from megatron_ext.data.document_digests import document_digests
 from megatron_ext.data.documents import BadRecord, Block, parse_block
 from megatron_ext.data.fast_tokenizer import FastTokenizer, first_difference
 from megatron_ext.data.indexed import token_dtype
@@ -33,12 +34,14 @@ class EncodedKey:
         sequence_lengths: int32 `[sequences]`, in tokens.
         document_sequences: int32 `[documents]`.
         max_token: Largest id, 0 if there is none.
+        digests: uint64, of the documents that have one, see `document_digests`.
     """
 
     tokens: bytes
     sequence_lengths: NDArray[np.int32]
     document_sequences: NDArray[np.int32]
     max_token: int
+    digests: NDArray[np.uint64]
 
 
 @dataclass
@@ -110,11 +113,15 @@ class BlockEncoder:
             last = np.flatnonzero(np.diff(document, append=-1))
             ids = np.insert(ids, np.cumsum(lengths)[last], self._eod)
             lengths[last] += 1
+        tokens = ids.astype(self._dtype).tobytes()
+        sizes = np.bincount(document, weights=lengths, minlength=len(counts)).astype(np.int64)
+        bounds = np.concatenate(([0], np.cumsum(sizes))) * self._dtype.itemsize
         return EncodedKey(
-            tokens=ids.astype(self._dtype).tobytes(),
+            tokens=tokens,
             sequence_lengths=lengths.astype(np.int32),
             document_sequences=np.bincount(document, minlength=len(counts)).astype(np.int32),
             max_token=max_token,
+            digests=document_digests(tokens, bounds, itemsize=self._dtype.itemsize),
         )
 
     def _verify(self, texts: Sequence[str], block: Block) -> None:

@@ -23,7 +23,6 @@ from typing import BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_ext.data.document_digests import DocumentSample, document_digests
 from megatron_ext.exceptions import DataError
 
 MAGIC = b"MMIDIDX\x00\x00"
@@ -73,7 +72,6 @@ class IndexedWriter:
         self._bin = _Digesting(bin_stream, content)
         self._idx = _Digesting(idx_stream, content)
         self._dtype = dtype
-        self._sample = DocumentSample()
         self._sequence_lengths = array("i")
         self._document_sequences = array("i")
         self.tokens = 0
@@ -92,11 +90,6 @@ class IndexedWriter:
     def content_digest(self) -> str:
         """SHA-256 of what was written: the tokens, then, once finished, the index."""
         return self._content.hexdigest()
-
-    @property
-    def document_sample(self) -> list[int]:
-        """The smallest digests of documents, ascending; see `DocumentSample`."""
-        return self._sample.smallest
 
     def append(
         self,
@@ -117,10 +110,6 @@ class IndexedWriter:
         assert len(tokens) == count * self._dtype.itemsize
         assert int(document_sequences.sum(dtype=np.int64)) == len(sequence_lengths)
         self._bin.write(tokens)
-        ends = np.concatenate(([0], np.cumsum(sequence_lengths, dtype=np.int64)))
-        size = self._dtype.itemsize
-        bounds = ends[np.concatenate(([0], np.cumsum(document_sequences)))] * size
-        self._sample.add(document_digests(tokens, bounds, itemsize=size))
         self._sequence_lengths.frombytes(np.ascontiguousarray(sequence_lengths, np.int32).tobytes())
         self._document_sequences.frombytes(
             np.ascontiguousarray(document_sequences, np.int32).tobytes()

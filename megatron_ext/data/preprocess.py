@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Literal
 
 from megatron_ext.data.atomic import AtomicFiles
+from megatron_ext.data.document_digests import DocumentSample
 from megatron_ext.data.documents import (
     Block,
     InputFormat,
@@ -146,6 +147,7 @@ def _run(
     dtype = token_dtype(tokenizer.vocab_size)
     writers = [IndexedWriter(files[bin_path(p)], files[idx_path(p)], dtype) for p in prefixes]
     largest = [0] * len(prefixes)
+    samples = [DocumentSample() for _ in prefixes]
     skipped: Counter[str] = Counter()
     text_bytes = 0
     encoded = encode_in_order(
@@ -171,6 +173,7 @@ def _run(
                     document_sequences=key.document_sequences,
                 )
                 largest[i] = max(largest[i], key.max_token)
+                samples[i].add(key.digests)
             text_bytes += block.text_bytes
             progress.update(block.consumed, writers[0].documents, writers[0].tokens)
     for key_name, writer in zip(config.keys, writers, strict=True):
@@ -181,8 +184,8 @@ def _run(
             )
         writer.finish()
     manifests = [
-        _manifest(config, paths, tokenizer, writer, max_token, skipped)
-        for writer, max_token in zip(writers, largest, strict=True)
+        _manifest(config, paths, tokenizer, writer, max_token, sample, skipped)
+        for writer, max_token, sample in zip(writers, largest, samples, strict=True)
     ]
     for prefix, manifest in zip(prefixes, manifests, strict=True):
         files[manifest_path(prefix)].write(manifest.to_json())
@@ -226,6 +229,7 @@ def _manifest(
     tokenizer: Tokenizer,
     writer: IndexedWriter,
     max_token: int,
+    sample: DocumentSample,
     skipped: Counter[str],
 ) -> Manifest:
     return Manifest(
@@ -244,5 +248,5 @@ def _manifest(
         backend=tokenizer.backend_name,
         sources=[Source(path=str(path), bytes=path.stat().st_size) for path in paths],
         content_digest=writer.content_digest,
-        document_sample=[digest.to_bytes(8).hex() for digest in writer.document_sample],
+        document_sample=[digest.to_bytes(8).hex() for digest in sample.smallest],
     )
