@@ -11,6 +11,7 @@ it ends. Batches are made of prompts of similar length.
 
 from __future__ import annotations
 
+import functools
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -180,17 +181,7 @@ class MegatronGenerator:
         length = tokens.shape[1]
         positions = torch.arange(start, start + length, device=device).expand(self._rows, -1)
         caches = iter(contexts)
-
-        def output(
-            hidden_states: Tensor, output_layer: Any, output_weight: Tensor | None, **_: Any
-        ) -> Tensor:
-            def project(hidden: Tensor) -> Tensor:
-                logits: Tensor = output_layer(
-                    hidden, weight=output_weight, runtime_gather_output=True
-                )[0]
-                return logits
-
-            return process(hidden_states, project)
+        output = functools.partial(_process_output, process)
 
         def forward_step(_: Any, model: Any) -> tuple[Any, Any]:
             context = next(caches)
@@ -212,6 +203,22 @@ class MegatronGenerator:
             collect_non_loss_data=True,
         )
         return torch.cat(outputs) if outputs else None
+
+
+def _process_output(
+    process: Callable[[Tensor, Projection], Tensor],
+    hidden_states: Tensor,
+    output_layer: Any,
+    output_weight: Tensor | None,
+    **_: Any,
+) -> Tensor:
+    """What Megatron calls with the final hidden states, in place of its output layer."""
+
+    def project(hidden: Tensor) -> Tensor:
+        logits: Tensor = output_layer(hidden, weight=output_weight, runtime_gather_output=True)[0]
+        return logits
+
+    return process(hidden_states, project)
 
 
 def _from_last_stage(

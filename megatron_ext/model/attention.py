@@ -138,20 +138,9 @@ class TorchSelfAttention(SelfAttention):
     ) -> tuple[Tensor, Tensor | None]:
         """Attend within `hidden_states` `[s, b, hidden]`, and to what a key-value cache holds.
 
-        Args:
-            hidden_states: of the whole sequence without a cache; with one the first positions of
-                all, or the one position that follows those in the cache.
-            attention_mask: Not read.
-            key_value_states: Part of Megatron's interface.
-            inference_context: Megatron's `StaticInferenceContext`, which is the cache.
-            rotary_pos_emb: Angles `[s, 1, 1, rot]`; with a cache from position 0 on.
-            rotary_pos_cos: Part of Megatron's interface.
-            rotary_pos_sin: Part of Megatron's interface.
-            rotary_pos_cos_sin: Part of Megatron's interface.
-            attention_bias: Must be None.
-            packed_seq_params: Must be None.
-            sequence_len_offset: Part of Megatron's interface.
-            inference_params: Must be None, Megatron's older name of the context.
+        Without a cache they are the whole sequence. With one (`inference_context`, Megatron's
+        `StaticInferenceContext`) they are the first positions of all, or the one position that
+        follows those in the cache, and `rotary_pos_emb` `[s, 1, 1, rot]` begins at position 0.
 
         Returns:
             The projected context `[s, b, hidden]` and the bias, if any, that is yet to be added.

@@ -13,6 +13,9 @@ from transformers import AutoModelForCausalLM
 from megatron_ext.evaluation import harness
 from megatron_ext.exceptions import ConfigError, DataError
 from tests.helpers import llama
+from tests.helpers.entry import ROOT, Launch
+
+OWN = ("demo_instructions", "demo_sums", "demo_definitions", "demo_definitions_seen")
 
 
 def write(path, records):
@@ -121,8 +124,7 @@ def test_all_benchmarks_by_name(world, tmp_path, capsys):
 
 
 def test_own_tasks_are_scored_as_transformers_scores_them(world, tmp_path):
-    tasks = ("demo_instructions", "demo_sums", "demo_definitions", "demo_definitions_seen")
-    results = run(world, tmp_path / "scores.json", "--log-samples", "--tasks", *tasks)
+    results = run(world, tmp_path / "scores.json", "--log-samples", "--tasks", *OWN)
     scores = results["results"]
     assert scores["demo_sums"]["acc,none"] == pytest.approx(1 / 3)  # the same answer to all three
     answers = [sample["resps"][0][0] for sample in results["samples"]["demo_instructions"]]
@@ -150,6 +152,33 @@ def test_a_chat_model_is_asked_as_a_user(world, tmp_path):
     ids = tokenizer("Say something.</s>", return_tensors="pt").input_ids
     output = model.generate(ids, max_new_tokens=64, do_sample=False, pad_token_id=1)
     assert answer == tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True)
+
+
+def test_a_megatron_checkpoint_gives_the_same_at_two_layouts(world, server, tmp_path):
+    source = ("import", "--source", world / "model", "--output", tmp_path / "megatron")
+    tools = ROOT / "tools"
+    arguments = ["harness", "--model", tmp_path / "megatron", "--data-dir", world / "data"]
+    arguments += ["--name", "mine", "--apply-chat-template", "--log-samples", "--tasks", *OWN]
+    launches = [Launch(source, script=tools / "convert_checkpoint.py")]
+    for name, layout in (("tp", "tensor"), ("pp", "pipeline")):
+        more = (f"--{layout}-model-parallel-size", 2, "--output", tmp_path / name)
+        launches.append(Launch((*arguments, *more), ranks=2, script=tools / "evaluate.py"))
+    for launch in launches:
+        ((code, output),) = server.results([launch])
+        assert code == 0, output[-4000:]
+    wanted = run(world, tmp_path / "hf", "--apply-chat-template", "--log-samples", "--tasks", *OWN)
+    for name in ("tp", "pp"):
+        found = json.loads((tmp_path / name).read_text())
+        assert found["results"] == wanted["results"]
+        for task in OWN:
+            pairs = zip(found["samples"][task], wanted["samples"][task], strict=True)
+            for ours, theirs in pairs:
+                if task == "demo_instructions":
+                    assert ours["resps"] == theirs["resps"]
+                else:
+                    values = [float(value) for value, _greedy in ours["filtered_resps"]]
+                    expected = [float(value) for value, _greedy in theirs["filtered_resps"]]
+                    assert values == pytest.approx(expected, abs=1e-4)
 
 
 def test_what_is_missing_is_named(world, tmp_path):
