@@ -12,8 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.core import CONFIG_FNAME
 from torch.distributed.checkpoint import CheckpointException
 
+from megatron_ext.checkpoint.complete import defect
 from megatron_ext.exceptions import CheckpointError
 from megatron_ext.runtime import safe_load
 
@@ -103,23 +105,17 @@ def open_checkpoint(
         raise CheckpointError(
             f"{flag}: expected a checkpoint directory, found nothing at {directory}"
         )
-    tracker = directory / TRACKER
-    if not tracker.is_file():
-        raise CheckpointError(f"{flag}: expected a finished checkpoint, found no {tracker}")
-    text = tracker.read_text().strip()
-    if not text.isdecimal() and text != "release":
-        raise CheckpointError(
-            f"{tracker}: expected an iteration number or 'release', found {text!r}"
-        )
     if folder is None:
-        latest = "release" if text == "release" else f"iter_{int(text):07d}"
+        latest = _latest(directory, flag)
         folder = latest if iteration is None else f"iter_{iteration:07d}"
     number = 0 if folder == "release" else int(folder.removeprefix("iter_"))
     path = directory / folder
-    if not dist_checkpointing.check_is_distributed_checkpoint(str(path)):
+    if not (path / CONFIG_FNAME).exists():
         raise CheckpointError(
             f"{flag}: expected a torch_dist checkpoint at {path}, found none (or one of another format)"
         )
+    if reason := defect(path):
+        raise CheckpointError(f"{flag}: {path} cannot be read: {reason}")
     common = _load_common(path, flag)
     args = common.get("args") if isinstance(common, dict) else None
     if args is None:
@@ -127,15 +123,23 @@ def open_checkpoint(
     return Checkpoint(directory=directory, iteration=number, path=path, args=args)
 
 
+def _latest(directory: Path, flag: str) -> str:
+    """The folder that the tracker file names."""
+    tracker = directory / TRACKER
+    if not tracker.is_file():
+        raise CheckpointError(f"{flag}: expected a finished checkpoint, found no {tracker}")
+    text = tracker.read_text(errors="replace").strip()
+    if not text.isdecimal() and text != "release":
+        raise CheckpointError(
+            f"{tracker}: expected an iteration number or 'release', found {text!r}"
+        )
+    return "release" if text == "release" else f"iter_{int(text):07d}"
+
+
 def _load_common(path: Path, flag: str) -> Any:
     """All of a checkpoint but its tensors, without running what it may hold."""
     safe_load.enable()
     try:
-        if (
-            path / ".metadata"
-        ).is_file():  # torch would report twice, with tracebacks, what is wrong
-            with (path / ".metadata").open("rb") as stream:
-                safe_load.load_metadata(stream)
         return dist_checkpointing.load_common_state_dict(str(path))
     # Whatever the storage raises, the user needs the folder's name. torch's is no Exception.
     except (Exception, CheckpointException) as error:

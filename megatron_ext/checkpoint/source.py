@@ -6,19 +6,24 @@ reference, the checks and the load all mean the same checkpoint.
 
 from __future__ import annotations
 
+import logging
 from argparse import Namespace
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from megatron_ext.checkpoint.inspect import (
+    TRACKER,
     Checkpoint,
     check_architecture,
     has_checkpoint,
     open_checkpoint,
 )
+from megatron_ext.checkpoint.recovery import folder, last_good
 from megatron_ext.config import UnlearnConfig
 from megatron_ext.exceptions import CheckpointError, ConfigError
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -53,6 +58,9 @@ class Start:
 def resolve_start(args: Namespace, *, required: bool) -> Start:
     """Find the checkpoint that Megatron will load.
 
+    A run that goes on from its own checkpoints takes the last complete one of them, see
+    :func:`last_good`; any other checkpoint that is named must be complete.
+
     Args:
         args: Megatron's validated arguments.
         required: whether random weights would be a mistake.
@@ -60,10 +68,13 @@ def resolve_start(args: Namespace, *, required: bool) -> Start:
     Raises:
         CheckpointError: it is missing where the run cannot do without, unreadable, or of another model.
     """
+    older = None
+    if not args.finetune and not args.ckpt_step and args.load and Path(args.load).is_dir():
+        older = _go_on_from_complete(args)
     step = args.ckpt_step or None  # Megatron ignores 0
-    if has_checkpoint(args.load):
+    if older is not None or has_checkpoint(args.load):
         start = Start(
-            open_checkpoint(args.load, flag="--load", iteration=step),
+            open_checkpoint(args.load, flag="--load", iteration=step, folder=older),
             "--load",
             resumed=not args.finetune,
         )
@@ -78,6 +89,37 @@ def resolve_start(args: Namespace, *, required: bool) -> Start:
     assert start.checkpoint is not None
     check_architecture(start.checkpoint, args, flag=start.flag)
     return start
+
+
+def _go_on_from_complete(args: Namespace) -> str | None:
+    """Hand Megatron the last complete checkpoint of ``--load`` where it would take a broken one.
+
+    Its ``--ckpt-step`` wins over the tracker file. A tracker file that is gone or unreadable it needs
+    nevertheless, or it would start anew, or end the run as a success; rank 0 writes it again.
+
+    Returns:
+        The name of the folder, the same on all ranks whether that is written yet or not; ``None`` where
+        the tracker file says what to load, or there is nothing to load.
+    """
+    directory = Path(args.load)
+    choice = last_good(directory, flag="--load")
+    if choice is None:
+        return None
+    if args.rank == 0:
+        logger.warning("%s", choice.reason)
+    if choice.iteration is None:
+        return None
+    if not choice.tracker_is_lost:
+        args.ckpt_step = choice.iteration
+    elif args.rank == 0:
+        # Replaced at once: no rank sees half of it.
+        partial = directory / f"{TRACKER}.partial"
+        try:
+            partial.write_text(str(choice.iteration))
+            partial.replace(directory / TRACKER)
+        except OSError as error:
+            raise CheckpointError(f"{directory / TRACKER} cannot be written: {error}") from error
+    return folder(directory, choice.iteration).name
 
 
 def check_resume(start: Start, composition: dict[str, int]) -> None:

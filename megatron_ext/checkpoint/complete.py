@@ -1,0 +1,53 @@
+"""Whether a checkpoint was written to its end.
+
+A save writes the tensors' files, then ``.metadata``, which lists each stored item with its file, offset
+and length, then ``metadata.json``, and at last the tracker file. A killed run or a full disk leaves the
+first of these behind; a copy that broke off leaves files too short.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from pathlib import Path
+
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.core import CONFIG_FNAME
+
+from megatron_ext.runtime import safe_load
+
+# Without any one of these a folder is no checkpoint; removed before a folder is written again.
+MARKS = (CONFIG_FNAME, ".metadata")
+
+
+def defect(path: Path) -> str | None:
+    """Why a torch_dist checkpoint cannot be complete, without reading its tensors; ``None`` if it is.
+
+    Args:
+        path: folder of the iteration.
+    """
+    if not path.is_dir():
+        return "there is no such folder"
+    try:
+        if not dist_checkpointing.check_is_distributed_checkpoint(str(path)):
+            return f"{CONFIG_FNAME} is missing or of another format"
+    except Exception as error:  # Megatron's reader lets JSON's pass
+        return f"{CONFIG_FNAME} cannot be read: {safe_load.reason(error)}"
+    try:
+        with (path / ".metadata").open("rb") as stream:
+            metadata = safe_load.load_metadata(stream)
+        ends: dict[str, int] = defaultdict(int)
+        for item in metadata.storage_data.values():
+            name = item.relative_path
+            ends[name] = max(ends[name], item.offset + item.length)
+    except FileNotFoundError:
+        return ".metadata is missing"
+    except Exception as error:  # a truncated pickle may raise anything
+        return f".metadata cannot be read: {safe_load.reason(error)}"
+    for name, expected in sorted(ends.items()):
+        file = path / name
+        if not file.is_file():
+            return f"{name} is missing"
+        found = file.stat().st_size
+        if found < expected:
+            return f"{name} has {found} of {expected} bytes"
+    return None

@@ -1,0 +1,97 @@
+"""Which checkpoint a run goes on from when its latest one is broken.
+
+Megatron believes the tracker file: a folder that was cut short ends in a traceback, a tracker file that
+is gone starts the run anew, and an empty one (a full disk leaves it) ends the run with exit code 0.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_ext.checkpoint.complete import defect
+from megatron_ext.checkpoint.inspect import TRACKER
+from megatron_ext.exceptions import CheckpointError
+
+
+@dataclass(frozen=True)
+class Recovery:
+    """What to go on from instead of the latest checkpoint.
+
+    Attributes:
+        iteration: the last complete one; ``None`` starts from the beginning, because only the first save
+            was begun.
+        tracker_is_lost: whether the tracker file is gone or unreadable.
+        reason: one line for the user.
+    """
+
+    iteration: int | None
+    tracker_is_lost: bool
+    reason: str
+
+
+def last_good(directory: Path, *, flag: str) -> Recovery | None:
+    """Look for the last complete checkpoint if the latest is not.
+
+    Args:
+        directory: what the flag names.
+        flag: the flag, for messages.
+
+    Returns:
+        ``None`` if the directory holds no checkpoint at all, a release, or a latest one that is complete.
+
+    Raises:
+        CheckpointError: checkpoints were written, and none of them is complete.
+    """
+    tracker = directory / TRACKER
+    text = tracker.read_text(errors="replace").strip() if tracker.is_file() else None
+    found = _iterations(directory)
+    if text == "release" or (text is None and not found):
+        return None
+    lost = text is None or not text.isdecimal()
+    if text is None:
+        reason = f"{tracker} is missing"
+    elif lost:
+        reason = f"{tracker}: expected an iteration number or 'release', found {text!r}"
+    else:
+        latest = int(text)
+        # A newer folder was never finished, or belongs to what was gone on from an older iteration.
+        found = [iteration for iteration in found if iteration < latest]
+        broken = defect(folder(directory, latest))
+        if broken is None:
+            return None
+        reason = f"{folder(directory, latest)} is broken ({broken})"
+    return _choose(directory, found, reason, lost=lost, began=text is None, flag=flag)
+
+
+def _choose(
+    directory: Path, found: list[int], reason: str, *, lost: bool, began: bool, flag: str
+) -> Recovery:
+    defects = []
+    for iteration in found:
+        path = folder(directory, iteration)
+        if (broken := defect(path)) is None:
+            return Recovery(iteration, lost, f"{flag}: {reason}; going on from {path}")
+        defects.append(f"{path.name}: {broken}")
+    if began and len(found) == 1:
+        return Recovery(
+            None,
+            lost,
+            f"{flag}: {reason} and its only checkpoint was not finished ({defects[0]}); starting from "
+            "the beginning",
+        )
+    others = f" ({'; '.join(defects)})" if defects else ""
+    raise CheckpointError(
+        f"{flag}: {reason}; expected an older complete checkpoint to go on from, found none{others}"
+    )
+
+
+def folder(directory: Path, iteration: int) -> Path:
+    """Megatron's name for the folder of an iteration."""
+    return directory / f"iter_{iteration:07d}"
+
+
+def _iterations(directory: Path) -> list[int]:
+    """Iterations that a directory has a folder of, complete or not, the newest first."""
+    names = (path.name.removeprefix("iter_") for path in directory.glob("iter_*"))
+    return sorted((int(name) for name in names if name.isdecimal()), reverse=True)
