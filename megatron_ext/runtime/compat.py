@@ -10,7 +10,7 @@ from importlib.metadata import version
 from typing import Any
 
 from megatron_ext.exceptions import ConfigError
-from megatron_ext.runtime import safe_load
+from megatron_ext.runtime import resume, safe_load
 
 logger = logging.getLogger(__name__)
 
@@ -127,3 +127,4 @@ def apply() -> None:
     skip_helper_compilation()
     be_the_only_process()
     print_negative_losses()
+    resume.apply()

@@ -1,0 +1,75 @@
+"""What keeps a killed run exact: its logs, its random state, and no process that outlives it."""
+
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import megatron.training.training as loop
+import torch
+
+from megatron_ext.checkpoint.complete import MARKS
+from megatron_ext.runtime import resume
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def test_before_a_save_logs_are_flushed_and_an_old_folder_looks_unfinished(tmp_path, monkeypatch):
+    path = tmp_path / "iter_0000004"
+    path.mkdir()
+    for name in (*MARKS, "__0_0.distcp"):
+        (path / name).touch()
+    order = []
+
+    def save(iteration, *args, **kwargs):
+        order.append((iteration, args, kwargs, sorted(file.name for file in path.iterdir())))
+
+    options = types.SimpleNamespace(save=str(tmp_path), rank=1)
+    writer = types.SimpleNamespace(flush=lambda: order.append("flush"))
+    monkeypatch.setattr(loop, "save_checkpoint", save)
+    monkeypatch.setattr(loop, "get_args", lambda: options)
+    monkeypatch.setattr(loop, "get_tensorboard_writer", lambda: writer)
+    resume.prepare_saves()
+    loop.save_checkpoint(4, "model", key=1)
+    options.rank = 0
+    loop.save_checkpoint(4)
+    all_files = sorted((*MARKS, "__0_0.distcp"))
+    assert order == [
+        "flush",
+        (4, ("model",), {"key": 1}, all_files),
+        "flush",
+        (4, (), {}, ["__0_0.distcp"]),
+    ]
+
+
+def test_reading_data_leaves_the_random_state_alone(monkeypatch):
+    def build(*args):
+        return torch.utils.data.DataLoader([1, 2, 3])
+
+    monkeypatch.setattr(loop, "build_pretraining_data_loader", build)
+    monkeypatch.setattr(loop, "get_args", lambda: types.SimpleNamespace(seed=5))
+    before = torch.get_rng_state()
+    next(iter(build()))
+    assert not torch.equal(torch.get_rng_state(), before)  # torch's default
+    resume.give_loaders_generators()
+    before = torch.get_rng_state()
+    assert next(iter(loop.build_pretraining_data_loader(None, 0))) == 1
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_child_does_not_outlive_a_killed_parent():
+    program = """
+import os, signal, sys, time
+sys.path.insert(0, sys.argv[1])
+from megatron_ext.runtime.children import end_with_parent
+ready, told = os.pipe()
+if os.fork() == 0:
+    end_with_parent()
+    os.write(told, b"x")
+    time.sleep(600)
+os.read(ready, 1)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+    # Returns only when nobody holds the output open any more.
+    command = [sys.executable, "-c", program, str(ROOT)]
+    assert subprocess.run(command, capture_output=True, timeout=60).returncode == -9
