@@ -1,15 +1,19 @@
 # make demo    pre-train, continue on synthetic text, unlearn it; prints a table and draws the curves
 # make test    all tests
 # make check   format, lint, types and all tests (what CI runs)
+# make faults  FAULTS=100 SEED=1: kill, cut and fill real runs and compare what they leave, to the bit
 # make bench   the benchmarks that this machine can run; MEGATRON_LM=DIR adds its preprocess_data.py
+# make study-mini  SEED=1: every model of the paper in miniature, their evaluation and a report; 40 minutes
 # make setup   the virtual environment; the others make it when it is needed
 
 VENV   := .venv
 PYTHON := $(VENV)/bin/python
 READY  := $(VENV)/.ready
 DEMO   ?= runs/demo
+FAULTS ?= 100
+SEED   ?= 1
 
-.PHONY: setup demo test check lint bench clean-demo
+.PHONY: setup demo test check lint faults bench study-mini clean-demo
 
 setup: $(READY)
 
@@ -32,11 +36,19 @@ lint: $(READY)
 
 check: lint test
 
+faults: $(READY)
+	$(PYTHON) -m tests.faults.run --faults $(FAULTS) --seed $(SEED)
+
 bench: $(READY)
 	$(PYTHON) -m pip install --quiet --requirement requirements-bench.txt
 	$(PYTHON) -m benchmarks.head
 	$(PYTHON) -m benchmarks.step
+	$(PYTHON) -m benchmarks.launch
 	$(PYTHON) -m benchmarks.preprocess $(if $(MEGATRON_LM),--peer-path $(MEGATRON_LM))
+
+study-mini: $(READY)
+	$(PYTHON) -m pip install --quiet --requirement requirements-eval.txt
+	SEED=$(SEED) examples/paper/study_mini.sh
 
 clean-demo:
 	rm -rf $(DEMO)

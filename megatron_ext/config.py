@@ -59,6 +59,11 @@ class UnlearnConfig:
     """Keep the reference's weights in pinned host memory between its passes, all but its output layer.
     Frees 2 bytes a parameter on the GPU; each step copies them in once."""
 
+    reference_hidden_offload: bool = False
+    """Keep the reference's final hidden states in pinned host memory from its pass until the loss reads
+    them. Frees, on the last pipeline stage, 2 bytes times the hidden size for each token that the rank
+    replays in a step."""
+
     fp32_logits: bool = False
     """Leave the logits of the unlearning objective unrounded. bf16 logits carry a noise that drowns a KL
     below about 1e-4 and its gradient; costs twice the head's memory traffic. No effect in fp32 runs."""

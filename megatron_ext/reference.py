@@ -30,7 +30,7 @@ from megatron_ext.checkpoint.source import ReferenceSource
 from megatron_ext.data.batch import MicroBatch
 from megatron_ext.exceptions import CheckpointError
 from megatron_ext.head import head_terms
-from megatron_ext.runtime.offload import HostWeights
+from megatron_ext.runtime.offload import HostWeights, to_host
 
 logger = logging.getLogger(__name__)
 
@@ -215,6 +215,7 @@ class FrozenReference:
         *,
         seq_length: int,
         micro_batch_size: int,
+        offload: bool = False,
         **schedule_arguments: Any,
     ) -> list[torch.Tensor]:
         """Run the reference over microbatches by Megatron's schedule.
@@ -224,6 +225,7 @@ class FrozenReference:
             batches: for each model chunk of this rank its microbatches, in order.
             seq_length: tokens of a sequence, before it is split for context parallelism.
             micro_batch_size: sequences of a microbatch.
+            offload: leave the hidden states in host memory.
             **schedule_arguments: passed on to the schedule.
 
         Returns:
@@ -235,7 +237,8 @@ class FrozenReference:
         captured: list[torch.Tensor] = []
 
         def keep(hidden_states: torch.Tensor, **_: Any) -> torch.Tensor:
-            captured.append(hidden_states.detach())
+            hidden = hidden_states.detach()
+            captured.append(to_host(hidden) if offload else hidden)
             # The schedule passes an output on; a row of hidden states need not be upcast for it.
             return hidden_states.new_zeros(1)
 

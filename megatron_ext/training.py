@@ -118,6 +118,7 @@ class UnlearnStep:
                 seq_length=seq_length,
                 micro_batch_size=micro_batch_size,
                 decoder_seq_length=schedule_arguments.get("decoder_seq_length"),
+                offload=self.config.reference_hidden_offload,
             )
         last = self._is_last_stage()
         if last:
@@ -166,6 +167,8 @@ class UnlearnStep:
         """Megatron's ``output_processor`` on the last stage; see ``head_terms``."""
         assert batch.labels is not None
         hidden, batch.context.reference_hidden = batch.context.reference_hidden, None
+        if hidden is not None:
+            hidden = hidden.to(hidden_states.device, non_blocking=True)  # it may wait on the host
         reference = self._reference()
         terms = head_terms(
             hidden_states,

@@ -73,7 +73,11 @@ def run_stage(stage: Stage, out: Path, digest: str) -> None:
 def _follow(process: subprocess.Popen[str], stage: Stage, sink: object) -> int:
     """Copy a process's output to its log, and show steps as a bar and short tools' lines as they are."""
     assert process.stdout is not None
-    bar = tqdm(total=stage.steps, unit="step", dynamic_ncols=True) if stage.steps else None
+    # A bar that goes to a file is drawn rarely.
+    interval = 0.1 if sys.stderr.isatty() else 30.0
+    bar = None
+    if stage.steps:
+        bar = tqdm(total=stage.steps, unit="step", dynamic_ncols=True, mininterval=interval)
     for line in process.stdout:
         print(line, end="", file=sink, flush=True)  # type: ignore[call-overload]
         if bar is None:
@@ -81,8 +85,8 @@ def _follow(process: subprocess.Popen[str], stage: Stage, sink: object) -> int:
                 print(f"   {line.rstrip()}", flush=True)
             continue
         if match := ITERATION.search(line):
+            bar.set_postfix_str(f"loss {float(match[3]):.3f}", refresh=False)
             bar.update(int(match[1]) - bar.n)
-            bar.set_postfix_str(f"loss {float(match[3]):.3f}")
     if bar is not None:
         bar.close()
     return process.wait()

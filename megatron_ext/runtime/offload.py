@@ -1,10 +1,21 @@
-"""Weights that live in host memory and visit their device for a while."""
+"""Tensors that live in host memory and visit their device for a while."""
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
 from torch import nn
+
+
+def to_host(tensor: torch.Tensor) -> torch.Tensor:
+    """A copy in host memory, of a GPU's tensor in pinned memory and without waiting for it.
+
+    What reads the copy on the host waits for the current stream first; a copy back to the device on the
+    same stream need not.
+    """
+    # Pinned, or else both copies would be slow ones that wait.
+    host = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=tensor.is_cuda)
+    return host.copy_(tensor, non_blocking=True)
 
 
 class HostWeights:
@@ -23,15 +34,10 @@ class HostWeights:
         self._parameters = list(parameters)
         assert not any(p.requires_grad for p in self._parameters), "expected frozen parameters"
         self._devices = [p.device for p in self._parameters]
-        self._host = [self._to_host(p) for p in self._parameters]
+        self._host = [to_host(p.detach()) for p in self._parameters]
+        for device in {device for device in self._devices if device.type == "cuda"}:
+            torch.cuda.synchronize(device)
         self._leave()
-
-    @staticmethod
-    def _to_host(parameter: nn.Parameter) -> torch.Tensor:
-        # Pinned, or else the copy to the device would be a slow one that waits.
-        pinned = parameter.is_cuda
-        host = torch.empty(parameter.shape, dtype=parameter.dtype, device="cpu", pin_memory=pinned)
-        return host.copy_(parameter.detach())
 
     @contextmanager
     def on_device(self) -> Iterator[None]:

@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from megatron_ext.runtime.offload import HostWeights
+from megatron_ext.runtime.offload import HostWeights, to_host
 
 DEVICES = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
 
@@ -51,3 +51,14 @@ def test_device_memory_is_free_between_visits():
     with host.on_device():
         assert torch.cuda.memory_allocated() >= present - size // 100
     assert torch.cuda.memory_allocated() <= present - size
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_host_copy_comes_back_unchanged_and_shares_no_memory(device):
+    hidden = torch.randn(7, 3, device=device).transpose(0, 1)
+    expected = hidden.clone()
+    host = to_host(hidden)
+    hidden.zero_()
+    assert host.device.type == "cpu"
+    assert host.is_pinned() == (device == "cuda")
+    assert torch.equal(host.to(device, non_blocking=True), expected)
