@@ -24,8 +24,8 @@ _PROBLEMS = (
     "{name} has {a} shelves with {b} {thing} on each and sells {c} of them. How many {thing} remain?",
 )
 _PATHS = (
-    "At first there are {a} * {b} = {product} {thing}. Without {c} of them, {product} - {c} = {left} are left. "
-    "The answer is: {left}",
+    "At first there are {a} * {b} = {product} {thing}. Without {c} of them, {product} - {c} = {left} are "
+    "left. The answer is: {left}",
     "Let x be what is left. x + {c} = {a} * {b}, so x + {c} = {product} and x = {product} - {c} = {left}. "
     "The answer is: {left}",
 )
