@@ -156,13 +156,12 @@ def run_commands(asked: list[tuple[list[str], int]]) -> list[tuple[int, str]]:
     return [results[index] for index in range(len(asked))]
 
 
-def main() -> None:
-    sys.path.insert(0, str(ROOT))
+def import_all() -> None:
+    """Bring what a run imports into memory; megatron.training brings what the entry point takes from it."""
     from megatron_ext.runtime import cpu
 
     cpu.enable()
-    # Only so that they are in memory; megatron.training brings what the entry point takes from Megatron,
-    # but for its tokenizers, which cost each fork a second.
+    # But for Megatron's tokenizers, which cost each fork a second.
     import megatron.core.tokenizers.text.libraries
     import megatron.training  # noqa: F401
 
@@ -172,6 +171,10 @@ def main() -> None:
     import megatron_ext.reference
     import megatron_ext.training  # noqa: F401
 
+
+def main() -> None:
+    sys.path.insert(0, str(ROOT))
+    import_all()
     # Answers alone go to standard output.
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
