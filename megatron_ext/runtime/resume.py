@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.distributed.checkpoint import CheckpointException
 
 from megatron_ext.checkpoint.complete import MARKS
+from megatron_ext.exceptions import CheckpointError
+from megatron_ext.runtime import safe_load
 
 
 def apply() -> None:
@@ -22,21 +26,30 @@ def prepare_saves() -> None:
     TensorBoard's writer keeps what is logged in memory for two minutes: a run that is killed after a
     checkpoint and goes on from it would never log those steps again. And a folder that an earlier run
     left unfinished, or that is written again after a broken checkpoint, must not look complete while new
-    tensors replace the old.
+    tensors replace the old. A save that fails names its folder and the room on its disk.
     """
     import megatron.training.training as loop
 
     save = loop.save_checkpoint
 
     def save_after_preparing(iteration: int, *args: Any, **kwargs: Any) -> Any:
+        options = loop.get_args()
         if writer := loop.get_tensorboard_writer():
             writer.flush()
-        options = loop.get_args()
         if options.save and options.rank == 0:
             # Rank 0 alone writes these files, after all ranks have written their tensors.
             for mark in MARKS:
                 (Path(options.save) / f"iter_{iteration:07d}" / mark).unlink(missing_ok=True)
-        return save(iteration, *args, **kwargs)
+        try:
+            return save(iteration, *args, **kwargs)
+        # torch's error is no Exception.
+        except (Exception, CheckpointException) as error:
+            # torch tells of a full disk as "unexpected pos 704 vs 598".
+            free = shutil.disk_usage(options.save).free / 2**20 if options.save else 0.0
+            raise CheckpointError(
+                f"--save {options.save}: the checkpoint of iteration {iteration} could not be written, with "
+                f"{free:.1f} MiB free on its disk: {safe_load.reason(error)}"
+            ) from error
 
     loop.save_checkpoint = save_after_preparing
 

@@ -23,7 +23,11 @@ class Disk:
             and subprocess.run(["mount", *options], capture_output=True).returncode == 0
         )
         self.name = "a small tmpfs" if self.mounted else "RLIMIT_FSIZE"
-        self.cause = os.strerror(errno.ENOSPC if self.mounted else errno.EFBIG)
+        # Of a save in the product's words: torch's are "unexpected pos 704 vs 598".
+        self.cause = (
+            r"error.*--save \S+: the checkpoint .* could not be written, with [\d.]+ MiB free|"
+            + os.strerror(errno.ENOSPC if self.mounted else errno.EFBIG)
+        )
 
     @contextlib.contextmanager
     def nearly_full(self, free: int) -> Iterator[None]:

@@ -6,9 +6,11 @@ import types
 from pathlib import Path
 
 import megatron.training.training as loop
+import pytest
 import torch
 
 from megatron_ext.checkpoint.complete import MARKS
+from megatron_ext.exceptions import CheckpointError
 from megatron_ext.runtime import resume
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -40,6 +42,18 @@ def test_before_a_save_logs_are_flushed_and_an_old_folder_looks_unfinished(tmp_p
         "flush",
         (4, (), {}, ["__0_0.distcp"]),
     ]
+
+
+def test_a_save_that_fails_names_its_folder_and_the_room_on_its_disk(tmp_path, monkeypatch):
+    def save(iteration):
+        raise RuntimeError("[enforce fail] unexpected pos 704 vs 598")
+
+    monkeypatch.setattr(loop, "save_checkpoint", save)
+    monkeypatch.setattr(loop, "get_args", lambda: types.SimpleNamespace(save=str(tmp_path), rank=0))
+    monkeypatch.setattr(loop, "get_tensorboard_writer", lambda: None)
+    resume.prepare_saves()
+    with pytest.raises(CheckpointError, match=rf"--save {tmp_path}: .* 6 .* MiB free .* pos 704"):
+        loop.save_checkpoint(6)
 
 
 def test_reading_data_leaves_the_random_state_alone(monkeypatch):
