@@ -65,15 +65,20 @@ class Session:
         self.done: collections.Counter[tuple[str, str]] = collections.Counter()
         self.late: collections.Counter[str] = collections.Counter()
         self.starts = self.trajectories = 0
+        self.current: Attempt | None = None
         self.expected: dict[str, tuple[Result, float]] = {}
         self.deadline = time.monotonic() + 60 * args.minutes
         self.bar = tqdm(total=args.faults, unit="fault", mininterval=5)
 
     def run(self) -> None:
-        """Until all faults are done."""
-        while self.queue:
-            self.trajectory(self.args.layouts[self.trajectories % len(self.args.layouts)])
-        self.bar.close()
+        """Until all faults are done; what still runs when one fails or is interrupted is ended."""
+        try:
+            while self.queue:
+                self.trajectory(self.args.layouts[self.trajectories % len(self.args.layouts)])
+        finally:
+            self.bar.close()
+            if self.current is not None and self.current.running():
+                self.current.kill_all()
 
     def trajectory(self, layout: str) -> None:
         """One run from its first start to its end.
@@ -89,7 +94,8 @@ class Session:
 
         def start(torchrun: bool) -> Attempt:
             self.starts += 1
-            return Attempt(words, torchrun=torchrun)
+            self.current = Attempt(words, torchrun=torchrun)
+            return self.current
 
         scene = Scene(place, start, self.chance, self.disk, duration)
         happened: list[str] = []
