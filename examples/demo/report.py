@@ -20,7 +20,7 @@ SETS = ("real", "synthetic", "instruction")
 
 
 def write_report(out: Path, sequence_length: int) -> str:
-    """Draw the plots and say what was measured.
+    """Draw the losses and say what was measured; perplexity.png is the analysis tool's.
 
     Args:
         out: the demo's folder, all stages finished.
@@ -32,7 +32,6 @@ def write_report(out: Path, sequence_length: int) -> str:
     report = json.loads((out / "perplexity.json").read_text())
     models = {Path(path).name: model["sets"] for path, model in report["models"].items()}
     plot_losses(out)
-    plot_perplexities(out, models)
     lines = [
         "",
         f"Perplexity of held-out samples, first {sequence_length} tokens of each: over all tokens, and",
@@ -159,38 +158,3 @@ def _curve(values: dict[int, float]) -> tuple[list[int], list[float]]:
     """Steps and values; a resumed run may have written a step again."""
     steps = sorted(values)
     return steps, [values[step] for step in steps]
-
-
-def plot_perplexities(out: Path, models: dict[str, Any]) -> None:
-    """Density of the samples' log-perplexity under each model (the paper's figure 4)."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(1, len(SETS), figsize=(13, 3.4), layout="constrained")
-    for axis, text_set in zip(axes, SETS, strict=True):
-        values = {name: np.array(models[name][text_set]["loss"]) for name in MODELS}
-        low = min(v.min() for v in values.values())
-        # Gradient ascent drives some samples so far off that nothing else would be seen.
-        high = max(v.max() for name, v in values.items() if name != "unlearn-ga") + 1
-        grid = np.linspace(low - 0.5, high, 300)
-        for name, loss in values.items():
-            style = "--" if name == "unlearn-ga" else "-"
-            axis.plot(grid, _density(loss, grid), style, label=MODELS[name])
-        ascent = values["unlearn-ga"].mean()
-        if ascent > high:
-            axis.text(0.97, 0.5, f"GA: mean {ascent:.1f} →", ha="right", transform=axis.transAxes)
-        axis.set(title=f"{text_set} text", xlabel="log-perplexity of a sample", yticks=[])
-        axis.grid(alpha=0.3)
-    axes[0].set_ylabel("density")
-    axes[-1].legend()
-    figure.savefig(out / "perplexity.png", dpi=120)
-    plt.close(figure)
-
-
-def _density(values: np.ndarray, grid: np.ndarray) -> np.ndarray:
-    """Gaussian kernel density estimate with Scott's bandwidth."""
-    width = max(values.std() * len(values) ** -0.2, 1e-3)
-    distance = (grid[:, None] - values[None, :]) / width
-    return np.exp(-0.5 * distance**2).mean(axis=1) / (width * np.sqrt(2 * np.pi))
