@@ -23,7 +23,7 @@ from megatron_ext.data.documents import (
     format_of,
     read_blocks,
 )
-from megatron_ext.data.encode import BackendMismatchError, parse_texts
+from megatron_ext.data.encode import BackendMismatchError, EncodedKey, parse_texts
 from megatron_ext.data.fast_tokenizer import Backend, choose_tokenizer
 from megatron_ext.data.indexed import IndexedWriter, bin_path, idx_path, token_dtype
 from megatron_ext.data.manifest import Manifest, Source, manifest_path
@@ -135,6 +135,39 @@ def preprocess(config: PreprocessConfig) -> PreprocessResult:
             return _run(config, paths, prefixes, files, build_reference(config.tokenizer))
 
 
+@dataclass
+class _DataSet:
+    """What becomes of one key's text while it is encoded."""
+
+    key: str
+    writer: IndexedWriter
+    largest: int = 0
+    sample: DocumentSample = field(default_factory=DocumentSample)
+
+    def append(self, encoded: EncodedKey) -> None:
+        """Takes the documents of a block."""
+        self.writer.append(
+            encoded.tokens,
+            sequence_lengths=encoded.sequence_lengths,
+            document_sequences=encoded.document_sequences,
+        )
+        self.largest = max(self.largest, encoded.max_token)
+        self.sample.add(encoded.digests)
+
+    def finish(self, skipped: Counter[str]) -> None:
+        """Writes the index.
+
+        Raises:
+            DataError: There are no tokens.
+        """
+        if self.writer.tokens == 0:
+            left_out = f", {skipped.total()} bad records left out" if skipped else ""
+            raise DataError(
+                f"no tokens for key {self.key!r}: {self.writer.documents} documents{left_out}"
+            )
+        self.writer.finish()
+
+
 def _run(
     config: PreprocessConfig,
     paths: list[Path],
@@ -145,9 +178,10 @@ def _run(
     """Encodes everything with one tokenizer and publishes the files."""
     start = time.monotonic()
     dtype = token_dtype(tokenizer.vocab_size)
-    writers = [IndexedWriter(files[bin_path(p)], files[idx_path(p)], dtype) for p in prefixes]
-    largest = [0] * len(prefixes)
-    samples = [DocumentSample() for _ in prefixes]
+    data_sets = [
+        _DataSet(key, IndexedWriter(files[bin_path(p)], files[idx_path(p)], dtype))
+        for key, p in zip(config.keys, prefixes, strict=True)
+    ]
     skipped: Counter[str] = Counter()
     text_bytes = 0
     encoded = encode_in_order(
@@ -166,27 +200,14 @@ def _run(
                 skipped[record.reason] += 1
                 if skipped[record.reason] <= 3:
                     logger.warning("skipped %s", record)
-            for i, (writer, key) in enumerate(zip(writers, block.keys, strict=True)):
-                writer.append(
-                    key.tokens,
-                    sequence_lengths=key.sequence_lengths,
-                    document_sequences=key.document_sequences,
-                )
-                largest[i] = max(largest[i], key.max_token)
-                samples[i].add(key.digests)
+            for data_set, key in zip(data_sets, block.keys, strict=True):
+                data_set.append(key)
             text_bytes += block.text_bytes
-            progress.update(block.consumed, writers[0].documents, writers[0].tokens)
-    for key_name, writer in zip(config.keys, writers, strict=True):
-        if writer.tokens == 0:
-            left_out = f", {skipped.total()} bad records left out" if skipped else ""
-            raise DataError(
-                f"no tokens for key {key_name!r}: {writer.documents} documents{left_out}"
-            )
-        writer.finish()
-    manifests = [
-        _manifest(config, paths, tokenizer, writer, max_token, sample, skipped)
-        for writer, max_token, sample in zip(writers, largest, samples, strict=True)
-    ]
+            first = data_sets[0].writer
+            progress.update(block.consumed, first.documents, first.tokens)
+    for data_set in data_sets:
+        data_set.finish(skipped)
+    manifests = [_manifest(config, paths, tokenizer, data_set, skipped) for data_set in data_sets]
     for prefix, manifest in zip(prefixes, manifests, strict=True):
         files[manifest_path(prefix)].write(manifest.to_json())
     files.commit()
@@ -227,11 +248,10 @@ def _manifest(
     config: PreprocessConfig,
     paths: list[Path],
     tokenizer: Tokenizer,
-    writer: IndexedWriter,
-    max_token: int,
-    sample: DocumentSample,
+    data_set: _DataSet,
     skipped: Counter[str],
 ) -> Manifest:
+    writer = data_set.writer
     return Manifest(
         tokenizer_type=config.tokenizer.tokenizer_type,
         tokenizer_model=Path(config.tokenizer.tokenizer_model).name,
@@ -243,10 +263,10 @@ def _manifest(
         documents=writer.documents,
         sequences=writer.sequences,
         tokens=writer.tokens,
-        max_token_id=max_token,
+        max_token_id=data_set.largest,
         skipped=dict(skipped),
         backend=tokenizer.backend_name,
         sources=[Source(path=str(path), bytes=path.stat().st_size) for path in paths],
         content_digest=writer.content_digest,
-        document_sample=[digest.to_bytes(8).hex() for digest in sample.smallest],
+        document_sample=[digest.to_bytes(8).hex() for digest in data_set.sample.smallest],
     )
