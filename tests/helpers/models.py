@@ -12,15 +12,21 @@ VOCAB, SEQUENCE, BATCH = 64, 16, 2
 
 
 def start(tensor_parallel: int = 1) -> None:
-    """Build Megatron's process groups over the ranks of this test."""
+    """Build Megatron's process groups over the ranks of this test, unless it has them already.
+
+    They are some 20, of three threads each that gloo never ends: built anew for every case of a test,
+    their threads would leave no time to the test.
+    """
     from megatron_ext.runtime import cpu
 
     cpu.enable()
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
-    parallel_state.destroy_model_parallel()
-    parallel_state.initialize_model_parallel(tensor_model_parallel_size=tensor_parallel)
+    present = parallel_state.is_initialized()
+    if not present or parallel_state.get_tensor_model_parallel_world_size() != tensor_parallel:
+        parallel_state.destroy_model_parallel()
+        parallel_state.initialize_model_parallel(tensor_model_parallel_size=tensor_parallel)
     model_parallel_cuda_manual_seed(1)
 
 
