@@ -20,7 +20,7 @@ class Settings:
 
     base_steps: int = 400
     synth_steps: int = 180
-    unlearn_steps: int = 50
+    unlearn_steps: int = 40
     vocab_size: int = 4096
     hidden_size: int = 192
     layers: int = 4
