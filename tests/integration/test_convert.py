@@ -191,19 +191,9 @@ def test_unlearning_ones_own_model_takes_three_commands(world):
     launch = Launch(
         [*flags, "--pretrained-checkpoint", world / "base", "--load", save, "--save", save]
         + ["--data-path", data, "--forget-data-path", data, "--split", "100,0,0"]
-        + ["--micro-batch-size", 1, "--global-batch-size", 4, "--seq-length", 64]
-        + [
-            "--train-iters",
-            2,
-            "--save-interval",
-            2,
-            "--lr",
-            1e-2,
-            "--eval-iters",
-            0,
-            "--log-interval",
-            1,
-        ]
+        + ["--allow-data-overlap", "--micro-batch-size", 1, "--global-batch-size", 4]
+        + ["--seq-length", 64, "--train-iters", 2, "--save-interval", 2, "--lr", 1e-2]
+        + ["--eval-iters", 0, "--log-interval", 1]
         + ["--tensor-model-parallel-size", 2],
         ranks=2,
     )
