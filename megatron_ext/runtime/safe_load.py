@@ -7,6 +7,7 @@ and every object beside the tensors (`DefaultLoadPlanner.load_bytes` passes `wei
 
 from __future__ import annotations
 
+import io
 import os
 import pickle
 import re
@@ -68,9 +69,14 @@ def load_metadata(stream: IO[bytes]) -> Any:
         stream: the open file.
 
     Raises:
-        pickle.UnpicklingError: it refers to anything that metadata do not consist of.
+        pickle.UnpicklingError: it is damaged, or refers to anything that metadata do not consist of.
     """
-    return _MetadataUnpickler(stream).load()
+    try:
+        return _MetadataUnpickler(io.BytesIO(stream.read())).load()
+    except pickle.UnpicklingError:
+        raise
+    except Exception as error:  # of whatever kind: what a damaged pickle runs into is not foreseen
+        raise pickle.UnpicklingError(f"{type(error).__name__}: {error}") from error
 
 
 def reason(error: BaseException) -> str:
@@ -83,7 +89,12 @@ def reason(error: BaseException) -> str:
     return lines[-1] if lines else type(error).__name__
 
 
-class _MetadataUnpickler(pickle.Unpickler):
+class _MetadataUnpickler(pickle._Unpickler):
+    """Python's own unpickler, not the one in C, which a few bytes can make allocate gigabytes.
+
+    Twice as slow: 1.7 s for the 4 MB of 28,800 shards.
+    """
+
     def find_class(self, module: str, name: str) -> Any:
         """Look up a class of the list, or one of torch's dtypes."""
         known = (module, name) in _METADATA_CLASSES

@@ -1,6 +1,7 @@
 """Readers meet files that somebody damaged or made up: a clear error, or a result; no crash, no flood."""
 
 import gzip
+import io
 import json
 import pickle
 import tracemalloc
@@ -213,5 +214,17 @@ def test_metadata_of_checkpoints(tmp_path, data):
     path = tmp_path / "metadata"
     good = pickle.dumps(Metadata({"a": BytesStorageMetadata()}, None, {}))
     path.write_bytes(data.draw(damage(good) | st.binary(max_size=100)))
-    with path.open("rb") as stream, bounded(), suppress(Exception):
+    with path.open("rb") as stream, bounded(), suppress(pickle.UnpicklingError):
         load_metadata(stream)
+
+
+@pytest.mark.parametrize(
+    "greedy",
+    [
+        b"\x80\x04Nr" + (2**26).to_bytes(4, "little") + b".",  # remember as number 2^26
+        b"\x80\x04\x8e" + (2**28).to_bytes(8, "little") + b".",  # 2^28 bytes follow
+    ],
+)
+def test_metadata_that_ask_for_much_memory(greedy):
+    with bounded(), suppress(pickle.UnpicklingError):
+        load_metadata(io.BytesIO(greedy))
