@@ -27,6 +27,7 @@ sys.path.insert(0, str(ROOT))
 from examples.demo.report import write_report  # noqa: E402
 from examples.demo.stages import PRESETS, Stage, stages  # noqa: E402
 
+BAR = re.compile(r" *\d+%\|")  # tqdm's
 # Megatron's console line; with gradient ascent the sum of the terms is negative and stands elsewhere.
 ITERATION = re.compile(r"iteration +(\d+)/ +(\d+) .*?(?:lm loss|replay loss): ([0-9.E+-]+)")
 
@@ -81,8 +82,7 @@ def _follow(process: subprocess.Popen[str], stage: Stage, sink: object) -> int:
     for line in process.stdout:
         print(line, end="", file=sink, flush=True)  # type: ignore[call-overload]
         if bar is None:
-            if stage.name != "perplexity":
-                print(f"   {line.rstrip()}", flush=True)
+            _show(stage, line.rstrip())
             continue
         if match := ITERATION.search(line):
             bar.set_postfix_str(f"loss {float(match[3]):.3f}", refresh=False)
@@ -90,6 +90,14 @@ def _follow(process: subprocess.Popen[str], stage: Stage, sink: object) -> int:
     if bar is not None:
         bar.close()
     return process.wait()
+
+
+def _show(stage: Stage, line: str) -> None:
+    """A line of a tool; of the one that runs models its bar alone, where somebody watches."""
+    if stage.name != "perplexity":
+        print(f"   {line}", flush=True)
+    elif BAR.match(line) and sys.stderr.isatty():
+        print(f"\r   {line}", end="\n" if line.lstrip().startswith("100%") else "", file=sys.stderr)
 
 
 def _printable(command: list[str]) -> str:
