@@ -2,7 +2,7 @@
 
     python -m benchmarks.head [--device cuda|cpu] [--out FOLDER]
 
-Prints a table, writes `head_<device>.json` and `head_<device>.png`. A peer that cannot run is
+Prints a table, writes `head-<device>.json` and `head-<device>.png`. A peer that cannot run is
 listed with the reason. On a GPU: median of CUDA events, and the allocator's peak above the inputs.
 On a CPU: each measurement in a process of its own, its peak of resident memory above the inputs.
 """
@@ -239,7 +239,7 @@ def main() -> None:
     print("\n".join(["", *lines]))
     args.out.mkdir(parents=True, exist_ok=True)
     result = {"environment": environment(device), "cells": rows, "summary": lines, "errors": errors}
-    path = args.out / f"head_{device}.json"
+    path = args.out / f"head-{device}.json"
     path.write_text(json.dumps(result, indent=1) + "\n")
     try:
         plot(rows, path.with_suffix(".png"))
