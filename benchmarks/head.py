@@ -180,11 +180,13 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
+    rows = [row for row in rows if "ms" in row and row["reference"] == "all"]
     sizes = sorted({tuple(row["size"]) for row in rows})
+    if not sizes:
+        return
     figure, axes = pyplot.subplots(2, len(sizes), figsize=(4 * len(sizes), 6), squeeze=False)
     for column, size in enumerate(sizes):
-        cells = [r for r in rows if tuple(r["size"]) == size and "ms" in r]
-        cells = [r for r in cells if r["reference"] == "all"]
+        cells = [r for r in rows if tuple(r["size"]) == size]
         names = [r["peer"] for r in cells]
         for line, (key, unit) in enumerate((("ms", "ms"), ("mib", "peak extra MiB"))):
             axis = axes[line][column]
@@ -193,7 +195,9 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
             axis.set_xlabel(unit)
             axis.invert_yaxis()
         axes[0][column].set_title("T {} H {} V {}".format(*size), fontsize=9)
-    figure.suptitle("Head, forward + backward: cross-entropy + KL, reference on all tokens")
+    figure.suptitle(
+        "Head, forward + backward: cross-entropy + KL, reference on all tokens", fontsize=9
+    )
     figure.tight_layout()
     figure.savefig(path, dpi=120)
 
