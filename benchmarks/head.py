@@ -196,7 +196,7 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
             axis.invert_yaxis()
         axes[0][column].set_title("T {} H {} V {}".format(*size), fontsize=9)
     figure.suptitle(
-        "Head, forward + backward: cross-entropy + KL, reference on all tokens", fontsize=9
+        "Head, forward + backward,\ncross-entropy + KL, reference on all tokens", fontsize=10
     )
     figure.tight_layout()
     figure.savefig(path, dpi=120)
