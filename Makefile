@@ -3,7 +3,7 @@
 # make check   format, lint, types and all tests (what CI runs)
 # make faults  FAULTS=100 SEED=1: kill, cut and fill real runs and compare what they leave, to the bit
 # make bench   the benchmarks that this machine can run; MEGATRON_LM=DIR adds its preprocess_data.py
-# make study-mini  SEED=1: every model of the paper in miniature, their evaluation and a report; 40 minutes
+# make study-mini  SEED=1: every model of the paper in miniature, their evaluation and a report
 # make setup   the virtual environment; the others make it when it is needed
 
 VENV   := .venv

@@ -18,7 +18,7 @@ from transformers import (
 
 from megatron_ext.checkpoint.huggingface import CONFIG
 from megatron_ext.evaluation.sampling import Chooser, Request, Scored
-from megatron_ext.evaluation.scoring import label_scores, sum_scores
+from megatron_ext.evaluation.scoring import label_scores, rows_to_score, sum_scores
 from megatron_ext.exceptions import CheckpointError
 
 
@@ -109,12 +109,7 @@ class HuggingFaceGenerator:
             For each the sum over its tokens from `start` on, in nats, and whether each of them is the most
             probable one.
         """
-        width = max(len(sequence.tokens) for sequence in sequences)
-        tokens = torch.zeros(len(sequences), width, dtype=torch.int64)
-        counts = torch.zeros(len(sequences), width - 1, dtype=torch.bool)
-        for row, sequence in enumerate(sequences):
-            tokens[row, : len(sequence.tokens)] = torch.tensor(sequence.tokens)
-            counts[row, sequence.start - 1 : len(sequence.tokens) - 1] = True
+        tokens, counts = rows_to_score(sequences, rows=len(sequences))
         tokens = tokens.to(self._model.device)
         logits = self._model(tokens[:, :-1]).logits[..., : self._vocab_size]
         return sum_scores(label_scores(logits, tokens[:, 1:]).cpu(), counts)

@@ -23,7 +23,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from megatron_ext.evaluation.sampling import Chooser, Request, Scored
-from megatron_ext.evaluation.scoring import label_scores, sum_scores
+from megatron_ext.evaluation.scoring import label_scores, rows_to_score, sum_scores
 from megatron_ext.reference import FrozenReference
 
 # From hidden states `[s, b, H]` to logits `[s, b, V]` of the whole vocabulary.
@@ -124,13 +124,8 @@ class MegatronGenerator:
             For each the sum over its tokens from `start` on, in nats, and whether each of them is the most
             probable one.
         """
-        width = max(len(sequence.tokens) for sequence in sequences)
         rows = -(-len(sequences) // self._rows) * self._rows
-        tokens = torch.zeros(rows, width, dtype=torch.int64)
-        counts = torch.zeros(rows, width - 1, dtype=torch.bool)
-        for row, sequence in enumerate(sequences):
-            tokens[row, : len(sequence.tokens)] = torch.tensor(sequence.tokens)
-            counts[row, sequence.start - 1 : len(sequence.tokens) - 1] = True
+        tokens, counts = rows_to_score(sequences, rows=rows)
         labels = iter(tokens[:, 1:].split(self._rows))
 
         def token_scores(hidden: Tensor, project: Projection) -> Tensor:
@@ -143,7 +138,7 @@ class MegatronGenerator:
 
         contexts = [None] * (rows // self._rows)
         found = self._run(tokens[:, :-1], 0, contexts, token_scores)
-        scores = _from_last_stage(found, shape=(rows, width - 1, 2), dtype=torch.float64).cpu()
+        scores = _from_last_stage(found, shape=(*counts.shape, 2), dtype=torch.float64).cpu()
         return sum_scores(scores, counts)[: len(sequences)]
 
     def _forward(

@@ -5,8 +5,12 @@ Shapes: `...` positions and rows, V tokens of the vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
+
+from megatron_ext.evaluation.sampling import Scored
 
 
 def label_scores(logits: Tensor, labels: Tensor) -> Tensor:
@@ -23,6 +27,26 @@ def label_scores(logits: Tensor, labels: Tensor) -> Tensor:
     own = logits.gather(-1, labels[..., None])[..., 0]
     greedy = logits.argmax(dim=-1) == labels
     return torch.stack([(own - logits.logsumexp(dim=-1)).double(), greedy.double()], dim=-1)
+
+
+def rows_to_score(sequences: Sequence[Scored], *, rows: int) -> tuple[Tensor, Tensor]:
+    """Lay sequences out for a forward pass.
+
+    Args:
+        sequences: at most `rows`.
+        rows: b; rows beyond the sequences are padding.
+
+    Returns:
+        Tokens, int64 `[b, s + 1]`, padded with 0; and which of the labels `tokens[:, 1:]` count,
+        bool `[b, s]`.
+    """
+    width = max(len(sequence.tokens) for sequence in sequences)
+    tokens = torch.zeros(rows, width, dtype=torch.int64)
+    counts = torch.zeros(rows, width - 1, dtype=torch.bool)
+    for row, sequence in enumerate(sequences):
+        tokens[row, : len(sequence.tokens)] = torch.tensor(sequence.tokens)
+        counts[row, sequence.start - 1 : len(sequence.tokens) - 1] = True
+    return tokens, counts
 
 
 def sum_scores(scores: Tensor, counts: Tensor) -> list[tuple[float, bool]]:

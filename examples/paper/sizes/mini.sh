@@ -1,5 +1,5 @@
 # shellcheck shell=bash disable=SC2034 # common.sh reads these
-# The study in miniature: 3.3 M parameters, the model of examples/demo/run.py, on two CPU ranks.
+# The study in miniature: 3.3 M parameters, the model of examples/demo/stages.py, on two CPU ranks.
 # A model this small needs higher rates, more synthetic text and a stronger forgetting weight than the paper's
 # to change within so few steps; the recipes are the same.
 
