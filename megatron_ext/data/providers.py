@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from megatron.core import parallel_state
-from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
 from megatron.core.datasets.gpt_dataset import GPTDatasetConfig, MockGPTDataset
 from megatron.core.datasets.utils import Split, get_blend_from_list
 from megatron.training import get_tokenizer
@@ -18,6 +17,7 @@ from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_l
 
 from megatron_ext.config import UnlearnConfig
 from megatron_ext.data.composition import ComposedDataset
+from megatron_ext.data.index_cache import DatasetBuilder
 from megatron_ext.data.sourced import SourcedGPTDataset
 
 Blend = tuple[list[str], list[float] | None] | None
@@ -137,7 +137,7 @@ def _build(
         sequences_per_dataset=sequences,
     )
     dataset_type = MockGPTDataset if args.mock_data else SourcedGPTDataset
-    builder = BlendedMegatronDatasetBuilder(
+    builder = DatasetBuilder(
         dataset_type, list(num_samples), partial(reads_data, vp_stage=vp_stage), dataset_config
     )
     train, valid, test = builder.build()

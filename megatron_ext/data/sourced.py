@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from megatron.core.datasets.gpt_dataset import GPTDataset
 
+from megatron_ext.data.index_cache import load_or_build
 from megatron_ext.data.indexed import bin_path, idx_path
 from megatron_ext.data.manifest import read_manifest
 
@@ -25,7 +26,7 @@ class SourcedGPTDataset(GPTDataset):
     with them other samples, or none.
     """
 
-    def _build_document_sample_shuffle_indices(self) -> tuple[Any, Any, Any]:
+    def _build_document_sample_shuffle_indices(self) -> Any:
         """Name the cache by the data as well, before Megatron looks for it."""
         self.unique_identifiers["content"] = content_key(self.dataset_path)
         self.unique_description = json.dumps(
@@ -34,7 +35,21 @@ class SourcedGPTDataset(GPTDataset):
         self.unique_description_hash = hashlib.md5(
             self.unique_description.encode(), usedforsecurity=False
         ).hexdigest()
-        return super()._build_document_sample_shuffle_indices()
+        names = ("document_index.npy", "sample_index.npy", "shuffle_index.npy")
+        stem = f"{self.unique_description_hash}-{type(self).__name__}-{self.index_split.name}"
+        indices = load_or_build(
+            self, self._cache_folder(), stem, names, super()._build_document_sample_shuffle_indices
+        )
+        if not self.config.defer_npy_index_mmap:
+            # Read to build the indices alone: 4 bytes a document, on every rank.
+            self.indices = np.empty(0, dtype=np.int32)
+        return indices
+
+    def _cache_folder(self) -> Path:
+        """Where Megatron looks for the cache."""
+        if self.config.path_to_cache:
+            return Path(self.config.path_to_cache)
+        return Path(self.dataset.path_prefix) / "cache" / f"{type(self).__name__}_indices"
 
     def _query_document_sample_shuffle_indices(self, idx: int) -> tuple[Any, Any, Any]:
         """Remember the documents of the sample that is being read."""

@@ -1,54 +1,22 @@
 """Text that is tokenised again under the same prefix never meets the indices of the text before."""
 
-import itertools
 import os
 from pathlib import Path
 
 import numpy as np
 import pytest
-from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
-from megatron.core.datasets.utils import Split
+from megatron.core.datasets.gpt_dataset import GPTDataset
 
 from megatron_ext.data.manifest import Manifest, write_manifest
 from megatron_ext.data.sourced import SourcedGPTDataset, content_key
+from tests.helpers.gpt_datasets import dataset, documents, files
 from tests.helpers.text import write_dataset
-
-SEQUENCE = 16
-
-
-class FakeTokenizer:
-    """As much of one as a dataset asks for; made again it looks the same."""
-
-    vocab_size, eod, pad, eos = 1000, 0, 1, 0
-    unique_identifiers = {"class": "FakeTokenizer"}  # noqa: RUF012
-
-
-def documents(seed):
-    """50 documents, of the same number of tokens in all, whatever the seed."""
-    random = np.random.default_rng(seed)
-    bounds = [0, *sorted(random.choice(np.arange(1, 2000), 49, replace=False)), 2000]
-    ids = random.integers(2, 1000, 2000)
-    return [ids[a:b] for a, b in itertools.pairwise(bounds)]
 
 
 def samples(of, prefix, cache):
     """Tokens of one epoch."""
-    config = GPTDatasetConfig(
-        random_seed=1,
-        sequence_length=SEQUENCE,
-        blend=([prefix], None),
-        split="1",
-        path_to_cache=str(cache),
-        tokenizer=FakeTokenizer(),
-        reset_position_ids=False,
-        reset_attention_mask=False,
-        eod_mask_loss=False,
-        create_attention_mask=False,
-    )
-    data = of.build_low_level_dataset(prefix, config)
-    indices = np.arange(len(data.sequence_lengths), dtype=np.int32)
-    dataset = of(data, prefix, indices, 100, Split.train, config)
-    return np.stack([dataset[i]["tokens"].numpy() for i in range(100)]), dataset
+    made = dataset(of, prefix, cache)
+    return np.stack([made[i]["tokens"].numpy() for i in range(100)]), made
 
 
 def again(of, tmp_path):
@@ -78,19 +46,20 @@ def test_retokenised_data_have_indices_of_their_own(tmp_path):
 def test_the_same_data_are_indexed_once(tmp_path):
     prefix = write_dataset(tmp_path / "d", documents(1))
     first, _ = samples(SourcedGPTDataset, prefix, tmp_path / "cache")
-    files = {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").iterdir()}
+    before = files(tmp_path / "cache")
     second, _ = samples(SourcedGPTDataset, prefix, tmp_path / "cache")
     assert np.array_equal(first, second)
-    assert files == {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").iterdir()}
+    assert len(before) == 4
+    assert files(tmp_path / "cache") == before
     stock, _ = samples(GPTDataset, prefix, tmp_path / "stock")
     assert np.array_equal(first, stock)
 
 
 def test_a_sample_says_where_it_comes_from(tmp_path):
     prefix = write_dataset(tmp_path / "d", documents(1))
-    tokens, dataset = samples(SourcedGPTDataset, prefix, tmp_path / "cache")
+    tokens, made = samples(SourcedGPTDataset, prefix, tmp_path / "cache")
     for index in (0, 57):
-        source = dataset[index]["source"]
+        source = made[index]["source"]
         head, _, rest = source.partition(" (documents ")
         assert head == f"sample {index} of {prefix}"
         named = [int(number) for number in rest.rstrip(")").split(",")]

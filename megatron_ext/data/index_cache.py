@@ -1,0 +1,155 @@
+"""Megatron's cached indices, written whole or not at all, and built again where they cannot be read.
+
+Megatron writes each array under its final name and takes a cache for complete as soon as all of its
+files exist. A job that is killed in the last write leaves files that every later start fails to load;
+one that shares the folder fails on what is still being written, and one that builds the same index
+cuts the files under the feet of those that have mapped them, which kills them (SIGBUS). Here an index
+is built in a folder of its own, flushed, and renamed file by file. Two jobs that build the same index
+at once write the same bytes, and each rename leaves whole files.
+
+Rank 0 builds, the others wait at Megatron's barrier, at most for ``--distributed-timeout-minutes``.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import os
+import pickle
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core.datasets.blended_dataset import BlendedDataset
+from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
+
+from megatron_ext.exceptions import DataError
+
+logger = logging.getLogger(__name__)
+
+Indices = tuple[Any, ...]
+
+_DESCRIPTION = "description.txt"
+# What numpy raises for a file that was cut, emptied or filled with something else.
+_UNREADABLE = (ValueError, EOFError, OSError, pickle.UnpicklingError)
+# Seconds after which a folder that nobody finished is taken for one that a killed job left behind.
+_ABANDONED = 24 * 3600.0
+
+
+class WholeBlendedDataset(BlendedDataset):
+    """Megatron's blend, its indices cached whole or not at all."""
+
+    def _build_indices(self) -> Indices:
+        folder = self.config.path_to_cache
+        if not folder:  # Megatron keeps such a blend in memory, on every rank
+            return super()._build_indices()
+        names = ("dataset_index.npy", "dataset_sample_index.npy")
+        stem = f"{self.unique_description_hash}-{type(self).__name__}-{self.split.name}"
+        return load_or_build(self, Path(folder), stem, names, super()._build_indices)
+
+
+class DatasetBuilder(BlendedMegatronDatasetBuilder):
+    """Megatron's builder, of blends whose cache is written whole or not at all."""
+
+    @staticmethod
+    def build_generic_dataset(cls: Any, *arguments: Any) -> Any:
+        """Megatron's, see there."""
+        cls = WholeBlendedDataset if cls is BlendedDataset else cls
+        return BlendedMegatronDatasetBuilder.build_generic_dataset(cls, *arguments)
+
+
+def load_or_build(
+    dataset: Any, folder: Path, stem: str, names: Sequence[str], build: Callable[[], Indices]
+) -> Indices:
+    """Load the indices of a dataset from its cache, after building them there if need be.
+
+    What was built is loaded as well, mapped: rank 0 holds no more memory than the others.
+
+    Args:
+        dataset: Megatron's, under construction.
+        folder: of the cache.
+        stem: what the names of its files begin with.
+        names: of its arrays.
+        build: Megatron's method. Loads if all files are in ``dataset.config.path_to_cache``, else builds
+            them there.
+
+    Raises:
+        DataError: the index cannot be written, or is not where this rank looks for it.
+    """
+    # The description is the last to appear: without it Megatron does not look at the rest.
+    files = [folder / f"{stem}-{name}" for name in (*names, _DESCRIPTION)]
+    builds = not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
+    config = dataset.config
+    prebuilt = config.fast_cache_load or config.defer_npy_index_mmap
+    missing = None
+    if builds or not prebuilt:  # these flags exist to spare the other ranks the look
+        missing = next((file for file in files if not file.is_file()), None)
+    if missing is None:
+        try:
+            return build()
+        except _UNREADABLE as error:
+            if prebuilt or not builds:
+                raise DataError(f"{folder}/{stem}-* cannot be read: {error}") from error
+            logger.warning(
+                "%s/%s-* cannot be read (%s): building the index again", folder, stem, error
+            )
+    elif prebuilt:
+        raise DataError(
+            f"--dataloader-fast-cache-load, --dataloader-defer-npy-index-mmap: expected an index that is "
+            f"built already, found no {missing}; tools/build_index.py builds it"
+        )
+    elif not builds:
+        raise DataError(
+            f"--data-cache-path: expected a folder that all nodes share, where rank 0 has built the "
+            f"index, found no {missing}"
+        )
+    _build_whole(dataset, files, build)
+    return build()
+
+
+def _build_whole(dataset: Any, files: Sequence[Path], build: Callable[[], Indices]) -> None:
+    """Have Megatron build into an empty folder, and publish what it wrote."""
+    folder = files[0].parent
+    config = dataset.config
+    dataset.config = copy.copy(config)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        _remove_abandoned(folder)
+        with tempfile.TemporaryDirectory(prefix=".partial-", dir=folder) as scratch:
+            dataset.config.path_to_cache = scratch
+            build()
+            written = [Path(scratch) / file.name for file in files]
+            for file in written:
+                _flush(file)  # a name must not outlive a power cut that the content did not
+            for source, file in zip(written, files, strict=True):
+                os.replace(source, file)
+    except OSError as error:
+        free = shutil.disk_usage(folder).free / 2**20 if folder.is_dir() else 0.0
+        raise DataError(
+            f"{folder}: the index of the data cannot be written, with {free:.1f} MiB free on its disk: "
+            f"{error}; --data-cache-path names another folder"
+        ) from error
+    finally:
+        dataset.config = config
+
+
+def _remove_abandoned(folder: Path) -> None:
+    """Make room of what killed jobs left behind."""
+    for scratch in folder.glob(".partial-*"):
+        try:
+            if time.time() - scratch.stat().st_mtime > _ABANDONED:
+                shutil.rmtree(scratch, ignore_errors=True)
+        except FileNotFoundError:  # its job has just finished
+            continue
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
