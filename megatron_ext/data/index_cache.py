@@ -90,7 +90,9 @@ def load_or_build(
         missing = next((file for file in files if not file.is_file()), None)
     if missing is None:
         try:
-            return build()
+            indices = build()
+            logger.info("%s/%s-* found", folder, stem)
+            return indices
         except _UNREADABLE as error:
             if prebuilt or not builds:
                 raise DataError(f"{folder}/{stem}-* cannot be read: {error}") from error
@@ -108,6 +110,7 @@ def load_or_build(
             f"index, found no {missing}"
         )
     _build_whole(dataset, files, build)
+    logger.info("%s/%s-* built", folder, stem)
     return build()
 
 

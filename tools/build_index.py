@@ -1,0 +1,140 @@
+#!/usr/bin/env python
+"""Build the index of the data that a run will look for in --data-cache-path, before the run.
+
+    python tools/build_index.py -- --num-layers 32 ... --data-cache-path cache --data-path ...
+
+After -- come the run's own flags, as pretrain_unlearn.py gets them. One process, no GPU and no model; all
+splits, the text to forget and the text to replay. A run whose data, split, sequence length, seed, batch
+sizes, iterations or tokenizer differ has another index. What is there already is not built again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+import time
+from argparse import Namespace
+from collections.abc import Sequence
+from contextlib import redirect_stdout
+from pathlib import Path
+
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from megatron_ext.exceptions import ConfigError
+from tools.common import run_tool
+
+# By these flags the ranks of a run are split; the least number of them can be told from the rest.
+_LAYOUT = ("tensor-model-parallel-size", "pipeline-model-parallel-size", "context-parallel-size")
+
+
+class _Progress(logging.Handler):
+    """Counts the indices that were built and found."""
+
+    def __init__(self, bar: tqdm) -> None:
+        super().__init__(logging.INFO)
+        self.bar = bar
+        self.built = self.found = 0
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Take one of the lines of ``index_cache``."""
+        if record.levelno != logging.INFO:
+            return
+        self.built += record.getMessage().endswith("built")
+        self.found += record.getMessage().endswith("found")
+        self.bar.update()
+
+
+def run_flags(argv: Sequence[str]) -> list[str]:
+    """The flags of the run among this tool's own words.
+
+    Raises:
+        ConfigError: there are none, or the index would depend on what they do not say.
+    """
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("flags", nargs="+", metavar="-- FLAGS", help="of pretrain_unlearn.py")
+    flags: list[str] = parser.parse_args(argv).flags
+    names = {word.partition("=")[0] for word in flags}
+    if "--data-cache-path" not in names:
+        raise ConfigError(
+            "--data-cache-path: expected the folder where the run will look, found none; without one "
+            "Megatron keeps no index of a blend"
+        )
+    if "--global-batch-size" not in names:
+        raise ConfigError(
+            "--global-batch-size: expected a size, found none; it would depend on the number of ranks"
+        )
+    for name in ("--chat-data-path", "--mock-data", "--phase-transition-iterations"):
+        if name in names:
+            raise ConfigError(
+                f"{name}: such a run has no index of its data that could be built before it"
+            )
+    return flags
+
+
+def smallest_world(flags: Sequence[str]) -> int:
+    """Ranks of one copy of the model."""
+    parser = argparse.ArgumentParser(allow_abbrev=False, add_help=False)
+    for name in _LAYOUT:
+        parser.add_argument(f"--{name}", type=int, default=1)
+    ranks = 1
+    for value in vars(parser.parse_known_args(flags)[0]).values():
+        ranks *= value
+    return ranks
+
+
+def parse(flags: Sequence[str]) -> tuple[Namespace, list[int | None], object]:
+    """Parse and check as the run does; its arguments, samples of each split, and datasets' provider."""
+    from megatron_ext.runtime import compat, cpu
+
+    cpu.enable()
+    from megatron.training import training as loop
+
+    from megatron_ext import arguments
+    from megatron_ext.data.checks import check_datasets
+    from megatron_ext.data.overlap import check_overlap
+    from megatron_ext.data.providers import datasets_provider
+
+    compat.apply()
+    os.environ["WORLD_SIZE"] = str(smallest_world(flags))
+    # Nothing is logged to where the run will log; of a flag that is given twice the last one counts.
+    sys.argv = [sys.argv[0], *flags, "--tensorboard-dir", "", "--wandb-project", ""]
+    args, config, _ = arguments.parse()
+    check_datasets(args, config)
+    check_overlap(args, config)
+    args.dataloader_fast_cache_load = args.dataloader_defer_npy_index_mmap = False
+    args.iteration = 0
+    loop.update_train_iters(args)
+    samples = list(loop.get_train_valid_test_num_samples())
+    return args, samples, datasets_provider(args, config)
+
+
+def main() -> None:
+    """Build, and print what there is now."""
+    flags = run_flags(sys.argv[1:])
+    logging.getLogger("megatron").setLevel(logging.WARNING)
+    start = time.perf_counter()
+    with redirect_stdout(sys.stderr):
+        args, samples, provider = parse(flags)
+        log = logging.getLogger("megatron_ext.data.index_cache")
+        with tqdm(unit=" indices", disable=None) as bar:
+            progress = _Progress(bar)
+            log.addHandler(progress)
+            log.propagate = False
+            assert callable(provider)
+            provider(samples)
+    cache = Path(args.data_cache_path)
+    size = sum(file.stat().st_size for file in cache.iterdir() if file.is_file())
+    print(
+        f"{progress.built} indices built, {progress.found} found, in {time.perf_counter() - start:.0f} s; "
+        f"{cache} holds {size / 1e6:,.1f} MB"
+    )
+
+
+if __name__ == "__main__":
+    run_tool(main)
