@@ -3,16 +3,16 @@
 Legend: T tokens, H hidden size, V vocabulary columns of this tensor-parallel shard, tp shards, R
 tokens with a reference (role +1).
 
-Logits exist for a chunk of tokens only. What a chunk leaves behind is five numbers a token; one
-all-gather of them, after the last chunk, joins the vocabulary shards (see `vocab_parallel`, whose
-mathematics and precision hold here). Because the collective does not depend on the chunks, each
-rank may choose its chunk size from its own memory.
+Logits exist for a block of tokens and columns only. What a block leaves behind is five numbers a token, which
+are joined with those of the other blocks; one all-gather, after the last block, joins the shards (see
+`vocab_parallel`, whose mathematics and precision hold here). Because the collective does not depend on
+the blocks, each rank may choose them from its own memory.
 
 Tokens with a reference are sorted to the front: the reference logits of R tokens are then one
 matrix product, the others cost nothing, and no kernel looks up rows.
 
 If they fit in memory all logits are kept for the backward pass, where the gradient overwrites them.
-Otherwise backward makes them again, chunk by chunk, but for those of the chunk that forward made
+Otherwise backward makes them again, block by block, but for those of the block that forward made
 last: they are there already. `head_memory` chooses, between the two also to keep the student's
 logits but not the reference's.
 """
@@ -28,7 +28,7 @@ from torch import Tensor
 
 from megatron_ext.losses import vocab_parallel
 from megatron_ext.losses.head_function import HeadPlan, UnlearningHeadFunction
-from megatron_ext.losses.head_memory import memory_budget, plan_chunks
+from megatron_ext.losses.head_memory import CPU_BLOCK, Blocks, memory_budget, plan_blocks
 from megatron_ext.losses.vocab_parallel import check_labels, shard_columns
 
 Backend = Literal["torch", "triton", "triton-candidate"]
@@ -118,13 +118,20 @@ def unlearning_head(
         order = torch.argsort(replay, descending=True, stable=True).to(hidden.device)
     element = 4 if fp32_logits else weight.element_size()
     if chunk_size is not None:
-        whole = chunk_size >= tokens
+        blocks = Blocks(chunk_size, weight.shape[0], chunk_size >= tokens)
     else:
+        block = None
         if memory_budget_bytes is None:
             needed = (tokens + references) * weight.shape[0] * element
             memory_budget_bytes = memory_budget(weight.device, needed=needed)
-        chunk_size, whole = plan_chunks(
-            tokens, weight.shape[0], references, element_size=element, budget=memory_budget_bytes
+            block = None if weight.is_cuda else CPU_BLOCK
+        blocks = plan_blocks(
+            tokens,
+            weight.shape[0],
+            references,
+            element_size=element,
+            budget=memory_budget_bytes,
+            block=block,
         )
     plan = HeadPlan(
         kernels=_kernels(backend, hidden),
@@ -133,10 +140,9 @@ def unlearning_head(
         vocab_start=start,
         valid_columns=valid,
         references=references,
-        chunk_size=chunk_size,
+        blocks=blocks,
         fp32_logits=fp32_logits,
         fuse_weight_gradient=fuse_weight_gradient and hasattr(weight, "main_grad"),
-        whole=whole,
         keep=torch.is_grad_enabled(),
     )
     margin, kl = UnlearningHeadFunction.apply(

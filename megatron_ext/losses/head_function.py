@@ -1,6 +1,6 @@
 """The autograd function of the unlearning head. See `head` for what it computes and why.
 
-T tokens, c tokens of a chunk, H hidden size, V vocabulary columns of this shard.
+T tokens, H hidden size, V vocabulary columns of this shard; c tokens and v columns of a block.
 """
 
 from collections.abc import Iterator
@@ -13,22 +13,23 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from megatron_ext.losses.head_linear import (
-    add_weight_gradient,
-    fused_weight_gradient,
-    gather_tokens,
-    project,
-    start_reduction,
+from megatron_ext.losses.head_linear import gather_tokens, project
+from megatron_ext.losses.head_memory import Blocks
+from megatron_ext.losses.head_products import HeadProducts
+from megatron_ext.losses.vocab_parallel import (
+    RowStatistics,
+    gather_statistics,
+    join_statistics,
+    no_statistics,
 )
-from megatron_ext.losses.vocab_parallel import RowStatistics, gather_statistics
 
 
 @dataclass(frozen=True)
 class HeadPlan:
     """All that one call of the head has decided; see `unlearning_head`.
 
-    `whole`: the student's logits are made, and if `keep` kept, for all tokens at once; a chunk then
-    is one of the reference's. `keep`: there will be a backward pass.
+    `blocks`: what exists at a time; if `blocks.whole`, the student's logits are made, and if `keep` kept,
+    all at once. `keep`: there will be a backward pass.
     """
 
     kernels: ModuleType
@@ -37,49 +38,58 @@ class HeadPlan:
     vocab_start: int
     valid_columns: int
     references: int
-    chunk_size: int
+    blocks: Blocks
     fp32_logits: bool
     fuse_weight_gradient: bool
-    whole: bool
     keep: bool
 
-    def chunks(self, tokens: int) -> Iterator[slice]:
-        """Slices of the sorted tokens."""
-        return (
-            slice(i, min(i + self.chunk_size, tokens))
-            for i in range(0, max(tokens, 1), self.chunk_size)
-        )
+    def tiles(self, tokens: int, columns: int) -> Iterator[tuple[slice, slice]]:
+        """Rows of the sorted tokens and columns of this shard of each block."""
+        for i in range(0, max(tokens, 1), self.blocks.tokens):
+            rows = slice(i, min(i + self.blocks.tokens, tokens))
+            for j in range(0, columns, self.blocks.columns):
+                yield rows, slice(j, min(j + self.blocks.columns, columns))
+
+    def place(self, columns: slice) -> dict[str, int]:
+        """Where a block's columns are in the vocabulary."""
+        width = columns.stop - columns.start
+        return {
+            "vocab_start": self.vocab_start + columns.start,
+            "valid_columns": min(max(self.valid_columns - columns.start, 0), width),
+        }
 
     def student(self, hidden: Tensor, weight: Tensor) -> Tensor:
-        """Logits `[c, V]`."""
+        """Logits `[c, v]`."""
         return project(hidden, weight, fp32=self.fp32_logits)
 
     def reference(
-        self, chunk: slice, hidden: Tensor | None, weight: Tensor | None
+        self, rows: slice, columns: slice, hidden: Tensor | None, weight: Tensor | None
     ) -> Tensor | None:
-        """The reference's logits of the first tokens of a chunk; None if none of them has any."""
-        if hidden is None or weight is None or chunk.start >= self.references:
+        """The reference's logits of the first tokens of a block; None if none of them has any."""
+        if hidden is None or weight is None or rows.start >= self.references:
             return None
-        rows = hidden[chunk.start : min(chunk.stop, self.references)]
-        return project(rows, weight, fp32=self.fp32_logits)
+        first = hidden[rows.start : min(rows.stop, self.references)]
+        return project(first, weight[columns], fp32=self.fp32_logits)
 
-    def statistics(self, logits: Tensor, reference: Tensor | None, labels: Tensor) -> Tensor:
-        """`[2, c]` or, if the call has references, `[5, c]` statistics of a chunk."""
-        columns = {"vocab_start": self.vocab_start, "valid_columns": self.valid_columns}
+    def statistics(
+        self, logits: Tensor, reference: Tensor | None, labels: Tensor, columns: slice
+    ) -> Tensor:
+        """`[2, c]` or, if the call has references, `[5, c]` statistics of a block."""
+        place = self.place(columns)
         if not self.references:
-            return self.kernels.shard_statistics(logits, labels, **columns)
+            return self.kernels.shard_statistics(logits, labels, **place)
         n = 0 if reference is None else reference.shape[0]
         if n == logits.shape[0]:
             return self.kernels.shard_statistics(
-                logits, labels, reference_logits=reference, **columns
+                logits, labels, reference_logits=reference, **place
             )
         # Zeros for log-sum-exp of student and reference alike join to a KL of 0.
         stats = logits.new_zeros(5, logits.shape[0], dtype=torch.float64)
         if n:
             stats[:, :n] = self.kernels.shard_statistics(
-                logits[:n], labels[:n], reference_logits=reference, **columns
+                logits[:n], labels[:n], reference_logits=reference, **place
             )
-        stats[:2, n:] = self.kernels.shard_statistics(logits[n:], labels[n:], **columns)
+        stats[:2, n:] = self.kernels.shard_statistics(logits[n:], labels[n:], **place)
         return stats
 
     def gradient(
@@ -90,9 +100,10 @@ class HeadPlan:
         rows: RowStatistics,
         grad_margin: Tensor | None,
         grad_kl: Tensor | None,
+        columns: slice,
         out: Tensor,
     ) -> Tensor:
-        """Gradient of a chunk's logits `[c, V]`, written to `out`, which may be `logits`."""
+        """Gradient of a block's logits `[c, v]`, written to `out`, which may be `logits`."""
         n = 0 if reference is None or grad_kl is None else reference.shape[0]
         for part in (slice(0, n), slice(n, logits.shape[0])):
             if part.start == part.stop:
@@ -104,10 +115,9 @@ class HeadPlan:
                 _slice(rows, part),
                 None if grad_margin is None else grad_margin[part],
                 grad_kl[part] if with_kl and grad_kl is not None else None,
-                vocab_start=self.vocab_start,
-                valid_columns=self.valid_columns,
                 reference_logits=reference if with_kl else None,
                 out=out[part],
+                **self.place(columns),
             )
         return out
 
@@ -135,22 +145,12 @@ class UnlearningHeadFunction(torch.autograd.Function):
             tokens, labels = tokens[order], labels[order]
             if reference_hidden is not None:
                 reference_hidden = reference_hidden[order[: plan.references]]
-        stats: list[Tensor] = []
-        student = plan.student(tokens, weight) if plan.whole else None
-        logits = reference = None
-        # The first chunk comes last: backward begins with it, and it is never the short one.
-        first, *others = plan.chunks(tokens.shape[0])
-        for chunk in (*others, first):
-            del logits, reference
-            logits = student[chunk] if student is not None else plan.student(tokens[chunk], weight)
-            reference = plan.reference(chunk, reference_hidden, reference_weight)
-            stats.append(plan.statistics(logits, reference, labels[chunk]))
-        rows = plan.kernels.combine_statistics(
-            gather_statistics(
-                torch.cat([stats[-1], *stats[:-1]], 1) if others else stats[0], plan.group
-            )
+        student = plan.student(tokens, weight) if plan.blocks.whole else None
+        stats, logits, reference = _statistics(
+            plan, tokens, weight, labels, student, reference_hidden, reference_weight
         )
-        kept = (student if plan.whole else logits, reference) if plan.keep else None
+        rows = plan.kernels.combine_statistics(gather_statistics(stats, plan.group))
+        kept = (student if plan.blocks.whole else logits, reference) if plan.keep else None
         ctx.save_for_backward(
             tokens,
             weight,
@@ -193,91 +193,84 @@ class UnlearningHeadFunction(torch.autograd.Function):
         kept, ctx.kept = ctx.kept, None
         first, reference = (None, None) if kept is None else kept
         del kept
-        products = _Products(ctx, tokens, weight, order)
+        products = HeadProducts(
+            tokens,
+            weight,
+            order,
+            main_grad=ctx.main_grad,
+            needs=ctx.needs_input_grad[:2],
+            group=plan.group,
+            scatter=plan.sequence_parallel,
+        )
         gradients = student = None
-        if plan.whole:
+        if plan.blocks.whole:
             student = plan.student(tokens, weight) if first is None else first
             first = None
             gradients = _gradient_place(student, weight)
-        for chunk in plan.chunks(tokens.shape[0]):
-            logits = student[chunk] if student is not None else first
+        for part, columns in plan.tiles(tokens.shape[0], weight.shape[0]):
+            logits = student[part] if student is not None else first
             if logits is None:
-                logits = plan.student(tokens[chunk], weight)
+                logits = plan.student(tokens[part], weight[columns])
             if reference is None:
-                reference = plan.reference(chunk, reference_hidden, reference_weight)
-            out = _gradient_place(logits, weight) if gradients is None else gradients[chunk]
+                reference = plan.reference(part, columns, reference_hidden, reference_weight)
+            out = _gradient_place(logits, weight) if gradients is None else gradients[part]
             plan.gradient(
                 logits,
                 reference,
-                labels[chunk],
-                _slice(rows, chunk),
-                None if grad_margin is None else grad_margin[chunk],
-                None if grad_kl is None else grad_kl[chunk],
+                labels[part],
+                _slice(rows, part),
+                None if grad_margin is None else grad_margin[part],
+                None if grad_kl is None else grad_kl[part],
+                columns,
                 out,
             )
             first = logits = reference = None
             if gradients is None:
-                products.add(out, chunk)
+                products.add(out, part, columns)
             del out
         del student
         if gradients is not None:
-            products.add(gradients, slice(0, tokens.shape[0]))
+            products.add(gradients, slice(0, tokens.shape[0]), slice(0, weight.shape[0]))
         return *products.results(), None, None, None, None, None
 
 
-class _Products:
-    """Gradients of `hidden` and `weight`, from the gradients of the logits of successive tokens."""
+def _statistics(
+    plan: HeadPlan,
+    tokens: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    student: Tensor | None,
+    reference_hidden: Tensor | None,
+    reference_weight: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Statistics of this shard, `[2, T]` or `[5, T]`, and the logits of the first block.
 
-    def __init__(self, ctx: Any, tokens: Tensor, weight: Tensor, order: Tensor | None) -> None:
-        self.plan, self.main_grad = ctx.plan, ctx.main_grad
-        self.tokens, self.weight, self.order = tokens, weight, order
-        self.needs_hidden, self.needs_weight = ctx.needs_input_grad[:2]
-        self.grad_tokens: Tensor | None = None
-        self.work: dist.Work | None = None
-        self.total: Tensor | None = ctx.main_grad
-
-    def add(self, gradient: Tensor, chunk: slice) -> None:
-        """Takes the gradient `[c, V]` of the logits of a chunk; the last one ends the tokens."""
-        tokens, weight = self.tokens, self.weight
-        if self.needs_hidden:
-            if self.grad_tokens is None:
-                self.grad_tokens = torch.empty_like(tokens)
-            torch.mm(gradient, weight, out=self.grad_tokens[chunk])
-            if chunk.stop == tokens.shape[0]:  # hidden behind the last product
-                self.grad_tokens, self.work = _finish(self.grad_tokens, self.order, self.plan)
-        if self.needs_weight:
-            overwrite = self.total is None
-            if self.total is None:
-                # fp32 (or wider) if there are several parts to be summed.
-                wide = torch.promote_types(weight.dtype, torch.float32)
-                several = chunk.stop < tokens.shape[0]
-                self.total = torch.empty_like(weight, dtype=wide if several else weight.dtype)
-            add_weight_gradient(self.total, gradient, tokens[chunk], overwrite=overwrite)
-
-    def results(self) -> tuple[Tensor | None, Tensor | None]:
-        """What autograd is told, once the reduction is done."""
-        if self.work is not None:
-            self.work.wait()
-        if not self.needs_weight:
-            return self.grad_tokens, None
-        if self.main_grad is not None:
-            return self.grad_tokens, fused_weight_gradient(self.weight)
-        assert self.total is not None
-        return self.grad_tokens, self.total.to(self.weight.dtype)
+    The first block comes last: backward begins with it, and it is never a short one.
+    """
+    first, *others = plan.tiles(tokens.shape[0], weight.shape[0])
+    fields = 5 if plan.references else 2
+    stats = no_statistics(fields, tokens.shape[0] if others else 0, device=tokens.device)
+    logits = reference = None
+    for rows, columns in (*others, first):
+        del logits, reference
+        logits = (
+            student[rows] if student is not None else plan.student(tokens[rows], weight[columns])
+        )
+        reference = plan.reference(rows, columns, reference_hidden, reference_weight)
+        found = plan.statistics(logits, reference, labels[rows], columns)
+        if columns != slice(0, weight.shape[0]):
+            found = join_statistics(torch.stack([stats[:, rows], found]))
+        if others:
+            stats[:, rows] = found
+        else:
+            stats = found
+    assert logits is not None
+    return stats, logits, reference
 
 
 def _gradient_place(logits: Tensor, weight: Tensor) -> Tensor:
     """Where the gradient of logits goes: over them, if it has their type."""
     return logits if logits.dtype == weight.dtype else torch.empty_like(logits, dtype=weight.dtype)
-
-
-def _finish(
-    grad_tokens: Tensor, order: Tensor | None, plan: HeadPlan
-) -> tuple[Tensor, dist.Work | None]:
-    """Puts the tokens back in their places and starts the sum over the vocabulary shards."""
-    if order is not None:
-        grad_tokens = torch.empty_like(grad_tokens).index_copy_(0, order, grad_tokens)
-    return start_reduction(grad_tokens, plan.group, scatter=plan.sequence_parallel)
 
 
 def _slice(rows: RowStatistics, part: slice) -> RowStatistics:

@@ -48,25 +48,22 @@ def project(hidden: Tensor, weight: Tensor, *, fp32: bool) -> Tensor:
     return hidden.float() @ weight.float().t()
 
 
-def add_weight_gradient(
-    total: Tensor, grad_logits: Tensor, hidden: Tensor, *, overwrite: bool
-) -> None:
-    """`total += grad_logits^T hidden`, summed in `total`'s type.
+def add_product(total: Tensor, left: Tensor, right: Tensor, *, overwrite: bool) -> None:
+    """`total += left right`, summed in `total`'s type.
 
     Args:
-        total: `[V, H]`, fp32 where several chunks or microbatches are summed.
-        grad_logits: `[c, V]`.
-        hidden: `[c, H]`, of the type of `grad_logits`.
+        total: `[m, n]`, fp32 where several blocks or microbatches are summed.
+        left: `[m, k]`.
+        right: `[k, n]`, of the type of `left`.
         overwrite: `total` holds nothing yet.
     """
     beta = 0 if overwrite else 1
-    left = grad_logits.t()
-    if total.dtype == grad_logits.dtype:
-        total.addmm_(left, hidden, beta=beta)
+    if total.dtype == left.dtype:
+        total.addmm_(left, right, beta=beta)
     elif total.is_cuda and total.dtype == torch.float32:
-        torch.addmm(total, left, hidden, out_dtype=torch.float32, beta=beta, out=total)
+        torch.addmm(total, left, right, out_dtype=torch.float32, beta=beta, out=total)
     else:
-        total.addmm_(left.to(total.dtype), hidden.to(total.dtype), beta=beta)
+        total.addmm_(left.to(total.dtype), right.to(total.dtype), beta=beta)
 
 
 def fused_weight_gradient(weight: Tensor) -> Tensor | None:

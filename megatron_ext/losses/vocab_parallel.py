@@ -124,6 +124,13 @@ def check_labels(labels: Tensor, *, vocab_size: int) -> None:
         )
 
 
+def no_statistics(fields: int, tokens: int, *, device: torch.device) -> Tensor:
+    """`[fields, tokens]` fp64: what a part of the vocabulary without a column has to say."""
+    stats = torch.full((fields, tokens), -math.inf, dtype=torch.float64, device=device)
+    stats[4:] = 0.0
+    return stats
+
+
 def shard_statistics(
     logits: Tensor,
     labels: Tensor | None,
@@ -147,11 +154,7 @@ def shard_statistics(
         distributions conditional on this shard.
     """
     has_reference = reference_logits is not None
-    stats = logits.new_full(
-        (5 if has_reference else 2, logits.shape[0]), -math.inf, dtype=torch.float64
-    )
-    if has_reference:
-        stats[4] = 0.0
+    stats = no_statistics(5 if has_reference else 2, logits.shape[0], device=logits.device)
     if valid_columns == 0:
         return stats
     if labels is not None:
@@ -193,6 +196,28 @@ def gather_statistics(stats: Tensor, group: dist.ProcessGroup | None) -> Tensor:
     return gathered.view(size, *stats.shape)
 
 
+def join_statistics(parts: Tensor) -> Tensor:
+    """Joins the statistics of neighbouring parts of the vocabulary to those of one part.
+
+    Args:
+        parts: `[P, R, N]` fp64, each from `shard_statistics`.
+
+    Returns:
+        `[R, N]`, what `shard_statistics` says of all their columns.
+    """
+    joined = torch.empty_like(parts[0])
+    joined[0] = parts[:, 0].amax(0)
+    joined[1:4] = torch.logsumexp(parts[:, 1:4], 0)
+    if parts.shape[1] == 2:
+        return joined
+    lse_z, lse_t = joined[2], joined[3]
+    mass_t = (parts[:, 3] - lse_t).exp()
+    # A part of padding has no mass on either side: its ratio is inf - inf, its share is 0.
+    log_ratio = (parts[:, 3] - lse_t) - (parts[:, 2] - lse_z)
+    joined[4] = torch.where(mass_t > 0, mass_t * (parts[:, 4] + log_ratio), 0.0).sum(0)
+    return joined
+
+
 def combine_statistics(gathered: Tensor) -> RowStatistics:
     """Joins the statistics of all shards.
 
@@ -204,19 +229,12 @@ def combine_statistics(gathered: Tensor) -> RowStatistics:
         only logits at the very ends of that range can leave.
     """
     largest = torch.finfo(torch.float32).max
-    z_y = gathered[:, 0].amax(0)
-    lse_rest = torch.logsumexp(gathered[:, 1], 0)
+    z_y, lse_rest, *with_reference = join_statistics(gathered)
     margin = (z_y - lse_rest).clamp(-largest, largest).float()
-    if gathered.shape[1] == 2:
+    if not with_reference:
         return RowStatistics(margin, torch.zeros_like(margin), lse_rest, None, None)
-    lse_z = torch.logsumexp(gathered[:, 2], 0)
-    lse_t = torch.logsumexp(gathered[:, 3], 0)
-    mass_t = (gathered[:, 3] - lse_t).exp()
-    # A shard of padding has no mass on either side: its ratio is inf - inf, its share is 0.
-    log_ratio = (gathered[:, 3] - lse_t) - (gathered[:, 2] - lse_z)
-    share = torch.where(mass_t > 0, mass_t * (gathered[:, 4] + log_ratio), 0.0)
-    kl = share.sum(0).clamp(0.0, largest).float()
-    return RowStatistics(margin, kl, lse_rest, lse_z, lse_t)
+    lse_z, lse_t, kl = with_reference
+    return RowStatistics(margin, kl.clamp(0.0, largest).float(), lse_rest, lse_z, lse_t)
 
 
 def logits_gradient(

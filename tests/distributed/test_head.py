@@ -4,9 +4,10 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from megatron_ext.losses import head_memory
 from megatron_ext.losses.head import unlearning_head
 from tests.helpers.distributed import run_ranks
-from tests.unit.test_head import H, V, actual, assert_same, expected, inputs, upstream
+from tests.unit.test_head import H, T, V, actual, assert_same, expected, inputs, upstream
 
 COUNTED = (
     "all_reduce",
@@ -59,13 +60,16 @@ def check_tensor_parallel():
     rank, size = dist.get_rank(), dist.get_world_size()
     group = dist.group.WORLD
     calls = count_collectives()
+    head_memory.COLUMNS_TILE = 13
     for roles in ("mixed", "forget", "replay"):
-        # Chunk sizes may differ between ranks: each has its own memory.
-        for chunk_size in (None, 7, 3 + rank):
+        # Blocks may differ between ranks: each has its own memory.
+        blocks = [{}, {"chunk_size": 7}, {"chunk_size": 3 + rank}]
+        blocks += [{"memory_budget_bytes": 2 * T * 8 * columns} for columns in (13, 13 + 10 * rank)]
+        for options in blocks:
             mine, columns = shard(inputs(roles=roles), rank, size)
             want = expected(inputs(roles=roles))
             calls.clear()
-            found = actual(mine, tp_group=group, chunk_size=chunk_size)
+            found = actual(mine, tp_group=group, **options)
             assert calls == ["all_gather_into_tensor", "all_reduce"]
             assert_same(found, (*want[:3], want[3][columns]), 1e-6)
 

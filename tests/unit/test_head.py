@@ -7,10 +7,21 @@ from torch.utils._pytree import tree_leaves
 
 from megatron_ext.losses import head_function, head_memory
 from megatron_ext.losses.head import unlearning_head
-from megatron_ext.losses.head_memory import REFERENCE_CHUNK, plan_chunks
+from megatron_ext.losses.head_memory import REFERENCE_CHUNK, plan_blocks
 from tests.helpers import naive
 
 T, H, V, VALID = 29, 24, 88, 83
+# How much of the logits exists at a time; a budget of 1 byte makes blocks of one token and nine columns.
+BLOCKS = [{}, {"chunk_size": 1}, {"chunk_size": 7}, {"chunk_size": T}, {"chunk_size": 1000}]
+BLOCKS += [{"memory_budget_bytes": size} for size in (1, 9 * 7 * 16, 5000)]
+
+
+@pytest.fixture(autouse=True)
+def narrow_tile(monkeypatch):
+    """Blocks of columns at these sizes."""
+    monkeypatch.setattr(head_memory, "COLUMNS_TILE", 9)
+
+
 ROLES = {
     "mixed": [(-1, 0, 1, 1)[i % 4] for i in range(T)],
     "forget": [-1] * T,
@@ -74,20 +85,20 @@ def assert_same(found, wanted, bound=1e-5):
         assert (got.double() - want).norm() <= bound * want.norm() + 1e-12
 
 
-@pytest.mark.parametrize("chunk_size", [None, 1, 7, T, 1000])
+@pytest.mark.parametrize("blocks", BLOCKS, ids=str)
 @pytest.mark.parametrize("roles", ROLES)
-def test_equals_the_textbook(roles, chunk_size):
+def test_equals_the_textbook(roles, blocks):
     arguments = inputs(roles=roles)
-    found = actual(arguments, chunk_size=chunk_size)
+    found = actual(arguments, **blocks)
     assert [x.dtype for x in found[:2]] == [torch.float32] * 2
     assert_same(found, expected(arguments), 1e-6)
     assert (found[1][arguments["roles"] != 1] == 0).all()
 
 
-@pytest.mark.parametrize("chunk_size", [None, 7])
-def test_without_a_reference(chunk_size):
+@pytest.mark.parametrize("blocks", BLOCKS, ids=str)
+def test_without_a_reference(blocks):
     arguments = inputs() | {"reference_hidden": None, "reference_weight": None}
-    out = unlearning_head(**arguments)
+    out = unlearning_head(**arguments, **blocks)
     assert (out.kl == 0).all()
     assert not out.kl.requires_grad
     (got,) = torch.autograd.grad(out.margin.sum(), arguments["hidden"])
@@ -98,11 +109,11 @@ def test_without_a_reference(chunk_size):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("chunk_size", [None, 7])
-def test_low_precision(dtype, chunk_size):
+@pytest.mark.parametrize("blocks", BLOCKS, ids=str)
+def test_low_precision(dtype, blocks):
     arguments = inputs(dtype)
     bound = 1e-5 if dtype == torch.float32 else 2e-2  # bf16: logits and gradients are rounded
-    assert_same(actual(arguments, chunk_size=chunk_size), expected(arguments), bound)
+    assert_same(actual(arguments, **blocks), expected(arguments), bound)
 
 
 def test_fp32_logits_keep_a_small_kl():
@@ -165,6 +176,9 @@ def test_no_tensor_is_larger_than_a_chunk_of_logits(roles):
         actual(arguments, chunk_size=4)
     assert seen.largest <= max(4 * V, V * H, T * H) < T * V
     with LargestTensor() as seen:
+        actual(arguments, memory_budget_bytes=2 * T * 9 * 8)
+    assert seen.largest <= max(T * 9, V * H, T * H)
+    with LargestTensor() as seen:
         actual(arguments, chunk_size=T)
     assert seen.largest >= T * V  # the measurement sees logits where there are any
 
@@ -178,15 +192,15 @@ def test_tokens_without_a_role_of_replay_cost_no_reference():
     )
 
 
-@pytest.mark.parametrize("chunk_size", [None, 7])
-def test_main_grad_receives_the_sum_in_fp32(chunk_size):
+@pytest.mark.parametrize("blocks", BLOCKS, ids=str)
+def test_main_grad_receives_the_sum_in_fp32(blocks):
     arguments = inputs(torch.bfloat16)
     weight = arguments["weight"]
     weight.main_grad = torch.ones(V, H)
     weight.grad_added_to_main_grad = False
     a, b = upstream()
     for _ in range(2):
-        out = unlearning_head(**arguments, chunk_size=chunk_size, fuse_weight_gradient=True)
+        out = unlearning_head(**arguments, **blocks, fuse_weight_gradient=True)
         (a * out.margin + b * out.kl).sum().backward()
     want = 1 + 2 * expected(arguments)[3]
     assert_same([weight.main_grad], [want], 2e-2)
@@ -244,17 +258,25 @@ def test_errors(change, error, monkeypatch):
         unlearning_head(**(inputs() | change))
 
 
-def test_chunks_follow_the_budget():
-    def plan(budget, references=0):
-        return plan_chunks(8192, 1000, references, element_size=2, budget=budget)
+def test_blocks_follow_the_budget(monkeypatch):
+    monkeypatch.setattr(head_memory, "COLUMNS_TILE", 256)
 
-    assert plan(8192 * 2000) == (8192, True)  # all fits
-    assert plan(8192 * 2000 - 1) == (8128, False)  # not quite: a multiple of the tile
-    assert plan(8192 * 4000 - 1, 8192) == (8128, True)  # all of the student's, not the reference's
-    assert plan((8192 + REFERENCE_CHUNK) * 2000 - 1, 8192) == (4096 + 64, False)
-    assert plan(8192 * 3000, 4096) == (8192, True)  # half of the tokens have a reference
-    assert plan(5 * 2000) == (5, False)
-    assert plan(0) == (1, False)
+    def plan(budget, references=0, block=None):
+        return plan_blocks(8192, 1000, references, element_size=2, budget=budget, block=block)
+
+    assert plan(8192 * 2000) == (8192, 1000, True)  # all fits
+    assert plan(8192 * 2000 - 1) == (8192, 768, False)  # not quite: a multiple of the tile
+    assert plan(8192 * 2000, block=8192 * 512) == (8192, 1000, True)
+    assert plan(8192 * 2000 - 1, block=8192 * 512) == (8192, 256, False)
+    # All of the student's, not the reference's.
+    assert plan(8192 * 4000 - 1, 8192) == (8128, 1000, True)
+    assert plan((8192 + REFERENCE_CHUNK) * 2000 - 1, 8192) == (8192, 512, False)
+    assert plan(8192 * 3000, 4096) == (8192, 1000, True)  # half of the tokens have a reference
+    # Too many tokens for a tile of columns.
+    assert plan(8192 * 512 - 1) == (8128, 256, False)
+    assert plan(8192 * 512, 8192) == (4096, 256, False)
+    assert plan(5 * 512) == (5, 256, False)
+    assert plan(0) == (1, 256, False)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
@@ -283,17 +305,29 @@ def test_reference_in_chunks_beside_kept_logits(roles, dtype, monkeypatch):
     assert sum(reference) == 2 * references - 5
 
 
-def test_backward_keeps_the_last_chunk_of_forward(monkeypatch):
+@pytest.mark.parametrize(
+    ("options", "made"),
+    [
+        ({"chunk_size": 12}, [(12, V), (12, V), (5, V)]),
+        ({"memory_budget_bytes": T * 36 * 8}, [(T, 36), (T, 36), (T, 16)]),
+        (
+            {"memory_budget_bytes": 20 * 9 * 8},
+            [(n, v) for n in (20, 9) for v in [9] * 9 + [7]],
+        ),
+    ],
+    ids=["tokens", "columns", "both"],
+)
+def test_backward_keeps_the_last_block_of_forward(options, made, monkeypatch):
     calls = []
     original = head_function.project
 
     def counted(hidden, weight, *, fp32):
-        calls.append(hidden.shape[0])
+        calls.append((hidden.shape[0], weight.shape[0]))
         return original(hidden, weight, fp32=fp32)
 
     monkeypatch.setattr(head_function, "project", counted)
     arguments = inputs() | {"reference_hidden": None, "reference_weight": None}
-    out = unlearning_head(**arguments, chunk_size=12)
-    assert calls == [12, 5, 12]
+    out = unlearning_head(**arguments, **options)
+    assert calls == [*made[1:], made[0]]
     out.margin.sum().backward()
-    assert calls[3:] == [12, 5]
+    assert calls[len(made) :] == made[1:]
