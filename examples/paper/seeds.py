@@ -1,0 +1,283 @@
+"""The miniature study over several seeds, as one page: each effect in each seed, its mean and its spread.
+
+    for seed in 1 2 3; do make study-mini SEED=$seed; done
+    python examples/paper/seeds.py --study runs/study-mini --output-dir docs
+
+Every number of the page comes from the files of the runs, and so does every verdict: an effect appears in a
+seed if its 95% interval lies on the expected side of no change.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import TYPE_CHECKING
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+
+import numpy as np  # noqa: E402
+
+from megatron_ext.analysis.figures import colour, marker, render  # noqa: E402
+from megatron_ext.analysis.perplexity_report import compare  # noqa: E402
+from megatron_ext.analysis.scores import Score, read_scores  # noqa: E402
+from megatron_ext.data.atomic import AtomicFiles  # noqa: E402
+from megatron_ext.exceptions import DataError  # noqa: E402
+from tools.common import run_tool  # noqa: E402
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+# Nats a token beyond which a shift is drawn at the edge: where gradient ascent ends, there is no scale.
+REACH = 4.0
+SETS = ("real", "synthetic", "instruction")
+TASKS = {
+    "demo_instructions": "instructions followed",
+    "demo_sums": "sums",
+    "demo_definitions": "definitions, new",
+    "demo_definitions_seen": "definitions, seen",
+}
+
+INTRODUCTION = """# The study in miniature
+
+Nine models of 3.3 M parameters, a chat model of each, trained, evaluated and compared on a 2-core CPU by
+`make study-mini`, in {count} runs with different seeds (the seed draws the first weights and orders the data;
+the data are the same). Text is that of the installed Python and what [`examples/demo`](../examples/demo)
+makes of it. `examples/paper/seeds.py` wrote this page from the files of the runs.
+
+Sizes differ from the paper's by six orders of magnitude, and so do what can be learned and what is shown:
+this page says whether the study's machinery shows the paper's effects on a model that memorises a format
+within minutes. It is no evidence about models of 2 B parameters.
+
+A change *appears* in a seed if its 95% interval (bootstrap over 400 samples of text; normal over a task's
+questions) lies on the side that is expected from the paper; "(no)" marks seeds in which it does not.
+"""
+
+
+@dataclass(frozen=True)
+class Seed:
+    """What one run of the study measured.
+
+    Attributes:
+        number: its seed.
+        losses: by model and set, log-perplexity of each sample, nats a token, fp64 `[n]`.
+        scores: by model (`X_chat` is its chat model) and task.
+    """
+
+    number: int
+    losses: dict[str, dict[str, np.ndarray]]
+    scores: dict[str, dict[str, Score]]
+
+
+@dataclass(frozen=True)
+class Effect:
+    """A change from one model to another that the study may show.
+
+    Attributes:
+        after: the model that changed.
+        before: the model that it is compared with.
+        of: a set of text, or a task.
+        sign: the expected side of no change.
+        variance: compare variances instead of means.
+    """
+
+    after: str
+    before: str
+    of: str
+    sign: int
+    variance: bool = False
+
+    def measure(self, seed: Seed) -> tuple[float, bool]:
+        """The change in a seed, and whether its interval lies on the expected side of no change.
+
+        Points of percent for a task; nats a token for the mean of a set, the ratio for its variance.
+        """
+        if self.of in TASKS:
+            after, before = (seed.scores[model][self.of] for model in (self.after, self.before))
+            change = after.value - before.value
+            return change, self.sign * change > 1.96 * math.hypot(
+                after.error or 0, before.error or 0
+            )
+        found = compare(seed.losses[self.after][self.of], seed.losses[self.before][self.of])
+        change = found["variance_ratio" if self.variance else "shift"]
+        none = 1.0 if self.variance else 0.0
+        sides = (self.sign * (change[end] - none) for end in ("low", "high"))
+        return change["value"], min(sides) > 0
+
+    def row(self, seeds: Sequence[Seed]) -> str:
+        """Of the table."""
+        found = [self.measure(seed) for seed in seeds]
+        form = ".2f" if self.variance else "+.1f" if self.of in TASKS else "+.2f"
+        name = f"{self.after} {'/' if self.variance else '-'} {self.before}, {TASKS.get(self.of, self.of)}"
+        if self.variance:
+            name += ", variance"
+        expected = "below" if self.sign < 0 else "above"
+        cells = [
+            name,
+            f"{expected} {1 if self.variance else 0}",
+            *(f"{value:{form}}{'' if seen else ' (no)'}" for value, seen in found),
+            spread([value for value, _ in found], form),
+            f"{sum(seen for _, seen in found)} of {len(found)}",
+        ]
+        return f"| {' | '.join(cells)} |"
+
+
+QUESTIONS = {
+    "Does synthetic training shift and narrow the perplexity of instruction text?": [
+        Effect("synth_lm", "base_lm", "instruction", -1),
+        Effect("synth_lm", "base_lm", "instruction", -1, variance=True),
+        # Real text alone, as many tokens: what further training does by itself.
+        Effect("mix_synth_lm", "non_synth_lm", "instruction", -1),
+        Effect("mix_synth_lm", "non_synth_lm", "instruction", -1, variance=True),
+    ],
+    "Does unlearning move it back, and forget?": [
+        Effect("unlearn_lm", "synth_lm", "instruction", 1),
+        Effect("unlearn_lm", "synth_lm", "instruction", 1, variance=True),
+        Effect("unlearn_lm", "synth_lm", "synthetic", 1),
+        Effect("unlearn_lm_u33b", "synth_lm_u33b", "instruction", 1),
+    ],
+    "Does gradient ascent at the same weight damage the model?": [
+        Effect("unlearn_lm_ga", "synth_lm", "real", 1),
+        Effect("unlearn_lm_ga", "unlearn_lm", "real", 1),
+        Effect("unlearn_lm", "synth_lm", "real", 1),
+    ],
+    "Does RefineLM repair less, at more tokens?": [
+        Effect("refine_lm", "synth_lm", "instruction", 1),
+        Effect("unlearn_lm", "refine_lm", "instruction", 1),
+        Effect("unlearn_lm", "refine_lm", "synthetic", 1),
+    ],
+    "What happens to instruction following and synthetic knowledge of the chat models?": [
+        Effect("synth_lm_chat", "base_lm_chat", "demo_instructions", -1),
+        Effect("unlearn_lm_chat", "synth_lm_chat", "demo_instructions", 1),
+        Effect("refine_lm_chat", "synth_lm_chat", "demo_instructions", 1),
+        Effect("unlearn_lm_ga_chat", "synth_lm_chat", "demo_instructions", -1),
+        Effect("synth_lm_chat", "base_lm_chat", "demo_sums", 1),
+        Effect("unlearn_lm_chat", "synth_lm_chat", "demo_sums", -1),
+    ],
+}
+
+
+def read_seed(directory: Path) -> Seed:
+    """Read the files of one run.
+
+    Raises:
+        DataError: the run has not come to its end.
+    """
+    if not (directory / "done" / "report").exists():
+        raise DataError(f"{directory}: expected a finished run of the study, found no report")
+    report = json.loads((directory / "perplexity.json").read_text())
+    losses = {
+        model["label"]: {name: np.array(found["loss"]) for name, found in model["sets"].items()}
+        for model in report["models"].values()
+    }
+    scores = {
+        path.stem.removeprefix("scores_"): read_scores(json.loads(path.read_text()), name=str(path))
+        for path in sorted(directory.glob("scores_*.json"))
+    }
+    return Seed(int(directory.name.removeprefix("seed-")), losses, scores)
+
+
+def spread(values: Sequence[float], form: str) -> str:
+    """Mean and standard deviation over seeds."""
+    if len(values) < 2:
+        return f"{values[0]:{form}}"
+    return f"{fmean(values):{form}} ± {stdev(values):{form.lstrip('+')}}"
+
+
+def perplexity_rows(seeds: Sequence[Seed]) -> list[str]:
+    """A table of mean and variance of the log-perplexity, a row a model."""
+    heads = [f"{name}{part}" for name in SETS for part in ("", ", variance")]
+    rows = [f"| model | {' | '.join(heads)} |", "|---" * (len(heads) + 1) + "|"]
+    for model in seeds[0].losses:
+        cells = []
+        for name in SETS:
+            values = [seed.losses[model][name] for seed in seeds]
+            cells.append(spread([float(v.mean()) for v in values], ".2f"))
+            cells.append(spread([float(v.var(ddof=1)) for v in values], ".2f"))
+        rows.append(f"| {model} | {' | '.join(cells)} |")
+    return rows
+
+
+def score_rows(seeds: Sequence[Seed]) -> list[str]:
+    """A table of scores in percent, a row a model, chat models last."""
+    rows = [f"| model | {' | '.join(TASKS.values())} |", "|---" * (len(TASKS) + 1) + "|"]
+    for model in sorted(seeds[0].scores, key=lambda name: (name.endswith("_chat"), name)):
+        known = seeds[0].scores[model]
+        cells = [
+            spread([seed.scores[model][task].value for seed in seeds], ".1f")
+            if task in known
+            else ""
+            for task in TASKS
+        ]
+        rows.append(f"| {model} | {' | '.join(cells)} |")
+    return rows
+
+
+def page(seeds: Sequence[Seed]) -> str:
+    """All of it as Markdown."""
+    numbers = [f"seed {seed.number}" for seed in seeds]
+    lines = [INTRODUCTION.format(count=len(seeds)), "![shifts of perplexity](miniature.png)", ""]
+    for question, effects in QUESTIONS.items():
+        heads = ["change", "expected", *numbers, "mean ± deviation", "appears in"]
+        lines += [f"## {question}", "", f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+        lines += [*(effect.row(seeds) for effect in effects), ""]
+    lines += ["## Log-perplexity", "", "Nats a token, over samples; ± over seeds.", ""]
+    lines += [*perplexity_rows(seeds), "", "## Scores", "", "Percent right; ± over seeds.", ""]
+    return "\n".join([*lines, *score_rows(seeds), ""])
+
+
+def panel(axis: Axes, seeds: Sequence[Seed], name: str) -> None:
+    """Shift of every model's log-perplexity of a set from BaseLM, a mark a seed."""
+    models = [model for model in seeds[0].losses if model != "base_lm"]
+    for row, model in enumerate(models):
+        shifts = [
+            float(seed.losses[model][name].mean() - seed.losses["base_lm"][name].mean())
+            for seed in seeds
+        ]
+        shown = np.clip(shifts, -REACH, REACH)
+        axis.plot(shown, [row] * len(seeds), marker(row), color=colour(row), alpha=0.7)
+        if max(map(abs, shifts)) > REACH:
+            axis.text(REACH, row - 0.2, f"{fmean(shifts):+.1f} →", ha="right", va="bottom")
+    axis.axvline(0, color="0.6", linewidth=0.8)
+    axis.set(
+        title=name, xlabel="shift from base_lm, nats a token", xlim=(-1.1 * REACH, 1.1 * REACH)
+    )
+    axis.set_yticks(range(len(models)), models)
+    axis.invert_yaxis()
+
+
+def main() -> None:
+    """Read, compare, write."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--study", type=Path, required=True, help="folder with seed-1, seed-2, ...")
+    parser.add_argument(
+        "--output-dir",
+        type=Path,
+        required=True,
+        help="for miniature.md and miniature.png; overwritten",
+    )
+    options = parser.parse_args()
+    directories = sorted(options.study.glob("seed-*"))
+    if not directories:
+        raise DataError(f"{options.study}: expected folders seed-1, seed-2, ..., found none")
+    seeds = [read_seed(directory) for directory in directories]
+    picture, text = options.output_dir / "miniature.png", options.output_dir / "miniature.md"
+    with AtomicFiles([picture, text], overwrite=True) as files:
+        panels = [partial(panel, seeds=seeds, name=name) for name in SETS]
+        files[picture].write(render(panels, size=(4.4, 3.6)))
+        files[text].write(page(seeds).encode())
+        files.commit()
+    print(text)
+
+
+if __name__ == "__main__":
+    run_tool(main)
