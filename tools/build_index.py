@@ -16,8 +16,9 @@ import os
 import sys
 import time
 from argparse import Namespace
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import redirect_stdout
+from functools import partial
 from pathlib import Path
 
 from tqdm import tqdm
@@ -88,8 +89,8 @@ def smallest_world(flags: Sequence[str]) -> int:
     return ranks
 
 
-def parse(flags: Sequence[str]) -> tuple[Namespace, list[int | None], object]:
-    """Parse and check as the run does; its arguments, samples of each split, and datasets' provider."""
+def parse(flags: Sequence[str]) -> tuple[Namespace, Callable[[], object]]:
+    """Parse and check as the run does; its arguments, and what builds its datasets."""
     from megatron_ext.runtime import compat, cpu
 
     cpu.enable()
@@ -98,7 +99,7 @@ def parse(flags: Sequence[str]) -> tuple[Namespace, list[int | None], object]:
     from megatron_ext import arguments
     from megatron_ext.data.checks import check_datasets
     from megatron_ext.data.overlap import check_overlap
-    from megatron_ext.data.providers import datasets_provider
+    from megatron_ext.data.providers import build_datasets
 
     compat.apply()
     os.environ["WORLD_SIZE"] = str(smallest_world(flags))
@@ -111,7 +112,7 @@ def parse(flags: Sequence[str]) -> tuple[Namespace, list[int | None], object]:
     args.iteration = 0
     loop.update_train_iters(args)
     samples = list(loop.get_train_valid_test_num_samples())
-    return args, samples, datasets_provider(args, config)
+    return args, partial(build_datasets, args, config, samples)
 
 
 def main() -> None:
@@ -120,14 +121,13 @@ def main() -> None:
     logging.getLogger("megatron").setLevel(logging.WARNING)
     start = time.perf_counter()
     with redirect_stdout(sys.stderr):
-        args, samples, provider = parse(flags)
+        args, build = parse(flags)
         log = logging.getLogger("megatron_ext.data.index_cache")
         with tqdm(unit=" indices", disable=None) as bar:
             progress = _Progress(bar)
             log.addHandler(progress)
             log.propagate = False
-            assert callable(provider)
-            provider(samples)
+            build()
     cache = Path(args.data_cache_path)
     size = sum(file.stat().st_size for file in cache.iterdir() if file.is_file())
     print(

@@ -33,7 +33,7 @@ logger = logging.getLogger(__name__)
 
 Indices = tuple[Any, ...]
 
-_DESCRIPTION = "description.txt"
+_DESCRIPTION, _DATASET_INDEX = "description.txt", "dataset_index.npy"
 # What numpy raises for a file that was cut, emptied or filled with something else.
 _UNREADABLE = (ValueError, EOFError, OSError, pickle.UnpicklingError)
 # Seconds after which a folder that nobody finished is taken for one that a killed job left behind.
@@ -47,9 +47,18 @@ class WholeBlendedDataset(BlendedDataset):
         folder = self.config.path_to_cache
         if not folder:  # Megatron keeps such a blend in memory, on every rank
             return super()._build_indices()
-        names = ("dataset_index.npy", "dataset_sample_index.npy")
-        stem = f"{self.unique_description_hash}-{type(self).__name__}-{self.split.name}"
-        return load_or_build(self, Path(folder), stem, names, super()._build_indices)
+        names = (_DATASET_INDEX, "dataset_sample_index.npy")
+        return load_or_build(self, Path(folder), _blend_stem(self), names, super()._build_indices)
+
+
+def blend_index_file(blend: BlendedDataset) -> Path | None:
+    """Where the data set of each sample of a blend is cached; ``None`` if it is not."""
+    folder = blend.config.path_to_cache
+    return Path(folder) / f"{_blend_stem(blend)}-{_DATASET_INDEX}" if folder else None
+
+
+def _blend_stem(blend: BlendedDataset) -> str:
+    return f"{blend.unique_description_hash}-{type(blend).__name__}-{blend.split.name}"
 
 
 class DatasetBuilder(BlendedMegatronDatasetBuilder):

@@ -17,6 +17,7 @@ from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_l
 
 from megatron_ext.config import UnlearnConfig
 from megatron_ext.data.composition import ComposedDataset
+from megatron_ext.data.consumed import record_start
 from megatron_ext.data.index_cache import DatasetBuilder
 from megatron_ext.data.sourced import SourcedGPTDataset
 
@@ -36,17 +37,41 @@ def datasets_provider(args: Namespace, config: UnlearnConfig) -> Callable[..., D
     """
 
     def provider(num_samples: Sequence[int], vp_stage: int | None = None) -> Datasets:
-        replay = get_blend_and_blend_per_split(args)
-        if config.enabled:
-            return _composed(args, config, replay, num_samples, vp_stage)
-        blend, per_split = replay
-        train, valid, test = _build(args, blend, per_split, num_samples, vp_stage)
-        # With --eval-iters 0 Megatron asks for no samples; its loader takes no empty dataset.
-        wanted = [n != 0 for n in num_samples]
-        return train, valid if wanted[1] else None, test if wanted[2] else None
+        datasets = build_datasets(args, config, num_samples, vp_stage)
+        # Of the chunks of an interleaved pipeline the first is enough.
+        if not vp_stage and not args.mock_data:
+            forget = config.forget_samples(
+                args.global_batch_size, train_global_batch_size=args.global_batch_size
+            )
+            record_start(args, datasets[0], forget_samples=forget if config.enabled else 0)
+        return datasets
 
     provider.is_distributed = True  # type: ignore[attr-defined]  # read by Megatron's loop
     return provider
+
+
+def build_datasets(
+    args: Namespace,
+    config: UnlearnConfig,
+    num_samples: Sequence[int],
+    vp_stage: int | None = None,
+) -> Datasets:
+    """Build the train, validation and test datasets.
+
+    Args:
+        args: Megatron's validated arguments.
+        config: the settings of unlearning.
+        num_samples: that the run asks for, of each split.
+        vp_stage: virtual pipeline stage, ``None`` without interleaving.
+    """
+    replay = get_blend_and_blend_per_split(args)
+    if config.enabled:
+        return _composed(args, config, replay, num_samples, vp_stage)
+    blend, per_split = replay
+    train, valid, test = _build(args, blend, per_split, num_samples, vp_stage)
+    # With --eval-iters 0 Megatron asks for no samples; its loader takes no empty dataset.
+    wanted = [n != 0 for n in num_samples]
+    return train, valid if wanted[1] else None, test if wanted[2] else None
 
 
 def _composed(

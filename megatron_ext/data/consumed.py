@@ -1,0 +1,241 @@
+"""Which samples of which data set a run has consumed, counted in the index that it read them from.
+
+Megatron's sampler hands out the samples of the training set in order, on any layout, and a checkpoint says
+how many were consumed. What is missing to count them is the index that says which data set each one
+came from, and it changes when a run goes on with other flags. So each start adds to the arguments, and
+with them to every checkpoint, from which sample on which index is read (`args.consumed_data`).
+"""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from megatron.core.datasets.blended_dataset import BlendedDataset
+from numpy.typing import NDArray
+
+from megatron_ext.checkpoint.inspect import Checkpoint, open_checkpoint
+from megatron_ext.data.composition import ComposedDataset
+from megatron_ext.data.index_cache import blend_index_file
+from megatron_ext.exceptions import CheckpointError, DataError
+
+# Samples that are counted at a time: 128 MiB of the index.
+_CHUNK = 1 << 26
+
+Blend = dict[str, Any]
+
+
+def record_start(args: Namespace, train: Any, *, forget_samples: int) -> None:
+    """Add to the arguments what the training samples are read from, from this start on.
+
+    Called on all ranks, once the checkpoint is loaded and the datasets are built.
+
+    Args:
+        args: Megatron's validated arguments.
+        train: the training set; rank 0 has it.
+        forget_samples: ``F``, forgotten samples of each global batch; 0 for plain training.
+    """
+    args.consumed_data = None
+    # Of these the order of the samples is another one.
+    if args.skip_train or args.phase_transition_iterations or args.dataloader_type != "single":
+        return
+    parts: list[Any] = [None]
+    if torch.distributed.get_rank() == 0:
+        assert train is not None
+        part = {
+            "start": args.consumed_train_samples,
+            "batch": args.global_batch_size,
+            "forget": forget_samples,
+            "roles": _roles(train),
+        }
+        parts = [_append(_history(args), part)]
+    # The arguments of a checkpoint must be the same on all ranks.
+    torch.distributed.broadcast_object_list(parts, src=0)
+    args.consumed_data = parts[0]
+
+
+def _roles(train: Any) -> dict[str, Blend]:
+    if isinstance(train, ComposedDataset):
+        return {"forget": _describe(train.forget), "replay": _describe(train.replay)}
+    return {"learn": _describe(train)}
+
+
+def _describe(dataset: Any) -> Blend:
+    """What it takes to tell the data set of each sample."""
+    if not isinstance(dataset, BlendedDataset):
+        return {"datasets": [str(dataset.dataset_path)], "weights": [1.0], "size": len(dataset)}
+    file = blend_index_file(dataset)
+    return {
+        "datasets": [str(part.dataset_path) for part in dataset.datasets],
+        "weights": list(dataset.weights),
+        "size": dataset.size,
+        "index": None if file is None else str(file.resolve()),
+    }
+
+
+def _history(args: Namespace) -> list[dict[str, Any]]:
+    """What the checkpoint that the run goes on from has recorded."""
+    if args.consumed_train_samples == 0:
+        return []
+    try:
+        checkpoint = open_checkpoint(args.load, flag="--load", iteration=args.iteration)
+    except CheckpointError:  # of a kind that is read by Megatron alone
+        return []
+    return list(getattr(checkpoint.args, "consumed_data", None) or [])
+
+
+def _append(history: list[dict[str, Any]], part: dict[str, Any]) -> list[dict[str, Any]]:
+    """A start that reads on in the same index adds nothing."""
+    parts = [before for before in history if before["start"] < part["start"]]
+    if parts and {**parts[-1], "start": 0} == {**part, "start": 0}:
+        return parts
+    return [*parts, part]
+
+
+@dataclass(frozen=True)
+class Consumed:
+    """What a run has consumed of one data set in one role.
+
+    Attributes:
+        role: ``learn``, ``forget`` or ``replay``.
+        prefix: the data set.
+        samples: number of its samples that were consumed.
+        expected: number that the weights ask for.
+    """
+
+    role: str
+    prefix: str
+    samples: int
+    expected: float
+
+
+@dataclass(frozen=True)
+class Count:
+    """All that a run has consumed.
+
+    Attributes:
+        checkpoint: where it was counted up to.
+        unrecorded: samples that were consumed before the first record.
+        datasets: in the order of the flags.
+    """
+
+    checkpoint: Checkpoint
+    unrecorded: int
+    datasets: list[Consumed]
+
+    @property
+    def tokens_per_sample(self) -> int:
+        """Every training sample is full."""
+        return int(self.checkpoint.args.seq_length)
+
+
+def count(directory: str | Path, *, flag: str, iteration: int | None = None) -> Count:
+    """Count what a run has consumed up to a checkpoint.
+
+    Args:
+        directory: of its checkpoints.
+        flag: that named it, for messages.
+        iteration: the latest by default.
+
+    Raises:
+        CheckpointError: there is no such checkpoint.
+        DataError: the checkpoint does not say what was read, or its index is not that of the record.
+    """
+    checkpoint = open_checkpoint(directory, flag=flag, iteration=iteration)
+    parts = getattr(checkpoint.args, "consumed_data", None)
+    consumed = checkpoint.args.consumed_train_samples
+    if not parts:
+        raise DataError(
+            f"{checkpoint.path}: expected a record of the data that were read, found none: it is of "
+            "another program or version, of chat tuning, or its samples were drawn at random"
+        )
+    samples: dict[tuple[str, str], int] = {}
+    expected: dict[tuple[str, str], float] = {}
+    ends = [part["start"] for part in parts[1:]] + [consumed]
+    for part, end in zip(parts, ends, strict=True):
+        for role, blend in part["roles"].items():
+            first, last = (_of_role(part, role, place) for place in (part["start"], end))
+            found = _count_blend(blend, first, last)
+            weights = np.asarray(blend["weights"], dtype=np.float64)
+            wanted = weights / weights.sum() * (last - first)
+            for prefix, number, share in zip(blend["datasets"], found, wanted, strict=True):
+                key = (role, prefix)
+                samples[key] = samples.get(key, 0) + int(number)
+                expected[key] = expected.get(key, 0.0) + float(share)
+    datasets = [Consumed(*key, samples[key], expected[key]) for key in samples]
+    return Count(checkpoint, min(parts[0]["start"], consumed), datasets)
+
+
+def _of_role(part: Mapping[str, Any], role: str, place: int) -> int:
+    """Samples of a role before a place in the run; see ``ComposedDataset``."""
+    if role == "learn":
+        return place
+    batches, rest = divmod(place, part["batch"])
+    assert rest == 0, "the batch size of an unlearning run is fixed"
+    return int(batches * (part["forget"] if role == "forget" else part["batch"] - part["forget"]))
+
+
+def _count_blend(blend: Blend, first: int, last: int) -> NDArray[np.int64]:
+    """Samples of each data set of a blend among its samples from first to last."""
+    datasets = len(blend["datasets"])
+    if datasets == 1:
+        return np.array([last - first])
+    index = dataset_index(blend, last)
+    counts = np.zeros(datasets, dtype=np.int64)
+    for start in range(first, last, _CHUNK):
+        part = np.asarray(index[start : min(start + _CHUNK, last)])
+        counts += np.bincount(part, minlength=datasets)
+    return counts
+
+
+def dataset_index(blend: Blend, end: int) -> NDArray[np.int16]:
+    """Which data set each sample of a blend comes from, int16 ``[samples]``.
+
+    The run's own cached index; without one, as Megatron builds it from the recorded weights.
+
+    Args:
+        blend: a record of ``record_start``.
+        end: samples that are needed.
+
+    Raises:
+        DataError: the file is not the index of this blend.
+    """
+    file = blend.get("index")
+    if file is None or not Path(file).is_file():
+        return _rebuild(blend)
+    try:
+        index: NDArray[np.int16] = np.load(file, mmap_mode="r")
+    except (ValueError, EOFError, OSError) as error:
+        raise DataError(f"{file} cannot be read: {error}") from error
+    if index.dtype != np.int16 or index.ndim != 1 or len(index) < end:
+        raise DataError(
+            f"{file}: expected the data set of each of {end} samples, found {index.dtype} {index.shape}"
+        )
+    return index
+
+
+def _rebuild(blend: Blend) -> NDArray[np.int16]:
+    """Megatron's own function; both arrays in memory, 10 bytes a sample."""
+    from megatron.core.datasets import helpers
+
+    datasets, weights, size = len(blend["datasets"]), blend["weights"], blend["size"]
+    length = sum(weights) if size is None else size
+    index, numbers = np.zeros(length, dtype=np.int16), np.zeros(length, dtype=np.int64)
+    if size is None:
+        helpers.build_exhaustive_blending_indices(index, numbers, weights, datasets)
+    else:
+        helpers.build_blending_indices(index, numbers, weights, datasets, size, False)
+    return index
+
+
+def shares(counted: Sequence[Consumed]) -> list[float]:
+    """Of each data set, its part of what was consumed in its role."""
+    totals: dict[str, int] = {}
+    for one in counted:
+        totals[one.role] = totals.get(one.role, 0) + one.samples
+    return [one.samples / totals[one.role] if totals[one.role] else 0.0 for one in counted]
