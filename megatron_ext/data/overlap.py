@@ -7,8 +7,12 @@ manifests; ``tools/verify_data.py --against`` compares all documents.
 from __future__ import annotations
 
 from argparse import Namespace
+from collections.abc import Sequence
+from pathlib import Path
 
+import numpy as np
 from megatron.training.utils import get_blend_and_blend_per_split
+from numpy.typing import NDArray
 
 from megatron_ext.config import UnlearnConfig
 from megatron_ext.data.document_digests import shared_in_samples
@@ -30,18 +34,62 @@ def check_overlap(args: Namespace, config: UnlearnConfig) -> None:
     """
     if not config.enabled or config.allow_data_overlap:
         return
-    replayed = {
-        path: read_manifest(path) for path in _prefixes(get_blend_and_blend_per_split(args))
-    }
-    for forgotten in _prefixes(forget_blends(config)):
-        manifest = read_manifest(forgotten)
-        for other, of_other in replayed.items():
-            shared = shared_content(forgotten, manifest, other, of_other)
-            if shared is not None:
-                raise DataError(
-                    f"--forget-data-path {forgotten}: expected text that is not replayed, found {shared} as "
-                    f"in {other}, which is; --allow-data-overlap goes on"
-                )
+    found = find_shared(
+        _prefixes(forget_blends(config)), _prefixes(get_blend_and_blend_per_split(args))
+    )
+    if found is not None:
+        forgotten, other, shared = found
+        raise DataError(
+            f"--forget-data-path {forgotten}: expected text that is not replayed, found {shared} as "
+            f"in {other}, which is; --allow-data-overlap goes on"
+        )
+
+
+def find_shared(forgotten: Sequence[str], replayed: Sequence[str]) -> tuple[str, str, str] | None:
+    """The first data set of one side that shares something with one of the other.
+
+    Not pair by pair: a hundred data sets against a thousand are a hundred thousand pairs.
+
+    Args:
+        forgotten: prefixes.
+        replayed: prefixes of the other side.
+
+    Returns:
+        Both prefixes and what they share, as ``shared_content`` says it; ``None`` if nothing.
+    """
+    files: dict[Path, int] = {}
+    contents: dict[str, int] = {}
+    samples: list[NDArray[np.uint64]] = []
+    for number, prefix in enumerate(replayed):
+        manifest = read_manifest(prefix)
+        files.setdefault(bin_path(prefix).resolve(), number)
+        if manifest is not None and manifest.content_digest is not None:
+            contents.setdefault(manifest.content_digest, number)
+        samples.append(_sample(manifest))
+    digests = np.concatenate([np.empty(0, np.uint64), *samples])
+    owners = np.repeat(np.arange(len(samples)), [len(sample) for sample in samples])
+    order = np.argsort(digests, kind="stable")  # of a digest the first owner comes first
+    digests, owners = digests[order], owners[order]
+    for prefix in forgotten:
+        manifest = read_manifest(prefix)
+        sample = _sample(manifest)
+        places = np.searchsorted(digests, sample)
+        inside = places < len(digests)
+        hits = places[inside][digests[places[inside]] == sample[inside]]
+        content = None if manifest is None else manifest.content_digest
+        named = [files.get(bin_path(prefix).resolve()), contents.get(content or "")]
+        sharing = [*owners[hits].tolist(), *(number for number in named if number is not None)]
+        if sharing:
+            other = replayed[min(sharing)]
+            shared = shared_content(prefix, manifest, other, read_manifest(other))
+            assert shared is not None
+            return prefix, other, shared
+    return None
+
+
+def _sample(manifest: Manifest | None) -> NDArray[np.uint64]:
+    texts = () if manifest is None else manifest.document_sample or ()
+    return np.frombuffer(bytes.fromhex("".join(texts)), dtype=">u8").astype(np.uint64)
 
 
 def shared_content(

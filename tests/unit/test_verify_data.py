@@ -20,8 +20,8 @@ from megatron_ext.data.document_digests import (
     document_digests,
     shared_in_samples,
 )
-from megatron_ext.data.manifest import manifest_path, read_manifest
-from megatron_ext.data.overlap import check_overlap, shared_content
+from megatron_ext.data.manifest import manifest_path, read_manifest, write_manifest
+from megatron_ext.data.overlap import check_overlap, find_shared, shared_content
 from megatron_ext.data.preprocess import PreprocessConfig, preprocess
 from megatron_ext.data.tokenizers import TokenizerSpec
 from megatron_ext.data.verify import digests, find_overlap, verify
@@ -208,6 +208,34 @@ def test_a_manifest_of_an_earlier_version_says_less(made):
     assert shared_content("a", old, "b", old) is None
     assert shared_content("a", None, "b", manifest) is None
     assert shared_content("a", old, "./a", None) == "the same file"
+
+
+def test_many_data_sets_are_compared_as_each_pair_is(made, tmp_path):
+    """Manifests of ten digests out of a hundred; some sides share nothing."""
+    random = np.random.default_rng(5)
+    manifest, found = read_manifest(made["all"]), 0
+
+    def side(name, low, high):
+        prefixes = [str(tmp_path / f"{name}{i}") for i in range(6)]
+        for prefix in prefixes:
+            drawn = sorted(random.choice(np.arange(low, high), 10, replace=False).tolist())
+            digests = [f"{number:016x}" for number in drawn]
+            content = str(random.integers(0, 30))
+            fields = {"document_sample": digests, "content_digest": content}
+            write_manifest(prefix, dataclasses.replace(manifest, **fields), overwrite=True)
+        return prefixes
+
+    for low in (0, 100, 80, 80, 80):
+        forgotten, replayed = side("forget", 0, 100), side("replay", low, low + 100)
+        pairs = [
+            (a, b, shared_content(a, read_manifest(a), b, read_manifest(b)))
+            for a in forgotten
+            for b in replayed
+        ]
+        expected = next((pair for pair in pairs if pair[2] is not None), None)
+        assert find_shared(forgotten, replayed) == expected
+        found += expected is not None
+    assert 0 < found < 5
 
 
 def test_the_tool_checks_all_and_says_which_are_bad(made, copy):
