@@ -10,7 +10,7 @@ import pytest
 import torch
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
-from tests.helpers import naive_gpt
+from tests.helpers import llama, naive_gpt
 from tests.helpers.entry import ROOT
 from tests.helpers.tiny import SEQUENCE, VOCAB
 
@@ -85,3 +85,44 @@ def test_another_tokenizer_is_refused(tiny, tmp_path):
     assert "Traceback" not in done.stderr
     assert "other.model" in done.stderr.splitlines()[-1]
     assert not (tmp_path / "out.json").exists()
+
+
+def test_of_an_imported_model(tmp_path):
+    """A user's own model and tokenizer, against `transformers`."""
+    model = llama.save(tmp_path / "model")
+    (tmp_path / "text.jsonl").write_text(
+        "".join(
+            json.dumps({"text": f"Question {i}: {i} + {i + 3}?\nAnswer."}) + "\n" for i in range(20)
+        )
+    )
+    kind = ["--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", str(model)]
+    prefix, output = tmp_path / "text", tmp_path / "perplexity.json"
+    for command in (
+        ["preprocess_data.py", "--input", f"{prefix}.jsonl", "--output-prefix", str(prefix), *kind],
+        [
+            "convert_checkpoint.py",
+            "import",
+            "--source",
+            str(model),
+            "--output",
+            str(tmp_path / "start"),
+        ],
+        [
+            *["analyze.py", "perplexity", "--checkpoint", str(tmp_path / "start"), *kind],
+            *["--data", f"own={prefix}_text_document", "--output", str(output)],
+        ],
+    ):
+        words = [sys.executable, f"tools/{command[0]}", *command[1:]]
+        done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+    (scored,) = json.loads(output.read_text())["models"].values()
+    documents = IndexedDataset(f"{prefix}_text_document")
+    expected = []
+    for document in documents:
+        tokens = torch.from_numpy(document.astype(np.int64))
+        inputs = torch.cat((torch.tensor([llama.config().eos_token_id]), tokens[:-1]))[None]
+        with torch.no_grad():
+            z = llama.model()(inputs).logits[0]
+        expected.append(torch.nn.functional.cross_entropy(z, tokens).item())
+    assert len(documents) == 20
+    np.testing.assert_allclose(scored["sets"]["own"]["loss"], expected, rtol=2e-5)
