@@ -2,27 +2,20 @@
 
 import os
 import struct
-import subprocess
-import sys
 from dataclasses import replace
 
 import numpy as np
 import pytest
 
-from megatron_ext.analysis.plan import (
-    Architecture,
-    Layout,
-    Unlearning,
-    activation_bytes_per_token,
-    checkpoint_bytes,
-    dataset_uses,
-    stage_memory,
-    step_flops,
-    worst_stage,
-)
 from megatron_ext.data.indexed import HEADER, MAGIC
 from megatron_ext.exceptions import ConfigError
-from tests.helpers.entry import ROOT
+from megatron_ext.planning.activations import final_norm_bytes, kept_bytes, layer_bytes_per_token
+from megatron_ext.planning.architecture import Architecture, Tensor
+from megatron_ext.planning.data import dataset_uses
+from megatron_ext.planning.layout import Layout, Unlearning
+from megatron_ext.planning.memory import all_stages, checkpoint_bytes, stage_memory
+from megatron_ext.planning.state import Bucket, lay_out, state_bytes
+from megatron_ext.planning.steps import step_flops
 
 PAPER = Architecture(
     layers=32, hidden=2048, ffn=5504, heads=32, query_groups=32, head_size=64, vocab_size=125_696
@@ -52,7 +45,7 @@ def test_the_demo_has_the_parameters_that_megatron_reported():
     )
     assert demo.parameters() == 3_344_064
     # Of 40,407,775 bytes on disk less than 1% is not tensors.
-    assert 0.99 < checkpoint_bytes(demo, bf16=False) / 40_407_775 <= 1
+    assert 0.99 < checkpoint_bytes(demo, half=False) / 40_407_775 <= 1
 
 
 def test_the_paper_s_model_by_hand():
@@ -65,61 +58,126 @@ def test_the_paper_s_model_by_hand():
 
 def test_state_takes_18_bytes_a_parameter_or_6_and_12_shared():
     count = SMALL.parameters()
-    mixed = replace(ONE, gpus=4, bf16=True)
-    parts = ("weights", "gradients (fp32)", "master and moments (fp32)")
+    mixed = replace(ONE, gpus=4, half=True)
+    # Sizes of the small model are no multiples of 64, so its buffers are padded.
+    shared = state_bytes(PAPER, replace(mixed, distributed_optimizer=True), 0)
+    assert sum(state_bytes(SMALL, mixed, 0).values()) == 18 * count
+    assert sum(shared.values()) == (6 + 12 // 4) * PAPER.parameters()
+    assert sum(state_bytes(SMALL, ONE, 0).values()) == 16 * count
+    # fp16 gradients are summed in fp16.
+    half = replace(mixed, gradient=2)
+    assert sum(state_bytes(SMALL, half, 0).values()) == 16 * count
 
-    def state(layout):
-        memory = stage_memory(SMALL, layout, 0)
-        return sum(memory[part] for part in parts)
 
-    assert state(mixed) == 18 * count
-    assert state(replace(mixed, distributed_optimizer=True)) == (6 + 12 // 4) * count
-    assert state(ONE) == 16 * count
+def test_buffers_are_padded_as_by_hand():
+    tensors = [Tensor(100), Tensor(10), Tensor(300), Tensor(50, shared=True)]
+    # In reverse: 50, in a bucket of its own up to lcm(3, 128) = 384; 300 from there, which end their
+    # bucket at the next multiple of 384; 10 from 768, 100 from 832, the end at 1152.
+    laid = lay_out(tensors, ranks=3, bucket_size=300)
+    assert laid == [
+        Bucket(0, 384, [(0, 50)]),
+        Bucket(384, 768, [(384, 684)]),
+        Bucket(768, 1152, [(768, 778), (832, 932)]),
+    ]
+    # Thirds of each bucket: 128 elements from 0, 128, 256 on.
+    shards = [sum(bucket.shard(rank, 3) for bucket in laid) for rank in range(3)]
+    assert shards == [50 + 128 + 10 + 64, 128 + 36, 44]
+    whole = lay_out(tensors[:3], ranks=3, bucket_size=None)
+    assert whole == [Bucket(0, 768, [(0, 300), (320, 330), (384, 484)])]
 
 
 def test_activations_of_a_layer_by_hand():
     # 4 e h + 8 = 72 of the norms; q = 12, k = 6, f = 20: 2 (36 + 12 + 60) = 216; 4 a = 16.
-    assert activation_bytes_per_token(SMALL, replace(ONE, bf16=True)) == 72 + 216 + 16
+    assert layer_bytes_per_token(SMALL, replace(ONE, half=True)) == 72 + 216 + 16
     ungrouped = replace(SMALL, query_groups=4)  # 2 (24 + 24 + 60) = 216
-    assert activation_bytes_per_token(ungrouped, replace(ONE, bf16=True)) == 72 + 216 + 16
-    two = replace(ONE, gpus=2, tp=2, bf16=True)
-    assert activation_bytes_per_token(SMALL, two) == 72 + (216 + 16) / 2
-    assert activation_bytes_per_token(SMALL, replace(two, sequence_parallel=True)) == 304 / 2
-    assert activation_bytes_per_token(SMALL, replace(ONE, bf16=True, recompute="full")) == 16
+    assert layer_bytes_per_token(ungrouped, replace(ONE, half=True)) == 72 + 216 + 16
+    two = replace(ONE, gpus=2, tp=2, half=True)
+    assert layer_bytes_per_token(SMALL, two) == 72 + (216 + 16) / 2
+    assert layer_bytes_per_token(SMALL, replace(two, sequence_parallel=True)) == 304 / 2
+    assert layer_bytes_per_token(SMALL, replace(ONE, half=True, recompute="full")) == 16
     # fp32 doubles all that is not fp32 already.
-    assert activation_bytes_per_token(SMALL, ONE) == 2 * (64 + 216) + 8 + 16
+    assert layer_bytes_per_token(SMALL, ONE) == 2 * (64 + 216) + 8 + 16
+
+
+def test_selective_recompute_saves_the_log_sum_exp_alone():
+    kept, again = (replace(ONE, half=True, recompute=r) for r in ("none", "selective"))
+    assert layer_bytes_per_token(SMALL, kept) - layer_bytes_per_token(SMALL, again) == 4 * 4
 
 
 def test_stages_hold_as_many_microbatches_as_are_in_flight():
-    layout = Layout(gpus=4, pp=4, micro_batch=2, global_batch=6, sequence=16, bf16=True)
+    layout = Layout(gpus=4, pp=4, micro_batch=2, global_batch=6, sequence=16, half=True)
     one = 304 * 2 * 16  # a layer's activations of a microbatch
-    kept = [stage_memory(SMALL, layout, stage)["activations"] for stage in range(4)]
-    # 3 microbatches in all; the last stage also keeps input and output of the final norm.
-    assert kept == [3 * one, 3 * one, 2 * one, one + 2 * 2 * 8 * 2 * 16]
+    kept = [kept_bytes(SMALL, layout, stage) for stage in range(4)]
+    assert kept == [3 * one, 3 * one, 2 * one, one]  # 3 microbatches in all
+    # Of 8 chunks of half a stage: 2 (p - i - 1) + (v - 1) p + 1.
+    deep = replace(SMALL, layers=8)
+    chunks = replace(layout, vpp=2, global_batch=40)
+    assert [kept_bytes(deep, chunks, stage) for stage in range(4)] == [
+        n * one for n in (11, 9, 7, 5)
+    ]
+    assert final_norm_bytes(SMALL, layout) == (4 * 8 + 4) * 2 * 16
+    assert [layout.place(rank) for rank in range(4)] == [(0, 0), (1, 0), (2, 0), (3, 0)]
+    assert replace(layout, gpus=16, tp=2, micro_batch=1).place(11) == (2, 1)
 
 
-def test_the_worst_stage_is_the_one_with_the_largest_sum():
+def test_full_recompute_keeps_inputs():
+    deep = replace(SMALL, layers=6)
+    full = replace(ONE, half=True, recompute="full")
+    tokens, entry, whole = 32, 16, 304
+    assert kept_bytes(deep, full, 0) == 6 * entry * tokens
+    assert kept_bytes(deep, replace(full, recompute_layers=4), 0) == 2 * entry * tokens
+    block = replace(full, recompute_method="block", recompute_layers=4)
+    assert kept_bytes(deep, block, 0) == (4 * entry + 2 * whole) * tokens
+
+
+def test_every_stage_is_planned_and_the_head_is_on_the_last():
+    layout = Layout(gpus=2, pp=2, micro_batch=1, global_batch=8, sequence=16, half=True)
+    first, last = all_stages(SMALL, layout)
+    assert (first.head, "head chunk" in first.parts) == (None, False)
+    # 56 columns, 16 tokens, and the weight's gradient.
+    assert last.head is not None
+    assert last.head.bytes == 2 * (56 * 16 + 56 * 8)
+    assert last.parts["head chunk"] == last.head.bytes + (4 * 8 + 4) * 16
+    assert last.total == sum(last.parts.values())
+
+
+def test_the_head_takes_its_share_of_what_is_free():
     wide = replace(SMALL, vocab_size=4000)
-    layout = Layout(gpus=2, pp=2, micro_batch=1, global_batch=1, sequence=16)
-    assert worst_stage(wide, layout)[0] == 1  # one microbatch; the final norm decides
-    deep = replace(layout, global_batch=8, sequence=256)
-    stage, parts = worst_stage(wide, deep)
-    assert (stage, parts) == (0, stage_memory(wide, deep, 0))
+    layout = replace(ONE, sequence=1000, half=True)
+    needed = 2 * 2 * 2000 * 4000
+    unlearning = Unlearning(forget_batch=4)
+    everything = stage_memory(wide, layout, 0, unlearning)
+    assert everything.head is not None
+    assert (everything.head.needed, everything.head.kept) == (needed, True)
+    others = everything.total - everything.head.bytes
+    for free, kept in ((needed, True), (needed // 2, False)):
+        tight = stage_memory(wide, layout, 0, unlearning, capacity=others + free)
+        assert tight.head is not None
+        assert tight.head.bytes <= max(0.6 * free + 2 * 4000 * 8, needed / 2)
+        assert tight.head.kept is kept
 
 
 def test_the_reference_takes_weights_and_a_vector_for_each_replay_token():
     layout = Layout(
-        **{"gpus": 4, "pp": 2, "micro_batch": 1, "global_batch": 16, "sequence": 10, "bf16": True}
+        **{"gpus": 4, "pp": 2, "micro_batch": 1, "global_batch": 16, "sequence": 10, "half": True}
     )
     unlearning = Unlearning(forget_batch=4)
-    first, last = (stage_memory(SMALL, layout, i, unlearning) for i in (0, 1))
-    assert first["reference weights"] == first["weights"]
-    assert first["reference hidden states"] == 0
-    assert last["reference hidden states"] == (16 - 4) // 2 * 10 * 8 * 2
-    offloaded = stage_memory(SMALL, layout, 1, Unlearning(forget_batch=4, reference_offload=True))
-    assert offloaded["reference weights"] == SMALL.padded_vocab() * 8 * 2
-    without = stage_memory(SMALL, layout, 1, Unlearning(forget_batch=4, reference=False))
-    assert "reference weights" not in without
+    first, last = (stage.parts for stage in all_stages(SMALL, layout, unlearning))
+    assert first["reference"] == first["weights"]
+    assert first["hidden-state cache"] == 0
+    cache = (16 - 4) // 2 * 10 * 8 * 2
+    assert last["hidden-state cache"] == cache
+    away = stage_memory(SMALL, layout, 1, replace(unlearning, reference_offload=True))
+    assert away.parts["reference"] == SMALL.padded_vocab() * 8 * 2
+    assert away.host == last["reference"] - away.parts["reference"]
+    # While the reference runs all of its weights are on the device.
+    state = sum(away.parts[part] for part in ("weights", "gradients", "optimizer"))
+    width = 8 + 2 * 12 + 3 * 20
+    assert away.reference_pass == state + last["reference"] + cache + 2 * width * 10
+    kept = stage_memory(SMALL, layout, 1, replace(unlearning, hidden_offload=True))
+    assert (kept.parts["hidden-state cache"], kept.host) == (10 * 8 * 2, cache)
+    without = stage_memory(SMALL, layout, 1, replace(unlearning, reference=False))
+    assert "reference" not in without.parts
 
 
 def test_flops_by_hand():
@@ -156,24 +214,26 @@ def test_epochs_follow_weights_and_split(tmp_path):
 
 @pytest.mark.parametrize(
     ("changes", "message"),
-    [({"gpus": 3, "tp": 2}, "multiple of 2"), ({"micro_batch": 3}, "multiple of 3")],
+    [
+        ({"gpus": 3, "tp": 2}, "multiple of 2"),
+        ({"micro_batch": 3}, "multiple of 3"),
+        ({"gpus": 3, "pp": 3, "vpp": 2}, "multiple of 6"),
+    ],
 )
 def test_layouts_that_do_not_divide_are_refused(changes, message):
     with pytest.raises(ConfigError, match=message):
         replace(ONE, **changes)
 
 
-def test_stages_and_heads_that_do_not_divide_are_refused():
-    with pytest.raises(ConfigError, match="--num-layers"):
-        worst_stage(SMALL, replace(ONE, gpus=3, pp=3))
-    with pytest.raises(ConfigError, match="--num-attention-heads"):
-        worst_stage(SMALL, replace(ONE, gpus=8, tp=8))
-
-
-def test_the_tool_imports_no_torch_and_names_what_is_missing():
-    code = (
-        "import sys; sys.argv = ['plan_run.py']; import tools.plan_run as t; "
-        "assert not {'torch', 'megatron'} & set(sys.modules); t.entry_flags(['--seq-length', '8'])"
-    )
-    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert "ConfigError: --num-layers: expected a size" in result.stderr
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"gpus": 3, "pp": 3}, "--num-layers: expected a multiple of PP 3, found 4"),
+        ({"gpus": 2, "pp": 2, "vpp": 4}, "--num-layers: expected a multiple of PP 2 x 4 chunks"),
+        ({"gpus": 8, "tp": 8}, "--num-attention-heads"),
+        ({"micro_batch": 4}, "--forget-batch-size: expected a multiple of 4"),
+    ],
+)
+def test_layouts_that_do_not_divide_the_model_are_refused(changes, message):
+    with pytest.raises(ConfigError, match=message):
+        all_stages(SMALL, replace(ONE, **changes), Unlearning(forget_batch=2))

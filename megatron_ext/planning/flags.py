@@ -1,0 +1,162 @@
+"""The flags of pretrain_unlearn.py that decide about cost, read without Megatron."""
+
+from __future__ import annotations
+
+import argparse
+from argparse import Namespace
+from collections.abc import Sequence
+
+from megatron_ext.data.tokenizers import TokenizerSpec, build_reference
+from megatron_ext.exceptions import ConfigError
+from megatron_ext.planning.architecture import Architecture
+from megatron_ext.planning.layout import Layout, Recompute, Unlearning
+
+_REQUIRED_SIZES = (
+    *("num-layers", "hidden-size", "ffn-hidden-size", "num-attention-heads"),
+    *("seq-length", "micro-batch-size", "global-batch-size"),
+)
+_OPTIONAL_SIZES = (
+    *("num-query-groups", "kv-channels", "vocab-size", "train-iters", "save-interval"),
+    *("num-layers-per-virtual-pipeline-stage", "num-virtual-stages-per-pipeline-rank"),
+    *("ddp-bucket-size", "forget-batch-size", "recompute-num-layers"),
+)
+_SWITCHES = (
+    *("swiglu", "disable-bias-linear", "untie-embeddings-and-output-weights", "bf16", "fp16"),
+    *("use-distributed-optimizer", "sequence-parallel", "overlap-grad-reduce"),
+    *("overlap-param-gather", "reference-offload", "reference-hidden-offload", "fp32-logits"),
+    *("accumulate-allreduce-grads-in-fp32", "group-query-attention"),
+)
+# Flags that change the numbers in ways that this plan does not know.
+_NOT_PLANNED = (
+    *("num-experts", "context-parallel-size", "rampup-batch-size", "mtp-num-layers"),
+    *("train-data-path", "forget-train-data-path", "train-samples", "recompute-modules"),
+    *("use-precision-aware-optimizer", "optimizer-cpu-offload", "grad-reduce-in-bf16"),
+    *("use-megatron-fsdp", "use-torch-fsdp2", "num-distributed-optimizer-instances"),
+    *("ddp-num-buckets", "ddp-pad-buckets-for-high-nccl-busbw", "qk-layernorm"),
+    *("decoder-first-pipeline-num-layers", "decoder-last-pipeline-num-layers"),
+    *("account-for-embedding-in-pipeline-split", "account-for-loss-in-pipeline-split"),
+    *("pipeline-model-parallel-layout", "distribute-saved-activations", "add-qkv-bias"),
+    *("microbatch-group-size-per-virtual-pipeline-stage", "fp8-format", "multi-latent-attention"),
+    "overlap-param-gather-with-optimizer-step",
+)
+
+
+def entry_flags(words: Sequence[str]) -> Namespace:
+    """The flags that decide about cost; the others are passed over.
+
+    Raises:
+        ConfigError: a size is missing, or a flag is there that this plan does not know.
+    """
+    flags, _ = _parser().parse_known_args(words)
+    for name in _REQUIRED_SIZES:
+        if getattr(flags, name.replace("-", "_")) is None:
+            raise ConfigError(f"--{name}: expected a size, found none")
+    for name in _NOT_PLANNED:
+        if getattr(flags, name.replace("-", "_")) is not None:
+            raise ConfigError(f"--{name} is not known to this plan")
+    for name in ("swiglu", "disable-bias-linear"):
+        if not getattr(flags, name.replace("-", "_")):
+            raise ConfigError(f"--{name}: expected, found none; the plan is for Llama-like models")
+    return flags
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(allow_abbrev=False, add_help=False)
+    for name in (*_REQUIRED_SIZES, *_OPTIONAL_SIZES):
+        parser.add_argument(f"--{name}", type=int)
+    for name in ("tensor-model-parallel-size", "pipeline-model-parallel-size"):
+        parser.add_argument(f"--{name}", type=int, default=1)
+    for name in _SWITCHES:
+        parser.add_argument(f"--{name}", action="store_true")
+    parser.add_argument("--make-vocab-size-divisible-by", type=int, default=128)
+    parser.add_argument("--recompute-granularity", choices=("selective", "full"), default="none")
+    parser.add_argument("--recompute-activations", action="store_true")
+    parser.add_argument("--recompute-method", choices=("uniform", "block"), default="uniform")
+    parser.add_argument("--tokenizer-type", default="SentencePieceTokenizer")
+    parser.add_argument("--tokenizer-model")
+    parser.add_argument("--data-path", nargs="+")
+    parser.add_argument("--forget-data-path", nargs="+")
+    parser.add_argument("--mitigation-weight", type=float, default=1.0)
+    parser.add_argument("--max-mitigation-kl", type=float)
+    parser.add_argument("--max-replay-increase", type=float)
+    parser.add_argument("--split", default="969,30,1")  # Megatron's
+    parser.add_argument("--chat-data-path", nargs="+")
+    parser.add_argument("--chat-epochs", type=float)
+    for name in _NOT_PLANNED:
+        parser.add_argument(f"--{name}", nargs="*")
+    return parser
+
+
+def architecture(flags: Namespace) -> Architecture:
+    """The model of these flags; the vocabulary is the tokenizer's unless --vocab-size is given."""
+    vocab_size = flags.vocab_size
+    if vocab_size is None:
+        if flags.tokenizer_model is None:
+            raise ConfigError("--tokenizer-model or --vocab-size: expected one, found none")
+        spec = TokenizerSpec(
+            tokenizer_type=flags.tokenizer_type, tokenizer_model=flags.tokenizer_model
+        )
+        vocab_size = build_reference(spec).vocab_size
+    grouped = flags.group_query_attention and flags.num_query_groups  # Megatron wants both
+    return Architecture(
+        layers=flags.num_layers,
+        hidden=flags.hidden_size,
+        ffn=flags.ffn_hidden_size,
+        heads=flags.num_attention_heads,
+        query_groups=grouped or flags.num_attention_heads,
+        head_size=flags.kv_channels or flags.hidden_size // flags.num_attention_heads,
+        vocab_size=vocab_size,
+        vocab_multiple=flags.make_vocab_size_divisible_by,
+        tied=not flags.untie_embeddings_and_output_weights,
+    )
+
+
+def layout(flags: Namespace, *, gpus: int, cpu: bool = False) -> Layout:
+    """How these flags spread the run over GPUs."""
+    pp = flags.pipeline_model_parallel_size
+    vpp = flags.num_virtual_stages_per_pipeline_rank or 1
+    if each := flags.num_layers_per_virtual_pipeline_stage:
+        if flags.num_layers % (pp * each):
+            raise ConfigError(
+                f"--num-layers: expected a multiple of {pp * each} (PP {pp} x {each} layers of a "
+                f"chunk), found {flags.num_layers}"
+            )
+        vpp = flags.num_layers // (pp * each)
+    recompute: Recompute = flags.recompute_granularity
+    if flags.recompute_activations:
+        recompute = "selective"
+    return Layout(
+        gpus=gpus,
+        tp=flags.tensor_model_parallel_size,
+        pp=pp,
+        vpp=vpp if pp > 1 else 1,
+        micro_batch=flags.micro_batch_size,
+        global_batch=flags.global_batch_size,
+        sequence=flags.seq_length,
+        # Megatron switches it off where there is one TP rank.
+        sequence_parallel=flags.sequence_parallel and flags.tensor_model_parallel_size > 1,
+        distributed_optimizer=flags.use_distributed_optimizer,
+        half=flags.bf16 or flags.fp16,
+        gradient=2 if flags.fp16 and not flags.accumulate_allreduce_grads_in_fp32 else 4,
+        recompute=recompute,
+        recompute_method=flags.recompute_method,
+        recompute_layers=flags.recompute_num_layers or 1,
+        overlap_gradients=flags.overlap_grad_reduce,
+        overlap_parameters=flags.overlap_param_gather,
+        bucket_size=flags.ddp_bucket_size,
+        cpu=cpu,
+    )
+
+
+def unlearning(flags: Namespace) -> Unlearning | None:
+    """What unlearning adds, None for plain training."""
+    if not flags.forget_data_path:
+        return None
+    watched = (flags.max_mitigation_kl, flags.max_replay_increase) != (None, None)
+    return Unlearning(
+        forget_batch=flags.forget_batch_size or flags.global_batch_size // 2,
+        reference=flags.mitigation_weight > 0 or watched,
+        reference_offload=flags.reference_offload,
+        hidden_offload=flags.reference_hidden_offload,
+        fp32_logits=flags.fp32_logits,
+    )

@@ -1,0 +1,170 @@
+"""How a run is spread over GPUs, and what unlearning adds to it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from megatron_ext.exceptions import ConfigError
+from megatron_ext.planning.architecture import Architecture
+
+Recompute = Literal["none", "selective", "full"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """How a run is spread over GPUs.
+
+    Attributes:
+        gpus: ranks of the run.
+        micro_batch: sequences of a microbatch.
+        global_batch: sequences of a step.
+        sequence: tokens of a sequence.
+        tp: tensor-parallel size.
+        pp: pipeline-parallel size.
+        vpp: model chunks of a pipeline rank; above 1 the schedule is interleaved.
+        sequence_parallel: whether TP divides the norms' activations too.
+        distributed_optimizer: whether data-parallel ranks share the optimizer's state.
+        half: bf16 or fp16 weights.
+        gradient: bytes of a gradient as it is summed and reduced; 2 in fp16, unless
+            `--accumulate-allreduce-grads-in-fp32`.
+        recompute: what the backward pass makes again.
+        recompute_method: of full recompute: groups of layers, or the first layers of a chunk.
+        recompute_layers: layers of a group, or how many first layers.
+        overlap_gradients: `--overlap-grad-reduce`; also decides whether gradients are in buckets.
+        overlap_parameters: `--overlap-param-gather`.
+        bucket_size: `--ddp-bucket-size`, in elements; None for Megatron's default.
+        cpu: whether the ranks are CPUs, where torch composes RMSNorm of several steps.
+
+    Raises:
+        ConfigError: the batch, the GPUs or the microbatches do not divide.
+    """
+
+    gpus: int
+    micro_batch: int
+    global_batch: int
+    sequence: int
+    tp: int = 1
+    pp: int = 1
+    vpp: int = 1
+    sequence_parallel: bool = False
+    distributed_optimizer: bool = False
+    half: bool = False
+    gradient: int = 4
+    recompute: Recompute = "none"
+    recompute_method: Literal["uniform", "block"] = "uniform"
+    recompute_layers: int = 1
+    overlap_gradients: bool = False
+    overlap_parameters: bool = False
+    bucket_size: int | None = None
+    cpu: bool = False
+
+    def __post_init__(self) -> None:
+        if self.gpus % (self.tp * self.pp):
+            raise ConfigError(
+                f"GPUs: expected a multiple of {self.tp * self.pp} (TP {self.tp} x PP {self.pp}), "
+                f"found {self.gpus}"
+            )
+        unit = self.micro_batch * self.data_parallel
+        if self.global_batch % unit:
+            raise ConfigError(
+                f"--global-batch-size: expected a multiple of {unit} (micro-batch "
+                f"{self.micro_batch} x DP {self.data_parallel}), found {self.global_batch}"
+            )
+        # The rest of the last group of microbatches would leave stages idle; Megatron refuses it.
+        if self.vpp > 1 and self.microbatches % self.pp:
+            raise ConfigError(
+                f"--global-batch-size: expected a multiple of {unit * self.pp} (micro-batch "
+                f"{self.micro_batch} x DP {self.data_parallel} x PP {self.pp}, for the interleaved "
+                f"schedule), found {self.global_batch}"
+            )
+
+    @property
+    def data_parallel(self) -> int:
+        """Copies of the model."""
+        return self.gpus // (self.tp * self.pp)
+
+    @property
+    def microbatches(self) -> int:
+        """Microbatches of each copy in a step."""
+        return self.global_batch // (self.micro_batch * self.data_parallel)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of a microbatch."""
+        return self.micro_batch * self.sequence
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Tokens of a global batch."""
+        return self.global_batch * self.sequence
+
+    @property
+    def element(self) -> int:
+        """Bytes of a weight and of an activation."""
+        return 2 if self.half else 4
+
+    @property
+    def sequence_split(self) -> int:
+        """Among how many ranks the tokens of norms and residuals are divided."""
+        return self.tp if self.sequence_parallel else 1
+
+    def place(self, rank: int) -> tuple[int, int]:
+        """Pipeline stage and data-parallel rank of a rank: TP varies fastest, then DP, then PP."""
+        return rank // (self.tp * self.data_parallel), rank // self.tp % self.data_parallel
+
+    def in_flight(self, stage: int) -> int:
+        """Model chunks whose activations a stage holds at once: warm-up passes of 1F1B, and one more.
+
+        Without chunks stage i of p holds `p - i` microbatches (arXiv 2104.04473, section 2.2.1); the
+        interleaved schedule holds `2 (p - i - 1) + (v - 1) p + 1` chunks (Megatron-Core's
+        `get_pp_rank_microbatches`).
+        """
+        behind = self.pp - stage - 1
+        held = behind + 1 if self.vpp == 1 else 2 * behind + (self.vpp - 1) * self.pp + 1
+        return min(held, self.microbatches * self.vpp)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Unlearning:
+    """What an unlearning step has beside plain training.
+
+    Attributes:
+        forget_batch: forgotten samples of a global batch.
+        reference: whether a frozen reference model takes part.
+        reference_offload: whether its weights wait on the host.
+        hidden_offload: whether its final hidden states wait on the host.
+        fp32_logits: whether the head leaves logits unrounded.
+    """
+
+    forget_batch: int
+    reference: bool = True
+    reference_offload: bool = False
+    hidden_offload: bool = False
+    fp32_logits: bool = False
+
+
+def check(arch: Architecture, layout: Layout, unlearning: Unlearning | None = None) -> None:
+    """Refuse a layout that does not divide this model or its forgotten samples.
+
+    Raises:
+        ConfigError: names the flag, what was expected and what was found.
+    """
+    parts = layout.pp * layout.vpp
+    if arch.layers % parts:
+        chunks = f" x {layout.vpp} chunks" if layout.vpp > 1 else ""
+        raise ConfigError(
+            f"--num-layers: expected a multiple of PP {layout.pp}{chunks}, found {arch.layers}"
+        )
+    if arch.heads % layout.tp or arch.ffn % layout.tp:
+        raise ConfigError(
+            f"--num-attention-heads, --ffn-hidden-size: expected multiples of TP {layout.tp}, "
+            f"found {arch.heads} and {arch.ffn}"
+        )
+    unit = layout.micro_batch * layout.data_parallel
+    if unlearning is not None and unlearning.forget_batch % unit:
+        raise ConfigError(
+            f"--forget-batch-size: expected a multiple of {unit} (micro-batch size "
+            f"{layout.micro_batch} x data-parallel size {layout.data_parallel}), found "
+            f"{unlearning.forget_batch}"
+        )

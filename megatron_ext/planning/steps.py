@@ -1,0 +1,184 @@
+"""The time of a step: from a model FLOPs utilisation, and from a model of one layout against another.
+
+The model is arithmetic; nothing of it was measured. Its parts and where they come from:
+
+- Matrix products and attention run at `utilisation` of the peak, whatever the layout. The slowest
+  stage sets the pace: with a large vocabulary that is the last one.
+- Recompute makes a layer's forward pass again (full), or its attention's (selective, 2205.05198).
+- Tensor parallelism: four all-reduces of `s b h` a layer and microbatch, two each way, or as many
+  pairs of all-gather and reduce-scatter (2104.04473, section 3.2; 2205.05198, section 4.2.2), through
+  a node's links, nothing hidden. A ring moves `2 (t - 1) / t` of the bytes.
+- Every microbatch adds its gradients to the sum: read and written, in fp32 8 bytes a parameter.
+- The pipeline: the slowest stage works `m` times and waits `(p - 1) / v` times more (2104.04473,
+  section 2.2), and each chunk's output and its gradient cross the network.
+- Data parallelism: gradients are reduced and weights gathered once a step through the network; with
+  overlap behind the compute of one microbatch.
+- The reference's forward passes over the replay microbatches are a pipeline of their own.
+
+Left out: kernels become less efficient with small microbatches and large TP, memory traffic of the
+optimizer's step, data loading, logging, checkpoints.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megatron_ext.planning.architecture import Architecture
+from megatron_ext.planning.gpus import Gpu
+from megatron_ext.planning.layout import Layout, Unlearning
+from megatron_ext.planning.memory import StageMemory
+
+
+def step_flops(arch: Architecture, layout: Layout, unlearning: Unlearning | None = None) -> float:
+    """FLOPs of a step; the reference adds a forward pass, a third, for each replay token."""
+    passes = float(layout.global_batch)
+    if unlearning is not None and unlearning.reference:
+        passes += (layout.global_batch - unlearning.forget_batch) / 3
+    return passes * layout.sequence * arch.flops_per_token(layout.sequence, tp=layout.tp)
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepTime:
+    """Seconds of a modelled step.
+
+    Attributes:
+        compute: of the slowest stage: products, recompute, gradient sums.
+        tensor_parallel: of its tensor-parallel communication.
+        bubble: waiting for the first and the last microbatch of the pipeline.
+        pipeline: sending activations and their gradients between stages.
+        data_parallel: reducing gradients and gathering weights, as far as not hidden.
+        reference: the reference's forward pass, all of the above included.
+    """
+
+    compute: float
+    tensor_parallel: float
+    bubble: float
+    pipeline: float
+    data_parallel: float
+    reference: float
+
+    @property
+    def total(self) -> float:
+        """Seconds of the step."""
+        return sum(vars(self).values())
+
+
+def model_step(
+    arch: Architecture,
+    layout: Layout,
+    unlearning: Unlearning | None,
+    stages: list[StageMemory],
+    *,
+    gpu: Gpu,
+    gpus_per_node: int,
+    utilisation: float,
+) -> StepTime:
+    """Model a step; see the module for what is in it.
+
+    Args:
+        arch: the model.
+        layout: the layout.
+        unlearning: what unlearning adds.
+        stages: memory of the stages, which says whether the head makes its logits twice.
+        gpu: the vendor's figures.
+        gpus_per_node: GPUs that the faster links join.
+        utilisation: of the peak, in matrix products and attention.
+    """
+    rate = gpu.flops * utilisation * layout.tp
+    m, p, v = layout.microbatches, layout.pp, layout.vpp
+    forward = _forward_flops(arch, layout)
+    head = stages[-1].head
+    assert head is not None
+    work = [_layer_passes(arch, layout) * layers / rate for layers in forward]
+    # Forward, backward of both factors, and logits that were not kept once more.
+    work[-1] += (3 if head.kept else 4) * _head_flops(arch, layout) / rate
+    work = [
+        seconds + 2 * layout.gradient * count / gpu.memory_bandwidth
+        for seconds, count in zip(work, _parameters(arch, layout), strict=True)
+    ]
+    tensor = _reductions(layout) * _reduction(arch, layout, gpu) * arch.layers / p
+    slowest = max(work)
+    far = gpu.link if layout.gpus <= gpus_per_node else gpu.network
+    output = layout.tokens * arch.hidden * layout.element / layout.sequence_split
+    sent = 2 * v * output / far if p > 1 else 0.0
+    forward_only = 2 * _reduction(arch, layout, gpu) * arch.layers / p + sent / 2
+    return StepTime(
+        compute=m * slowest,
+        tensor_parallel=m * tensor,
+        bubble=(p - 1) / v * (slowest + tensor),
+        pipeline=m * sent,
+        data_parallel=_data_parallel(arch, layout, far, hidden=slowest + tensor),
+        reference=_reference(arch, layout, unlearning, head.kept, rate, forward_only),
+    )
+
+
+def _forward_flops(arch: Architecture, layout: Layout) -> list[float]:
+    """FLOPs of the layers' forward pass of each stage, all TP ranks, for a microbatch."""
+    layers = arch.layers / layout.pp * arch.layer_flops(layout.sequence) * layout.tokens
+    return [layers] * layout.pp
+
+
+def _head_flops(arch: Architecture, layout: Layout) -> float:
+    return arch.head_flops(tp=layout.tp) * layout.tokens
+
+
+def _layer_passes(arch: Architecture, layout: Layout) -> float:
+    """How often the layers' forward FLOPs are spent: 3, and what is made again."""
+    if layout.recompute == "none":
+        return 3.0
+    if layout.recompute == "selective":
+        return 3.0 + 2.0 * layout.sequence * arch.query / arch.layer_flops(layout.sequence)
+    layers = arch.layers // (layout.pp * layout.vpp)
+    again = layers if layout.recompute_method == "uniform" else layout.recompute_layers
+    return 3.0 + min(again, layers) / layers
+
+
+def _parameters(arch: Architecture, layout: Layout) -> list[int]:
+    sizes = {"tp": layout.tp, "pp": layout.pp, "vpp": layout.vpp}
+    return [arch.stage_parameters(stage, **sizes) for stage in range(layout.pp)]
+
+
+def _reductions(layout: Layout) -> int:
+    """All-reduces of a layer: two each way, and two more where its forward pass is made again."""
+    return 6 if layout.recompute == "full" else 4
+
+
+def _reduction(arch: Architecture, layout: Layout, gpu: Gpu) -> float:
+    """Seconds of one all-reduce of a microbatch's residual stream over a ring of TP ranks."""
+    moved = 2 * (layout.tp - 1) / layout.tp * layout.tokens * arch.hidden * layout.element
+    return moved / gpu.link
+
+
+def _data_parallel(arch: Architecture, layout: Layout, bandwidth: float, *, hidden: float) -> float:
+    """Seconds of gradient reduction and of gathering weights that are not hidden behind `hidden`."""
+    ranks, count = layout.data_parallel, max(_parameters(arch, layout))
+    share = (ranks - 1) / ranks * count / bandwidth
+    if not layout.distributed_optimizer:
+        reduce, gather = 2 * layout.gradient * share, 0.0
+    else:
+        reduce, gather = layout.gradient * share, layout.element * share
+    exposed = 0.0
+    for seconds, overlapped, behind in (
+        (reduce, layout.overlap_gradients, hidden * 2 / 3),  # a backward pass
+        (gather, layout.overlap_parameters, hidden / 3),  # a forward pass
+    ):
+        exposed += max(0.0, seconds - behind) if overlapped else seconds
+    return exposed
+
+
+def _reference(
+    arch: Architecture,
+    layout: Layout,
+    unlearning: Unlearning | None,
+    kept: bool,
+    rate: float,
+    communication: float,
+) -> float:
+    """Seconds of the reference: a forward pipeline, and its logits in the student's head."""
+    if unlearning is None or not unlearning.reference:
+        return 0.0
+    replayed = (layout.global_batch - unlearning.forget_batch) // layout.data_parallel
+    count = replayed // layout.micro_batch
+    layers = _forward_flops(arch, layout)[0] / rate + communication
+    logits = (1 if kept else 2) * _head_flops(arch, layout) / rate
+    return (count + (layout.pp - 1) / layout.vpp) * layers + count * logits

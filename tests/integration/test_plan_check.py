@@ -1,0 +1,77 @@
+"""`plan_run.py --check`: the plan against what Megatron builds on a rank, to the byte."""
+
+import pytest
+
+from tests.helpers.entry import ROOT, Launch
+from tests.helpers.forked import Server
+from tests.unit.test_plan import write_index
+
+# Sizes that are no multiples of 64, so that every padding of a buffer is seen.
+MODEL = (
+    *("--num-layers", 8, "--hidden-size", 96, "--ffn-hidden-size", 200),
+    *("--num-attention-heads", 4, "--seq-length", 64, "--max-position-embeddings", 64),
+    *("--position-embedding-type", "rope", "--normalization", "RMSNorm", "--swiglu"),
+    *("--disable-bias-linear", "--hidden-dropout", 0, "--attention-dropout", 0),
+    *("--vocab-size", 501, "--make-vocab-size-divisible-by", 1),
+    *("--tokenizer-type", "NullTokenizer", "--micro-batch-size", 2),
+    *("--global-batch-size", 192, "--train-iters", 10, "--lr", 1e-4),
+)
+UNTIED = ("--untie-embeddings-and-output-weights",)
+DATA = "stands for a dataset"
+SHARED = ("--bf16", "--use-distributed-optimizer")
+SMALL_BUCKETS = ("--overlap-grad-reduce", "--overlap-param-gather", "--ddp-bucket-size", 30_000)
+TP2, PP2 = ("--tensor-model-parallel-size", 2), ("--pipeline-model-parallel-size", 2)
+CHUNKS = (*TP2, "--pipeline-model-parallel-size", 4, "--num-layers-per-virtual-pipeline-stage", 1)
+GROUPS = ("--group-query-attention", "--num-query-groups", 2, "--sequence-parallel")
+# The checkpoint need not exist yet.
+UNLEARN = ("--pretrained-checkpoint", "/nowhere", "--forget-data-path", DATA)
+# GPUs, rank, flags.
+CASES = {
+    "fp32": (12, 5, UNTIED),
+    "fp16, interleaved": (48, 47, ("--fp16", *CHUNKS)),
+    "fp32 shards, grouped queries": (
+        12,
+        3,
+        (*UNTIED, "--use-distributed-optimizer", *TP2, *GROUPS),
+    ),
+    "buckets": (12, 7, (*UNTIED, *SHARED, *SMALL_BUCKETS)),
+    "tied, first stage": (24, 0, (*SHARED, *PP2, *SMALL_BUCKETS)),
+    "tied, last stage": (24, 23, (*SHARED, *PP2, *SMALL_BUCKETS)),
+    "interleaved": (48, 17, (*SHARED, *CHUNKS, *SMALL_BUCKETS)),
+    "unlearning, 512 ranks": (512, 301, (*UNTIED, *SHARED, *TP2, *PP2, *UNLEARN)),
+}
+
+
+@pytest.fixture(scope="module")
+def outputs(server: Server, tmp_path_factory) -> dict[str, tuple[int, str]]:
+    data = write_index(tmp_path_factory.mktemp("check") / "data", 10**6)
+    launches = []
+    for gpus, rank, more in CASES.values():
+        batch = ("--global-batch-size", 2 * gpus)
+        words = ("--gpus", gpus, "--check", "--check-rank", rank, "--", *MODEL, *batch, *more)
+        words = tuple(data if word == DATA else word for word in words)
+        launches.append(Launch(words, script=ROOT / "tools" / "plan_run.py"))
+    return dict(zip(CASES, server.results(launches), strict=True))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_parameters_and_bytes_are_exact(name, outputs):
+    code, output = outputs[name]
+    assert code == 0, output
+    lines = output[output.index("check         rank") :].splitlines()
+    assert lines[0].startswith(f"check         rank {CASES[name][1]}, ")
+    parts = {line.split()[0] for line in lines[1:]}
+    expected = {"parameters", "weights", "gradients", "optimizer"}
+    assert parts == expected | ({"reference"} if "--forget-data-path" in CASES[name][2] else set())
+    assert all(line.endswith(", equal") for line in lines[1:])
+
+
+def test_a_difference_is_an_error_that_names_it(server: Server):
+    # The plan is for RMSNorm; LayerNorm has a shift beside each scale, in 17 norms of 96.
+    words = ("--gpus", 12, "--check", "--", *MODEL, *UNTIED, "--normalization", "LayerNorm")
+    launch = Launch(words, script=ROOT / "tools" / "plan_run.py")
+    [(code, output)] = server.results([launch])
+    assert code == 2
+    assert "plan_run.py: error: --check: rank 0 (stage 0): expected the plan's numbers" in output
+    planned = 8 * (4 * 96**2 + 3 * 96 * 200 + 2 * 96) + 96 + 2 * 501 * 96
+    assert f"parameters {planned:,} planned, {planned + 17 * 96:,} built" in output

@@ -1,0 +1,141 @@
+"""The tool: what it prints, writes and refuses."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from megatron_ext.exceptions import ConfigError
+from megatron_ext.planning.flags import architecture, entry_flags, layout, unlearning
+from tests.helpers.entry import ROOT
+from tests.unit.test_plan import write_index
+
+MODEL = [
+    *("--num-layers", "32", "--hidden-size", "2048", "--ffn-hidden-size", "5504"),
+    *("--num-attention-heads", "32", "--seq-length", "4096", "--vocab-size", "125696"),
+    *("--swiglu", "--disable-bias-linear", "--untie-embeddings-and-output-weights", "--bf16"),
+    *("--use-distributed-optimizer", "--micro-batch-size", "2", "--global-batch-size", "256"),
+]
+
+
+def run(*words: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(ROOT / "tools" / "plan_run.py"), *map(str, words)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("plan")
+    return write_index(folder / "real", 10**9), write_index(folder / "qa", 10**8)
+
+
+def test_text_and_numbers_say_the_same(data, tmp_path):
+    real, synthetic = data
+    result = run(
+        *("--gpus", 64, "--price", 2.5, "--write-bandwidth", 4, "--rank-layouts", 3),
+        *("--output", tmp_path / "plan.json", "--", *MODEL, "--train-iters", 954),
+        *("--save-interval", 100, "--data-path", real, "--forget-data-path", synthetic),
+    )
+    assert result.returncode == 0, result.stderr
+    numbers = json.loads((tmp_path / "plan.json").read_text())
+    lines = result.stdout.splitlines()
+    assert lines[0].startswith("parameters    2,133,985,280 ")
+    # 954 steps of 128 forgotten samples, of 96.9% of the dataset.
+    [warning] = numbers["warnings"]
+    assert warning == f"{synthetic}: 5.2 epochs, more than 4 (arXiv 2305.16264)"
+    assert lines[-1] == f"WARNING       {warning}"
+    assert numbers["fits"] is True
+    hours = 954 * numbers["seconds_per_step"] / 3600 * 64
+    assert numbers["cost"] == pytest.approx(2.5 * hours)
+    assert f"cost          {2.5 * hours:,.2f} at 2.5 a rank-hour" in lines
+    assert numbers["write_seconds"] == pytest.approx(14 * 2_133_985_280 / 4e9)
+    assert numbers["checkpoints"] == 10
+    assert len(numbers["layouts"]) == 3
+    assert numbers["layouts_that_fit"] > 3
+    [stage] = numbers["stages"]
+    assert stage["total"] == sum(stage["parts"].values()) == numbers["memory_total"]
+
+
+def test_what_does_not_fit_is_said(data):
+    words = ("--micro-batch-size", 32, "--global-batch-size", 2048)
+    result = run("--gpus", 64, "--gpu-type", "A100-40", "--json", "--", *MODEL, *words)
+    numbers = json.loads(result.stdout)
+    assert numbers["fits"] is False
+    assert numbers["warnings"][0].startswith("does not fit: stage 0 needs ")
+
+
+def test_a_cpu_has_no_memory_to_check():
+    result = run("--gpus", 2, "--gpu-type", "CPU", "--json", "--", *MODEL)
+    assert (
+        result.stderr
+        == "plan_run.py: error: --peak-flops: expected with --gpu-type CPU, found none\n"
+    )
+    result = run("--gpus", 2, "--gpu-type", "CPU", "--peak-flops", "1e11", "--json", "--", *MODEL)
+    numbers = json.loads(result.stdout)
+    assert (numbers["fits"], numbers["gpu_memory"]) == (None, None)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--gpus", "0"), "--gpus: expected a number above 0, found 0"),
+        (("--gpus", "8", "--mfu", "0"), "--mfu: expected a number above 0, found 0.0"),
+        (("--gpus", "48"), "--global-batch-size: expected a multiple of 96"),
+        (("--gpus", "8", "--check", "--check-rank", "8"), "--check-rank: expected 0 to 7, found 8"),
+    ],
+)
+def test_refusals_are_one_line(words, message):
+    result = run(*words, "--", *MODEL)
+    assert (result.returncode, result.stdout) == (2, "")
+    assert result.stderr.startswith(f"plan_run.py: error: {message}")
+    assert result.stderr.count("\n") == 1
+
+
+def test_flags_are_read_as_the_entry_point_reads_them():
+    words = [*MODEL, "--pipeline-model-parallel-size", "4", "--sequence-parallel"]
+    words += ["--num-layers-per-virtual-pipeline-stage", "2", "--forget-data-path", "x"]
+    flags = entry_flags([*words, "--mitigation-weight", "0", "--recompute-activations"])
+    where = layout(flags, gpus=16)
+    assert (where.vpp, where.recompute, where.gradient) == (4, "selective", 4)
+    assert where.sequence_parallel is False  # one TP rank
+    assert architecture(flags).query_groups == 32
+    groups = [*MODEL, "--num-query-groups", "8"]
+    assert architecture(entry_flags(groups)).query_groups == 32
+    assert architecture(entry_flags([*groups, "--group-query-attention"])).query_groups == 8
+    removed = unlearning(flags)
+    assert removed is not None
+    assert (removed.reference, removed.forget_batch) == (False, 128)
+    watched = unlearning(
+        entry_flags([*words, "--mitigation-weight", "0", "--max-mitigation-kl", "1"])
+    )
+    assert watched is not None
+    assert watched.reference
+    fp16 = [word.replace("--bf16", "--fp16") for word in MODEL]
+    assert layout(entry_flags(fp16), gpus=8).gradient == 2
+    summed = entry_flags([*fp16, "--accumulate-allreduce-grads-in-fp32"])
+    assert layout(summed, gpus=8).gradient == 4
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--seq-length", "8"], "--num-layers: expected a size"),
+        ([*MODEL, "--num-experts", "8"], "--num-experts is not known to this plan"),
+        ([*MODEL, "--use-megatron-fsdp"], "--use-megatron-fsdp is not known to this plan"),
+        ([w for w in MODEL if w != "--swiglu"], "--swiglu: expected, found none"),
+    ],
+)
+def test_flags_that_are_missing_or_unknown_are_named(words, message):
+    with pytest.raises(ConfigError, match=message):
+        entry_flags(words)
+
+
+def test_the_tool_imports_no_torch():
+    code = (
+        "import sys; sys.argv = ['plan_run.py', '--gpus', '2', '--', *sys.argv[1:]]; "
+        "import tools.plan_run as t; t.main(); assert not {'torch', 'megatron'} & set(sys.modules)"
+    )
+    command = [sys.executable, "-c", code, *MODEL]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
