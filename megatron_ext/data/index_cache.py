@@ -12,13 +12,14 @@ Rank 0 builds, the others wait at Megatron's barrier, at most for ``--distribute
 
 from __future__ import annotations
 
-import copy
+import contextlib
+import functools
 import logging
 import os
 import pickle
 import shutil
-import tempfile
 import time
+import uuid
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -36,8 +37,8 @@ Indices = tuple[Any, ...]
 _DESCRIPTION, _DATASET_INDEX = "description.txt", "dataset_index.npy"
 # What numpy raises for a file that was cut, emptied or filled with something else.
 _UNREADABLE = (ValueError, EOFError, OSError, pickle.UnpicklingError)
-# Seconds after which a folder that nobody finished is taken for one that a killed job left behind.
-_ABANDONED = 24 * 3600.0
+# Names of what is being written, and seconds after which it is taken for one that a killed job left behind.
+_PARTIAL, _ABANDONED = ".partial-", 24 * 3600.0
 
 
 class WholeBlendedDataset(BlendedDataset):
@@ -92,53 +93,47 @@ def load_or_build(
     # The description is the last to appear: without it Megatron does not look at the rest.
     files = [folder / f"{stem}-{name}" for name in (*names, _DESCRIPTION)]
     builds = not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
-    config = dataset.config
-    prebuilt = config.fast_cache_load or config.defer_npy_index_mmap
-    missing = None
-    if builds or not prebuilt:  # these flags exist to spare the other ranks the look
-        missing = next((file for file in files if not file.is_file()), None)
-    if missing is None:
+    prebuilt = dataset.config.fast_cache_load or dataset.config.defer_npy_index_mmap
+    if not builds or all(file.is_file() for file in files):
         try:
             indices = build()
             logger.info("%s/%s-* found", folder, stem)
             return indices
         except _UNREADABLE as error:
             if prebuilt or not builds:
-                raise DataError(f"{folder}/{stem}-* cannot be read: {error}") from error
+                raise DataError(
+                    f"--data-cache-path: expected the index {folder}/{stem}-*, on a disk that all nodes "
+                    f"share, found none that can be read: {error}"
+                ) from error
             logger.warning(
                 "%s/%s-* cannot be read (%s): building the index again", folder, stem, error
             )
     elif prebuilt:
         raise DataError(
             f"--dataloader-fast-cache-load, --dataloader-defer-npy-index-mmap: expected an index that is "
-            f"built already, found no {missing}; tools/build_index.py builds it"
+            f"built already, found no {folder}/{stem}-*; tools/build_index.py builds it"
         )
-    elif not builds:
-        raise DataError(
-            f"--data-cache-path: expected a folder that all nodes share, where rank 0 has built the "
-            f"index, found no {missing}"
-        )
-    _build_whole(dataset, files, build)
+    _build_whole(dataset, folder, files, build)
     logger.info("%s/%s-* built", folder, stem)
     return build()
 
 
-def _build_whole(dataset: Any, files: Sequence[Path], build: Callable[[], Indices]) -> None:
-    """Have Megatron build into an empty folder, and publish what it wrote."""
-    folder = files[0].parent
-    config = dataset.config
-    dataset.config = copy.copy(config)
+def _build_whole(
+    dataset: Any, folder: Path, files: Sequence[Path], build: Callable[[], Indices]
+) -> None:
+    """Have Megatron build under names of this process alone, and publish what it wrote."""
+    own = f"{_PARTIAL}{uuid.uuid4().hex[:8]}-"
+    written = [folder / f"{own}{file.name}" for file in files]
+    digest = dataset.unique_description_hash
+    dataset.unique_description_hash = own + digest  # which names begin with
     try:
         folder.mkdir(parents=True, exist_ok=True)
         _remove_abandoned(folder)
-        with tempfile.TemporaryDirectory(prefix=".partial-", dir=folder) as scratch:
-            dataset.config.path_to_cache = scratch
-            build()
-            written = [Path(scratch) / file.name for file in files]
-            for file in written:
-                _flush(file)  # a name must not outlive a power cut that the content did not
-            for source, file in zip(written, files, strict=True):
-                os.replace(source, file)
+        build()
+        for file in written[:-1]:
+            _flush(file)  # a name must not outlive a power cut that the content did not
+        for source, file in zip(written, files, strict=True):
+            os.replace(source, file)
     except OSError as error:
         free = shutil.disk_usage(folder).free / 2**20 if folder.is_dir() else 0.0
         raise DataError(
@@ -146,17 +141,21 @@ def _build_whole(dataset: Any, files: Sequence[Path], build: Callable[[], Indice
             f"{error}; --data-cache-path names another folder"
         ) from error
     finally:
-        dataset.config = config
+        dataset.unique_description_hash = digest
+        for file in written:
+            file.unlink(missing_ok=True)
 
 
+@functools.cache  # once a process: a thousand data sets have one folder
 def _remove_abandoned(folder: Path) -> None:
     """Make room of what killed jobs left behind."""
-    for scratch in folder.glob(".partial-*"):
-        try:
-            if time.time() - scratch.stat().st_mtime > _ABANDONED:
-                shutil.rmtree(scratch, ignore_errors=True)
-        except FileNotFoundError:  # its job has just finished
-            continue
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if not entry.name.startswith(_PARTIAL):
+                continue
+            with contextlib.suppress(FileNotFoundError):  # its job has just finished
+                if time.time() - entry.stat().st_mtime > _ABANDONED:
+                    os.unlink(entry.path)
 
 
 def _flush(path: Path) -> None:

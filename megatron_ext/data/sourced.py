@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ from megatron.core.datasets.gpt_dataset import GPTDataset
 
 from megatron_ext.data.index_cache import load_or_build
 from megatron_ext.data.indexed import bin_path, idx_path
-from megatron_ext.data.manifest import read_manifest
+from megatron_ext.data.manifest import manifest_path, read_manifest
 
 # Of an index without a manifest, what is read to tell it from another of the same size.
 _SPOTS, _SPOT_BYTES = 64, 4096
@@ -77,13 +79,26 @@ def content_key(prefix: str | None) -> str | None:
     """
     if prefix is None or not idx_path(prefix).is_file():
         return None
+    states = tuple(
+        (found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
+        if (found := _stat(path))
+        else None
+        for path in (manifest_path(prefix), idx_path(prefix), bin_path(prefix))
+    )
+    return _read_key(prefix, states)
+
+
+@functools.lru_cache(maxsize=8192)
+def _read_key(prefix: str, states: tuple[object, ...]) -> str:
+    """The key, read once for the three splits of a data set while its files are in the same state."""
     manifest = read_manifest(prefix)
     if manifest is not None and manifest.content_digest is not None:
         return manifest.content_digest
     index = idx_path(prefix)
     state = index.stat()
     digest = hashlib.sha256(f"{state.st_size} {state.st_mtime_ns} ".encode())
-    digest.update(f"{_size(bin_path(prefix))} ".encode())
+    tokens = _stat(bin_path(prefix))
+    digest.update(f"{tokens and tokens.st_size} ".encode())
     with index.open("rb") as stream:
         last = max(0, state.st_size - _SPOT_BYTES)
         for start in np.unique(np.linspace(0, last, _SPOTS).astype(np.int64)):
@@ -92,8 +107,8 @@ def content_key(prefix: str | None) -> str | None:
     return digest.hexdigest()
 
 
-def _size(path: Path) -> int | None:
-    return path.stat().st_size if path.is_file() else None
+def _stat(path: Path) -> os.stat_result | None:
+    return path.stat() if path.is_file() else None
 
 
 def _shorten(numbers: list[int], most: int = 8) -> str:
