@@ -62,16 +62,21 @@ for model in "${models[@]}"; do
     stage "$RUN" "${model}_chat" env MODEL="$RUN/$model" OUT="$RUN/${model}_chat" "$HERE/chat.sh"
 done
 
-# Synthetic knowledge of every model; instruction following of the chat models.
+# Synthetic knowledge of every model; instruction following of the chat models. A model and its chat model at the
+# same time: one process each.
 knowledge=(demo_sums demo_definitions demo_definitions_seen)
 evaluations=()
 for model in "${models[@]}"; do
     harness=("$PYTHON" tools/evaluate.py harness --data-dir "$TEXT" --overwrite --seed "$SEED")
     stage "$RUN" "scores_$model" "${harness[@]}" --model "$RUN/$model" --name "$model" \
-        --tasks "${knowledge[@]}" --output "$RUN/scores_$model.json"
+        --tasks "${knowledge[@]}" --output "$RUN/scores_$model.json" &
+    first=$!
     stage "$RUN" "scores_${model}_chat" "${harness[@]}" --model "$RUN/${model}_chat" --name "${model}_chat" \
         --tasks "${knowledge[@]}" demo_instructions --apply-chat-template \
-        --output "$RUN/scores_${model}_chat.json"
+        --output "$RUN/scores_${model}_chat.json" &
+    second=$!
+    wait "$first"
+    wait "$second"
     evaluations+=("$model=$RUN/scores_$model.json" "${model}_chat=$RUN/scores_${model}_chat.json")
 done
 
