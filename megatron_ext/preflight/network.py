@@ -1,0 +1,131 @@
+"""All-reduce: is it right, and how fast; and links between neighbours, to find one that is slow."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megatron_ext.preflight.ranks import Ranks
+
+_REPEATS = 5
+
+
+def measure(ranks: Ranks, *, sizes: Sequence[int], link_bytes: int) -> dict[str, Any]:
+    """Measure on all ranks at once; NCCL where there is a GPU, gloo elsewhere.
+
+    Args:
+        ranks: all; nobody may be missing.
+        sizes: bytes of the messages that are summed over all ranks.
+        link_bytes: bytes of the messages between neighbours.
+
+    Returns:
+        `all_reduce`: [bytes, bus bandwidth in bytes a second] of each size, as nccl-tests count it;
+        `links`: [this rank, neighbour, bytes a second in both directions together] of the links that this
+        rank began; or `error`, in one line, for whatever went wrong.
+    """
+    gpu = torch.cuda.is_available()
+    device = torch.device("cuda", ranks.local_rank) if gpu else torch.device("cpu")
+    try:
+        dist.init_process_group(
+            "nccl" if gpu else "gloo",
+            store=dist.PrefixStore("network", ranks.store),
+            rank=ranks.rank,
+            world_size=ranks.world,
+            timeout=timedelta(seconds=ranks.timeout),
+        )
+        reduced = [[size, _all_reduce(ranks, size, device)] for size in sizes]
+        links = _links(ranks, link_bytes, device)
+    except (RuntimeError, TimeoutError, ValueError) as error:
+        # The group is left as it is: to end it could mean to wait for the rank that is stuck.
+        return {"error": str(error).strip().splitlines()[0]}
+    dist.destroy_process_group()
+    return {"all_reduce": reduced, "links": links}
+
+
+def _all_reduce(ranks: Ranks, size: int, device: torch.device) -> float:
+    """Bus bandwidth in bytes a second.
+
+    Raises:
+        ValueError: the sum is wrong.
+    """
+    count = max(1, size // 4)
+    # Small integers: their sums are exact in fp32 whatever the order.
+    pattern = torch.arange(count, device=device, dtype=torch.float32).remainder_(97)
+    tensor = pattern + ranks.rank
+    _finish([dist.all_reduce(tensor, async_op=True)], ranks.timeout, device)
+    pattern.mul_(ranks.world).add_(ranks.world * (ranks.world - 1) // 2)
+    if not torch.equal(tensor, pattern):
+        wrong = int((tensor != pattern).sum())
+        raise ValueError(f"an all-reduce of {size} bytes gave {wrong} wrong sums of {count}")
+    begin = time.perf_counter()
+    for _ in range(_REPEATS):
+        _finish([dist.all_reduce(tensor, async_op=True)], ranks.timeout, device)
+    seconds = (time.perf_counter() - begin) / _REPEATS
+    return 2 * (ranks.world - 1) / ranks.world * 4 * count / seconds
+
+
+def _links(ranks: Ranks, size: int, device: torch.device) -> list[list[float]]:
+    """Each rank with the next, no rank in two links at a time."""
+    if ranks.world == 1:
+        return []
+    links = [(rank, (rank + 1) % ranks.world) for rank in range(ranks.world)]
+    if ranks.world == 2:
+        links.pop()
+    # A ring of an odd number of ranks takes a third turn.
+    turns = [turn(rank, ranks.world) for rank, _ in links]
+    found: list[list[float]] = []
+    for number in range(3):
+        mine = [
+            link
+            for link, at in zip(links, turns, strict=True)
+            if at == number and ranks.rank in link
+        ]
+        for first, second in mine:
+            seconds = _exchange(
+                second if ranks.rank == first else first, size, device, ranks.timeout
+            )
+            if ranks.rank == first:
+                found.append([first, second, 2 * size / seconds])
+    return found
+
+
+def turn(rank: int, world: int) -> int:
+    """When the link from a rank to the next is measured: 0, 1 or 2."""
+    return 2 if world % 2 and rank == world - 1 else rank % 2
+
+
+def _exchange(peer: int, size: int, device: torch.device, timeout: float) -> float:
+    """Send and receive at once; seconds, without the first time, which makes the connection."""
+    sent = torch.ones(size, dtype=torch.uint8, device=device)
+    received = torch.empty_like(sent)
+    for attempt in range(1 + _REPEATS):
+        if attempt == 1:
+            begin = time.perf_counter()
+        operations = [dist.P2POp(dist.isend, sent, peer), dist.P2POp(dist.irecv, received, peer)]
+        _finish(dist.batch_isend_irecv(operations), timeout, device)
+    return (time.perf_counter() - begin) / _REPEATS
+
+
+def _finish(works: Sequence[Any], timeout: float, device: torch.device) -> None:
+    """Wait for collectives with a limit.
+
+    Raises:
+        TimeoutError: NCCL did not finish in time; gloo raises an error of its own.
+    """
+    for work in works:
+        work.wait(timedelta(seconds=timeout)) if device.type == "cpu" else work.wait()
+    if device.type == "cpu":
+        return
+    # NCCL's wait is the stream's, not this thread's.
+    done = torch.cuda.Event()
+    done.record()
+    deadline = time.monotonic() + timeout
+    while not done.query():
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"a collective did not finish within {timeout:g} s")
+        time.sleep(1e-4)

@@ -1,0 +1,115 @@
+"""The preflight from its first question to its table; every rank calls it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from megatron_ext.data.tokenizers import TokenizerSpec
+from megatron_ext.preflight import facts, files, network, verdict
+from megatron_ext.preflight.ranks import MissingRanksError, Ranks
+from megatron_ext.preflight.verdict import FAIL, Row
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """What to look at.
+
+    Attributes:
+        shared: a folder that all nodes must see; None leaves it out.
+        probe_bytes: size of the file that is written there.
+        checkpoint_bytes: that must be free there.
+        data: prefixes of data sets.
+        tokenizer: that they must have been made with.
+        message_bytes: sizes of the all-reduces, ascending; None chooses them.
+        least_bandwidth: bus bandwidth that the last of them must reach, in bytes a second.
+    """
+
+    shared: Path | None = None
+    probe_bytes: int = 64 << 20
+    checkpoint_bytes: int = 0
+    data: Sequence[str] = ()
+    tokenizer: TokenizerSpec | None = None
+    message_bytes: Sequence[int] | None = None
+    least_bandwidth: float | None = None
+
+
+def run(ranks: Ranks, options: Options) -> list[Row]:
+    """Ask everything of all ranks.
+
+    Returns:
+        The table on rank 0; on the others what kept this rank from the end, or nothing. Ranks that do not
+        arrive end it: what was found before stands, and a failure names them.
+    """
+    rows: list[Row] = []
+    try:
+        nodes = ranks.gather("start", ranks.node)
+        if nodes:
+            count = len(set(nodes))
+            rows.append(Row("ranks", verdict.PASS, (), f"{ranks.world}, nodes: {count}"))
+        _clock(ranks, nodes, rows)
+        _machine(ranks, nodes, rows)
+        _network(ranks, options, nodes, rows)
+        _files(ranks, options, nodes, rows)
+    except MissingRanksError as error:
+        rows.append(Row("ranks", FAIL, (), str(error)))
+    ranks.leave()
+    return rows
+
+
+def _leaders(ranks: Ranks, nodes: Sequence[str], answers: Sequence) -> tuple[list[str], list]:
+    """Nodes and their answers, of the ranks that answer for a node."""
+    chosen = [(n, a) for n, a in zip(nodes, answers, strict=True) if a is not None]
+    return [node for node, _ in chosen], [answer for _, answer in chosen]
+
+
+def _clock(ranks: Ranks, nodes: Sequence[str], rows: list[Row]) -> None:
+    """All were let go by the gather before this at once, up to the network's latency."""
+    now = time.time() if ranks.leads_node else None
+    if times := ranks.gather("clock", now):
+        rows += verdict.clock(*_leaders(ranks, nodes, times))
+
+
+def _machine(ranks: Ranks, nodes: Sequence[str], rows: list[Row]) -> None:
+    gpu = facts.gpu(ranks.local_rank)
+    answer = {"versions": facts.versions(), "driver": facts.driver()} if ranks.leads_node else None
+    devices = ranks.gather("gpu", gpu)
+    if answers := ranks.gather("versions", answer):
+        names, found = _leaders(ranks, nodes, answers)
+        rows += verdict.versions(names, [one["versions"] for one in found])
+        drivers = {name: one["driver"] for name, one in zip(names, found, strict=True)}
+        rows += verdict.gpus(nodes, devices, drivers)
+
+
+def _network(ranks: Ranks, options: Options, nodes: Sequence[str], rows: list[Row]) -> None:
+    sizes = options.message_bytes
+    if sizes is None:
+        sizes = (1 << 20, 16 << 20, 256 << 20) if torch.cuda.is_available() else (1 << 16, 4 << 20)
+    measured = network.measure(ranks, sizes=sizes, link_bytes=min(sizes[-1], 16 << 20))
+    if answers := ranks.gather("network", measured):
+        rows += verdict.network(nodes, answers, least=options.least_bandwidth)
+
+
+def _files(ranks: Ranks, options: Options, nodes: Sequence[str], rows: list[Row]) -> None:
+    if options.shared is not None:
+        probe = files.write_probe(options.shared, options.probe_bytes) if ranks.rank == 0 else None
+        try:
+            ranks.gather("written", None)
+            probe = ranks.tell("probe", probe)
+            read = None
+            if ranks.leads_node and "error" not in probe:
+                read = files.read_probe(probe, patience=ranks.timeout / 2)
+            if answers := ranks.gather("read", read):
+                names, found = _leaders(ranks, nodes, answers)
+                needed = options.checkpoint_bytes
+                rows += verdict.shared(names or nodes[:1], probe, found, needed=needed)
+        finally:
+            if ranks.rank == 0 and probe is not None and "file" in probe:
+                Path(probe["file"]).unlink(missing_ok=True)
+    look = files.all_datasets(options.data, options.tokenizer) if ranks.leads_node else None
+    if answers := ranks.gather("data", look):
+        rows += verdict.data(*_leaders(ranks, nodes, answers))

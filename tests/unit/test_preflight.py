@@ -1,0 +1,273 @@
+"""Preflight on two ranks that play two nodes, over gloo; the second has every kind of failure in turn."""
+
+import json
+import multiprocessing
+import os
+import pickle
+import subprocess
+import sys
+from contextlib import ExitStack
+from dataclasses import replace
+from datetime import timedelta
+from pathlib import Path
+from unittest import mock
+
+import pytest
+import sentencepiece
+import torch.distributed as dist
+
+from megatron_ext.data.tokenizers import TokenizerSpec
+from megatron_ext.exceptions import ConfigError
+from megatron_ext.preflight import facts, network, run, verdict
+from megatron_ext.preflight.ranks import MissingRanksError, Ranks, connect
+from megatron_ext.preflight.verdict import FAIL, PASS, WARN, Row
+from tests.helpers.entry import ROOT
+from tests.helpers.tiny import preprocess
+
+SPEC = TokenizerSpec(tokenizer_type="SentencePieceTokenizer", tokenizer_model="tokenizer.model")
+OPTIONS = run.Options(
+    **{"shared": Path("../shared"), "probe_bytes": 2 << 20, "data": ["set"], "tokenizer": SPEC},
+    message_bytes=(1 << 10, 1 << 16),
+)
+
+
+class GoneError(Exception):
+    """What ends a rank in the middle."""
+
+
+def _versions() -> dict[str, str]:
+    return facts_versions() | {"torch": "9.9", "checkout": "edited"}
+
+
+facts_versions = facts.versions
+all_reduce = dist.all_reduce
+
+
+def _wrong_all_reduce(tensor, **kwargs):
+    tensor[3] += 1
+    return all_reduce(tensor, **kwargs)
+
+
+# Options, and what is different on the second rank.
+CASES = {
+    "good": (OPTIONS, []),
+    "versions": (OPTIONS, [mock.patch.object(facts, "versions", _versions)]),
+    "clock": (OPTIONS, [mock.patch.object(run.time, "time", return_value=30.0)]),
+    "folder": (replace(OPTIONS, shared=Path("own")), []),
+    "room": (replace(OPTIONS, checkpoint_bytes=1 << 60), []),
+    "sum": (OPTIONS, [mock.patch.object(dist, "all_reduce", _wrong_all_reduce)]),
+    "slow": (replace(OPTIONS, least_bandwidth=1e15), []),
+    "manifest": (replace(OPTIONS, data=["broken"]), []),
+    "tokenizer": (replace(OPTIONS, tokenizer=replace(SPEC, tokenizer_model="other.model")), []),
+    "late": (OPTIONS, [mock.patch.object(run, "_clock", side_effect=GoneError)]),
+    "in all-reduce": (OPTIONS, [mock.patch.object(network, "measure", side_effect=GoneError)]),
+}
+
+
+def _rank(rank: int, port: int, directory: Path) -> None:
+    """All cases on one rank; each node has a folder of its own, where relative paths lead."""
+    os.chdir(directory / f"node{rank}")
+    store = dist.TCPStore("127.0.0.1", port, is_master=False)
+    results = {}
+    for name, (options, differences) in CASES.items():
+        timeout = 2.0 if name in ("late", "in all-reduce", "folder") else 60.0
+        own = dist.PrefixStore(name, store)
+        ranks = Ranks(own, rank, 2, 0, 1, f"node{rank}", timeout)
+        with ExitStack() as stack:
+            for difference in differences if rank else ():
+                stack.enter_context(difference)
+            try:
+                results[name] = run.run(ranks, options)
+            except GoneError:
+                results[name] = []
+        if dist.is_initialized():
+            dist.destroy_process_group()
+        store.set(f"{name} {rank}", "")
+        store.wait([f"{name} {other}" for other in range(2)], timedelta(seconds=60))
+    (directory / f"result{rank}").write_bytes(pickle.dumps(results))
+
+
+@pytest.fixture(scope="module")
+def nodes(tmp_path_factory) -> Path:
+    """The folders of two nodes: the same data and tokenizer, but a manifest and a tokenizer that differ."""
+    directory = tmp_path_factory.mktemp("nodes")
+    for node, word in ((0, "one"), (1, "two")):
+        folder = directory / f"node{node}"
+        folder.mkdir()
+        lines = [f"a line number {i} and its square {i * i}" for i in range(200)]
+        for name, extra in (("tokenizer", "same"), ("other", word)):
+            text = folder / f"{name}.txt"
+            text.write_text("\n".join(line.replace("line", extra) for line in lines))
+            sentencepiece.SentencePieceTrainer.train(
+                input=str(text), model_prefix=str(folder / name), vocab_size=60, minloglevel=2
+            )
+    first, second = directory / "node0", directory / "node1"
+    (first / "text.jsonl").write_text("".join(json.dumps({"text": line}) + "\n" for line in lines))
+    (second / "tokenizer.model").write_bytes((first / "tokenizer.model").read_bytes())
+    preprocess(first / "text.jsonl", first / "x", tokenizer=first / "tokenizer.model")
+    for suffix in ("bin", "idx", "manifest.json"):
+        content = (first / f"x_text_document.{suffix}").read_bytes()
+        for folder in (first, second):
+            (folder / f"set.{suffix}").write_bytes(content)
+            (folder / f"broken.{suffix}").write_bytes(content)
+    manifest = second / "broken.manifest.json"
+    changed = json.loads(manifest.read_text())
+    manifest.write_text(json.dumps(changed | {"tokens": changed["tokens"] + 1}))
+    return directory
+
+
+@pytest.fixture(scope="module")
+def tables(nodes) -> dict[str, tuple[list[Row], list[Row]]]:
+    """What both ranks returned in each case."""
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    context = multiprocessing.get_context("spawn")
+    processes = [context.Process(target=_rank, args=(r, store.port, nodes)) for r in range(2)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(120)
+        if process.is_alive():
+            process.kill()
+    assert [process.exitcode for process in processes] == [0, 0]
+    first, second = (pickle.loads((nodes / f"result{r}").read_bytes()) for r in range(2))
+    return {name: (first[name], second[name]) for name in CASES}
+
+
+def failures(table: tuple[list[Row], list[Row]]) -> list[Row]:
+    return [row for row in table[0] if row.status == FAIL]
+
+
+def test_two_good_nodes_pass(tables, nodes):
+    rows, others = tables["good"]
+    assert others == []
+    assert {row.status for row in rows} == {PASS}
+    assert [row.check for row in rows] == [
+        *("ranks", "clock", "versions", "checkout", "GPU", "all-reduce", "links", "shared folder"),
+        *("free space", "tokenizer", "data"),
+    ]
+    assert list((nodes / "shared").iterdir()) == []
+    link = next(row for row in rows if row.check == "links")
+    assert link.detail.startswith("1 between nodes, median ")
+
+
+@pytest.mark.parametrize(
+    ("case", "check", "node", "start"),
+    [
+        ("versions", "torch", "node1", "expected "),
+        ("versions", "checkout", "node1", "expected "),
+        ("clock", "clock", "node1", "-"),
+        (
+            "folder",
+            "shared folder",
+            "node1",
+            "own: rank 0's file is not there: not the same folder",
+        ),
+        ("room", "free space", None, ""),
+        ("slow", "all-reduce", None, "sums right"),
+        ("manifest", "data", "node1", "broken.manifest.json describes "),
+        ("tokenizer", "tokenizer", "node1", "expected 60 pieces"),
+    ],
+)
+def test_what_differs_on_the_second_node_fails_and_names_it(tables, case, check, node, start):
+    found = {row.check: row for row in failures(tables[case])}
+    assert found[check].nodes == ((node,) if node else ())
+    assert found[check].detail.startswith(start)
+    expected = {"versions": {"torch", "checkout"}, "tokenizer": {"tokenizer", "data"}}
+    assert set(found) == expected.get(case, {check})
+    assert tables[case][1] == []
+
+
+def test_a_wrong_sum_fails(tables):
+    (row,) = failures(tables["sum"])
+    assert (row.check, row.nodes) == ("all-reduce", ("node0", "node1"))
+    assert row.detail == "an all-reduce of 1024 bytes gave 1 wrong sums of 256"
+
+
+@pytest.mark.parametrize(("case", "point"), [("late", "clock"), ("in all-reduce", "network")])
+def test_a_rank_that_does_not_come_is_named(tables, case, point):
+    (row,) = failures(tables[case])
+    assert row.detail == f"{point}: rank 1 of 2 did not arrive within 2 s"
+    assert tables[case][0][0].status == PASS  # what was found before stands
+
+
+def test_missing_ranks_are_listed_in_ranges_and_rank_0_is_missed_too():
+    store = dist.HashStore()
+    ranks = Ranks(store, 0, 9, 0, 1, "n", 0.1)
+    for rank in (1, 5):
+        store.set(f"preflight/start/{rank}", "1")
+    with pytest.raises(MissingRanksError, match=r"^start: ranks 2-4, 6-8 of 9 did not arrive"):
+        ranks.gather("start", 1)
+    with pytest.raises(MissingRanksError, match=r"^begin: rank 0 did not answer within 0.2 s"):
+        replace(ranks, rank=3).gather("begin", 1)
+
+
+def test_gpus_are_judged_by_count_name_memory_and_errors():
+    gpu = {"devices": 2, "name": "H200", "total": 100 << 30, "free": 99 << 30}
+    ecc = "ecc.errors.uncorrected.volatile.total"
+    smi = {"index": "0", "driver_version": "570", ecc: "0"}
+    drivers = {"a": [smi, smi | {ecc: "[N/A]"}], "b": [smi | {"driver_version": "580"}]}
+    good = verdict.gpus(["a", "a"], [gpu, gpu], {"a": drivers["a"]})
+    assert [(row.check, row.status) for row in good] == [("GPU", PASS), ("driver", PASS)]
+    answers = [gpu, gpu, gpu | {"free": 80 << 30}, {"devices": 1, "error": "no GPU 1 among 1"}]
+    drivers["b"].append(smi | {"index": "1", ecc: "3"})
+    rows = verdict.gpus(["a", "a", "b", "b"], answers, drivers)
+    assert rows == [
+        Row("GPU", FAIL, ("b",), "no GPU 1 among 1"),
+        Row("GPU", PASS, (), "2 x H200, 100 GiB"),
+        Row("GPU memory", WARN, ("b",), "up to 20.0 GiB in use before the run"),
+        Row("driver", FAIL, ("b",), "expected 570 as elsewhere, found 580"),
+        Row("GPU memory", FAIL, ("b",), "GPU 1: 3 uncorrected memory errors since its last reset"),
+    ]
+
+
+def test_a_slow_link_is_compared_with_links_of_its_kind():
+    nodes = ["a", "a", "b", "b", "c", "c"]
+    rates = {(0, 1): 400e9, (1, 2): 50e9, (2, 3): 390e9, (3, 4): 20e9, (4, 5): 410e9, (5, 0): 48e9}
+    answers = [
+        {
+            "all_reduce": [[1 << 20, 3e9]],
+            "links": [[a, b, rate] for (a, b), rate in rates.items() if a == r],
+        }
+        for r in range(6)
+    ]
+    rows = verdict.network(nodes, answers, least=None)
+    assert [row.status for row in rows] == [PASS, PASS, WARN]
+    assert rows[2].nodes == ("b", "c")
+    assert rows[2].detail.startswith(
+        "ranks 3 and 4: 20.00 GB/s; 3 between nodes, median 48.00 GB/s"
+    )
+
+
+@pytest.mark.parametrize("world", range(3, 12))
+def test_no_rank_is_in_two_links_of_a_turn(world):
+    for number in range(3):
+        links = [(r, (r + 1) % world) for r in range(world) if network.turn(r, world) == number]
+        ends = [rank for link in links for rank in link]
+        assert len(ends) == len(set(ends))
+
+
+def test_the_tool_prints_a_table_and_fails_with_1(tmp_path):
+    alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
+    result = subprocess.run(
+        [
+            *(sys.executable, ROOT / "tools" / "preflight.py", "--shared", "/proc/nowhere"),
+            *("--message-mib", "0.1", "--json", tmp_path / "report.json"),
+        ],
+        env=os.environ | alone | {"MASTER_PORT": "0"},
+        **{"capture_output": True, "text": True, "timeout": 120},
+    )
+    assert result.returncode == 1, result.stderr
+    lines = result.stdout.splitlines()
+    assert lines[0].split() == ["check", "result", "nodes", "found"]
+    assert any(line.startswith("shared folder  FAIL  ") for line in lines)
+    assert lines[-1].endswith("1 FAIL")
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report["passed"] is False
+    assert len(report["rows"]) == len(lines) - 2
+
+
+def test_a_start_without_a_launcher_is_refused():
+    with pytest.raises(
+        ConfigError, match=r"^RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT: "
+    ):
+        connect({}, timeout=1)

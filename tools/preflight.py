@@ -1,0 +1,124 @@
+#!/usr/bin/env python
+"""Check the nodes of a run before it starts: one rank a GPU, on all nodes, as the run will have them.
+
+    torchrun --nnodes 2 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HEAD:PORT tools/preflight.py \
+        --shared /ckpt --checkpoint-bytes 30e9 --data /data/web_text_document \
+        --tokenizer-type SentencePieceTokenizer --tokenizer-model /data/tok.model
+
+Compares versions, this checkout, GPUs and clocks of all nodes; checks all-reduce and measures it and the
+links between neighbours, over NCCL (gloo without GPUs); writes to the shared folder and reads it on every
+node; looks at data sets and tokenizer from every node. Rank 0 prints a table of pass, warn and FAIL; the exit
+code is 1 if anything failed. Ranks wait for each other --timeout seconds at most; those that do not come are
+named.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from megatron_ext.data.tokenizers import TOKENIZER_TYPES, TokenizerSpec
+from megatron_ext.exceptions import ConfigError
+from megatron_ext.preflight.ranks import connect
+from megatron_ext.preflight.run import Options, run
+from megatron_ext.preflight.verdict import FAIL, Row, format_table
+from tools.common import run_tool
+
+
+def parse_args() -> argparse.Namespace:
+    """Parse the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add(
+        "--shared", type=Path, metavar="DIR", help="folder that all nodes must see, for checkpoints"
+    )
+    add("--probe-mib", type=int, default=64, help="size of the file written there, default 64")
+    add("--checkpoint-bytes", type=float, default=0, metavar="N", help="that must be free there")
+    add(
+        "--data",
+        nargs="+",
+        default=[],
+        metavar="PREFIX",
+        help="data sets, as --data-path names them",
+    )
+    add("--tokenizer-type", choices=TOKENIZER_TYPES)
+    add("--tokenizer-model", help="without it, data sets are held against their own manifests")
+    add("--message-mib", nargs="+", type=float, metavar="N", help="sizes of the all-reduces")
+    add("--min-bus-bandwidth", type=float, metavar="GB/s", help="of the largest all-reduce")
+    add("--timeout", type=float, default=120, metavar="SECONDS", help="at each point, default 120")
+    add("--json", type=Path, metavar="FILE", help="write the table there as well")
+    args = parser.parse_args()
+    if (args.tokenizer_type is None) != (args.tokenizer_model is None):
+        raise ConfigError(
+            "--tokenizer-type, --tokenizer-model: expected both or neither, found one"
+        )
+    for flag in ("timeout", "probe_mib"):
+        if not getattr(args, flag) > 0:
+            name = flag.replace("_", "-")
+            raise ConfigError(f"--{name}: expected more than 0, found {getattr(args, flag)}")
+    return args
+
+
+def options_of(args: argparse.Namespace) -> Options:
+    """What the command line asks for, in bytes."""
+    spec = None
+    if args.tokenizer_model is not None:
+        spec = TokenizerSpec(
+            tokenizer_type=args.tokenizer_type, tokenizer_model=args.tokenizer_model
+        )
+    sizes = sorted(int(size * 2**20) for size in args.message_mib or ())
+    least = args.min_bus_bandwidth
+    return Options(
+        shared=args.shared,
+        probe_bytes=args.probe_mib << 20,
+        checkpoint_bytes=int(args.checkpoint_bytes),
+        data=args.data,
+        tokenizer=spec,
+        message_bytes=sizes or None,
+        least_bandwidth=None if least is None else least * 1e9,
+    )
+
+
+def write_json(path: Path, rows: Sequence[Row]) -> None:
+    """The rows, and whether none of them failed."""
+    passed = all(row.status != FAIL for row in rows)
+    report = {"passed": passed, "rows": [dataclasses.asdict(row) for row in rows]}
+    path.write_text(json.dumps(report, indent=2) + "\n")
+
+
+def main() -> None:
+    """Run, print, and leave with 1 if anything failed."""
+    args = parse_args()
+    options = options_of(args)
+    ranks = connect(os.environ, timeout=args.timeout)
+    rows = run(ranks, options)
+    failed = any(row.status == FAIL for row in rows)
+    if ranks.rank == 0:
+        print(format_table(rows), flush=True)
+        if args.json is not None:
+            write_json(args.json, rows)
+    elif rows:
+        print(
+            f"preflight.py: error (rank {ranks.rank}): {rows[-1].detail}",
+            file=sys.stderr,
+            flush=True,
+        )
+    if failed:
+        # Not by sys.exit: a collective that is stuck would keep the process.
+        sys.stderr.flush()
+        os._exit(1)
+
+
+if __name__ == "__main__":
+    run_tool(main)
