@@ -87,3 +87,20 @@ os.kill(os.getpid(), signal.SIGKILL)
     # Returns only when nobody holds the output open any more.
     command = [sys.executable, "-c", program, str(ROOT)]
     assert subprocess.run(command, capture_output=True, timeout=60).returncode == -9
+
+
+def test_a_child_goes_on_after_sigterm_unless_its_parent_ends_it_so_as_a_daemon():
+    program = """
+import multiprocessing, os, signal, sys
+sys.path.insert(0, sys.argv[1])
+from megatron_ext.runtime.children import ignore_termination
+ignore_termination()
+os.kill(os.getpid(), signal.SIGTERM)
+print("goes on", flush=True)
+multiprocessing.current_process()._config["daemon"] = True
+os.kill(os.getpid(), signal.SIGTERM)
+print("goes on", flush=True)
+"""
+    command = [sys.executable, "-c", program, str(ROOT)]
+    result = subprocess.run(command, capture_output=True, timeout=60, text=True)
+    assert (result.returncode, result.stdout) == (-15, "goes on\n")
