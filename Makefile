@@ -2,6 +2,7 @@
 # make test    all tests
 # make check   format, lint, types and all tests (what CI runs)
 # make faults  FAULTS=100 SEED=1: kill, cut and fill real runs and compare what they leave, to the bit
+# make slurm-test  the job scripts of examples/slurm under a Slurm on this machine, nodes lost; needs Debian's packages
 # make bench   the benchmarks that this machine can run; MEGATRON_LM=DIR adds its preprocess_data.py
 # make study-mini  SEED=1: every model of the paper in miniature, their evaluation and a report
 # make setup   the virtual environment; the others make it when it is needed
@@ -13,7 +14,7 @@ DEMO   ?= runs/demo
 FAULTS ?= 100
 SEED   ?= 1
 
-.PHONY: setup demo test check lint faults bench study-mini clean-demo
+.PHONY: setup demo test check lint faults slurm-test bench study-mini clean-demo
 
 setup: $(READY)
 
@@ -38,6 +39,9 @@ check: lint test
 
 faults: $(READY)
 	$(PYTHON) -m tests.faults.run --faults $(FAULTS) --seed $(SEED)
+
+slurm-test: $(READY)
+	$(PYTHON) -m pytest --no-header --show-capture=no --durations=0 tests/slurm/jobs.py tests/slurm/elastic.py
 
 bench: $(READY)
 	$(PYTHON) -m pip install --quiet --requirement requirements-bench.txt

@@ -27,7 +27,8 @@ begin() {
     # shellcheck source=sizes/paper.sh
     source "$SIZE"
     PYTHON=${PYTHON:-python}
-    command -v "$PYTHON" >/dev/null || fail "PYTHON: $PYTHON cannot be run"
+    # A container's Python cannot be looked for from outside.
+    [[ -n ${CONTAINER_IMAGE:-} ]] || command -v "$PYTHON" >/dev/null || fail "PYTHON: $PYTHON cannot be run"
     TOKENIZER_TYPE=${TOKENIZER_TYPE:-SentencePieceTokenizer}
     need OUT "the folder for checkpoints, losses and logs"
     need TOKENIZER "the tokenizer that the data were tokenised with"
@@ -197,13 +198,7 @@ set_launcher() {
         LAUNCHER+=(--standalone)
         return
     fi
-    NODES=${SLURM_NNODES:-1}
-    local head
-    head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
-    # Jobs that share a node must not meet: the port follows from the job's number.
-    LAUNCHER=(srun --nodes "$NODES" --ntasks "$NODES" --ntasks-per-node 1 --kill-on-bad-exit=1
-        # torchrun's 30 s between SIGTERM and SIGKILL would end the ranks in the middle of their save.
-        "${LAUNCHER[@]}" --shutdown-timeout 280 --nnodes "$NODES" --rdzv-id "$SLURM_JOB_ID" --rdzv-backend c10d
-        --rdzv-endpoint "$head:$((20000 + SLURM_JOB_ID % 20000))"
-        --log-dir "$OUT/logs" --redirects 3 --tee 3)
+    # shellcheck source=../slurm/launcher.sh
+    source "$ROOT/examples/slurm/launcher.sh"
+    slurm_launcher "$GPUS_PER_NODE"
 }

@@ -1,0 +1,48 @@
+# shellcheck shell=bash
+# What a job does around its recipe; job scripts source this file from the root of the checkout.
+
+# shellcheck source=../slurm/nccl.sh
+source examples/slurm/nccl.sh
+
+# run_recipe RECIPE WORD...: runs it until it ends, and has Slurm start the job again if it has more to do:
+#
+# - shortly before the time limit (#SBATCH --signal=B:USR1@SECONDS tells this shell alone): the ranks save and end;
+# - when it failed after it had saved a newer checkpoint than it began with. A failure that comes at once would
+#   come again.
+#
+# After preemption or the loss of a node Slurm itself starts the job again (#SBATCH --requeue). PREFLIGHT=1 checks the
+# nodes at each start; a failure ends the job.
+run_recipe() {
+    [[ -f ${1:-} ]] || {
+        echo "${SLURM_JOB_NAME:-job}: error: expected a recipe, found ${1:-nothing}" >&2
+        exit 2
+    }
+    if [[ ${PREFLIGHT:-0} != 0 ]]; then
+        bash examples/slurm/preflight.sbatch
+    fi
+    local recipe before code=0 again=1
+    before=$(saved)
+    LIMIT=0 ENDED=0
+    # To the job's steps, not to this shell: SIGTERM has the ranks save.
+    trap 'again=1; LIMIT=1; scancel --signal=TERM "$SLURM_JOB_ID"' USR1
+    # From Slurm to all processes of the job: it was cancelled, preempted or is out of time. Slurm decides what follows.
+    trap 'again=1; ENDED=1' TERM
+    bash "$@" &
+    recipe=$!
+    while ((again)); do # a signal ends a wait before its time
+        again=0
+        wait "$recipe" && code=0 || code=$?
+    done
+    if ((code != 0 && !ENDED)); then
+        if ((LIMIT)) || [[ $(saved) != "$before" ]]; then
+            echo "exit code $code; checkpoints: ${before:-none} before, $(saved) now; the job is requeued"
+            scontrol requeue "$SLURM_JOB_ID"
+        fi
+    fi
+    exit "$code"
+}
+
+# The iteration of the latest checkpoint; nothing without one.
+saved() {
+    cat "${OUT:-}/latest_checkpointed_iteration.txt" 2>/dev/null || true
+}

@@ -1,0 +1,145 @@
+"""What the job scripts of examples/slurm would start, with stand-ins for Slurm; see `make slurm-test`."""
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tests.helpers.entry import ROOT
+from tests.helpers.recipes import after, executable
+
+SLURM = ROOT / "examples" / "slurm"
+JOB = {
+    **{"SLURM_JOB_ID": "30123", "SLURM_NNODES": "4", "SLURM_JOB_NODELIST": "node[7-10]"},
+    **{"SLURM_GPUS_ON_NODE": "4", "SLURM_SUBMIT_DIR": str(ROOT), "PYTHON": "python"},
+}
+
+
+@pytest.fixture
+def programs(tmp_path) -> str:
+    """PATH with programs that print what they are asked to do."""
+    executable(tmp_path / "srun", 'printf "%s\\n" srun "$@"')
+    executable(tmp_path / "scontrol", 'test "$3" = "node[7-10]" && printf "node7\\nnode8\\n"')
+    return f"{tmp_path}:{os.environ['PATH']}"
+
+
+def preflight(programs: str, *words: str, **variables: str) -> subprocess.CompletedProcess:
+    # Started from a copy and from elsewhere, as Slurm does.
+    return subprocess.run(
+        ["bash", str(SLURM / "preflight.sbatch"), *words],
+        **{
+            "cwd": "/",
+            "env": {"PATH": programs} | JOB | variables,
+            "text": True,
+            "capture_output": True,
+        },
+    )
+
+
+def test_preflight_takes_the_settings_of_a_run(programs):
+    data = {"REAL": "0.7 /data/web 0.3 /data/code", "SYNTHETIC": "/data/qa"}
+    result = preflight(programs, "--timeout", "60", OUT="/ckpt", TOKENIZER="/data/tok", **data)
+    words = result.stdout.splitlines()
+    assert words[:8] == [
+        *("srun", "--nodes", "4", "--ntasks", "4", "--ntasks-per-node", "1"),
+        "--kill-on-bad-exit=1",
+    ]
+    assert after(words, "--max-restarts") == ["0"]
+    assert after(words, "--nproc-per-node") == ["4"]
+    assert after(words, "--rdzv-endpoint") == [f"node7:{20000 + 30123 % 20000}"]
+    assert words[words.index("tools/preflight.py") + 1 :] == [
+        *("--shared", "/ckpt", "--tokenizer-type", "SentencePieceTokenizer"),
+        *("--tokenizer-model", "/data/tok", "--data", "/data/web", "/data/code", "/data/qa"),
+        *("--timeout", "60"),
+    ]
+
+
+def test_pyxis_gets_image_mounts_and_folder(programs):
+    container = {
+        "CONTAINER_IMAGE": "/images/torch.sqsh",
+        "CONTAINER_MOUNTS": "/data:/data,/ckpt:/ckpt",
+    }
+    words = preflight(programs, OUT="/ckpt", **container).stdout.splitlines()
+    srun = words[: words.index("bash")]
+    assert after(srun, "--container-image") == ["/images/torch.sqsh"]
+    assert after(srun, "--container-mounts") == [f"{ROOT}:{ROOT},/data:/data,/ckpt:/ckpt"]
+    assert after(srun, "--container-workdir") == [str(ROOT)]
+    assert words[words.index("bash") + 1] == str(SLURM / "node.sh")
+
+
+def test_an_unknown_runtime_is_refused(programs):
+    container = {"CONTAINER_IMAGE": "/images/torch.sif", "CONTAINER_RUNTIME": "docker"}
+    result = preflight(programs, OUT="/ckpt", **container)
+    assert (result.returncode, result.stdout) == (2, "")
+    assert result.stderr == "CONTAINER_RUNTIME: expected pyxis or apptainer, found docker\n"
+
+
+def test_nodes_differ_in_their_logs_address_and_who_keeps_the_rendezvous(tmp_path):
+    for number, (node, host) in enumerate((("node7", "true"), ("node8", "false"))):
+        variables = {"SLURM_NODEID": str(number), "SLURMD_NODENAME": node, "OUT": str(tmp_path)}
+        result = subprocess.run(
+            ["bash", SLURM / "node.sh", "env"],
+            **{
+                "env": os.environ | JOB | variables,
+                "text": True,
+                "capture_output": True,
+                "check": True,
+            },
+        )
+        found = dict(
+            line.split("=", 1) for line in result.stdout.splitlines() if line[:4] == "PET_"
+        )
+        assert found["PET_LOG_DIR"] == str(tmp_path / "logs" / "30123.0" / node)
+        assert Path(found["PET_LOG_DIR"]).is_dir()
+        assert found["PET_LOCAL_ADDR"] == node
+        assert found["PET_RDZV_CONF"].startswith(f"is_host={host},join_timeout=")
+
+
+def test_torchrun_reads_its_flags_from_the_variables_of_a_node(monkeypatch):
+    from torch.distributed.run import parse_args
+
+    names = ("LOG_DIR", "LOCAL_ADDR", "RDZV_CONF")
+    for name in names:
+        monkeypatch.setenv(f"PET_{name}", f"of {name}")
+    args = parse_args(["x.py"])
+    assert [getattr(args, name.lower()) for name in names] == [f"of {name}" for name in names]
+
+
+@pytest.mark.parametrize(
+    ("ending", "requeued"),
+    [
+        ("exit 0", False),
+        ("exit 1", False),  # nothing was saved
+        ("echo 4 >$OUT/latest_checkpointed_iteration.txt; exit 1", True),
+        ("echo 4 >$OUT/latest_checkpointed_iteration.txt; exit 0", False),
+        ("kill -USR1 $PPID; sleep 1; exit 1", True),  # the time limit
+        ("kill -USR1 $PPID; kill -TERM $PPID; sleep 1; exit 1", False),  # cancelled in the meantime
+        ("echo 4 >$OUT/latest_checkpointed_iteration.txt; kill -TERM $PPID; exit 1", False),
+    ],
+)
+def test_a_job_is_requeued_when_it_has_more_to_do(tmp_path, ending, requeued):
+    called = tmp_path / "called"
+    for program in ("scontrol", "scancel"):
+        executable(tmp_path / program, f'echo {program} "$@" >>{called}')
+    executable(tmp_path / "recipe.sh", ending)
+    result = subprocess.run(
+        ["bash", "-c", 'set -eu; source examples/slurm/job.sh; run_recipe "$OUT/recipe.sh"'],
+        env=JOB | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "OUT": str(tmp_path)},
+        **{"cwd": ROOT, "text": True, "capture_output": True},
+    )
+    assert result.returncode == int(ending[-1]), result.stderr
+    calls = called.read_text().splitlines() if called.exists() else []
+    assert ("scontrol requeue 30123" in calls) == requeued
+    assert ("scancel --signal=TERM 30123" in calls) == ("USR1" in ending)
+
+
+def test_shellcheck_finds_nothing():
+    if shutil.which("shellcheck") is None:
+        pytest.skip("shellcheck is not installed")
+    scripts = sorted([*SLURM.glob("*.sh"), *SLURM.glob("*.sbatch")])
+    result = subprocess.run(
+        ["shellcheck", *map(str, scripts)], cwd=SLURM, capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stdout

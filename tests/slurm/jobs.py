@@ -1,0 +1,217 @@
+"""The job scripts under a real Slurm: `make slurm-test`.
+
+Not a part of `make test`: it needs Debian's packages of Slurm. One machine plays two nodes, ranks are CPU
+processes, and the scripts are the real ones, with variables that make the model tiny.
+"""
+
+import os
+import re
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.faults.world import STEPS, Result, read_result
+from tests.helpers.entry import ROOT
+from tests.slurm import world as tiny_world
+from tests.slurm.cluster import NAMES, Cluster, missing, tail, wait_until
+from tests.slurm.world import Output, World
+
+UNLEARN = ROOT / "examples" / "slurm" / "unlearn.sbatch"
+PAPER = ROOT / "examples" / "paper" / "job.sbatch"
+# Seconds in which a start, or what follows a disturbance, must have happened; a quiet machine takes a tenth.
+LIMIT = 240.0
+# What Megatron says when it has saved on a signal.
+SAVED = "exiting program after receiving SIGTERM"
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Cluster]:
+    if (message := missing()) is not None:
+        pytest.exit(message, returncode=2)
+    with tempfile.TemporaryDirectory(prefix="slurm") as directory:  # short, for munge's socket
+        cluster = Cluster(Path(directory) / "cluster")
+        yield cluster
+        cluster.close()
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory) -> World:
+    return tiny_world.build(tmp_path_factory.mktemp("world"))
+
+
+@pytest.fixture(scope="module")
+def base(cluster: Cluster, world: World) -> tuple[Output, Path, str]:
+    """BaseLM from the paper's job script: one node, two ranks."""
+    output, settings = world.job("base", GPUS_PER_NODE="2")
+    log = world.directory / "base.log"
+    words = ("--nodes", 1, "--output", log, PAPER, "examples/paper/base_lm.sh")
+    job = cluster.submit(*words, settings=settings, directory=ROOT)
+    return output, log, cluster.wait(job, LIMIT, log)
+
+
+class Job:
+    """An unlearning run from the base on two nodes, one rank each."""
+
+    def __init__(self, cluster: Cluster, world: World, base: Path, name: str, **more: str) -> None:
+        self.cluster = cluster
+        self.output, settings = world.job(name, SYNTH_LM=str(base), GPUS_PER_NODE="1", **more)
+        self.log = world.directory / f"{name}.log"
+        words = ("--output", self.log, UNLEARN)
+        self.number = cluster.submit(*words, settings=settings, directory=ROOT)
+
+    def until_saved(self, iteration: int = 2) -> None:
+        """Wait for a checkpoint, so that what follows happens in the middle of the run."""
+        wait_until(
+            lambda: self.output.latest() >= iteration,
+            *(LIMIT, f"iteration {iteration}", lambda: tail(self.log)),
+        )
+
+    def until_back(self) -> int:
+        """Wait until Slurm has started it again; the iteration of the checkpoint that it then finds."""
+
+        def back() -> bool:
+            state = self.cluster.state(self.number)
+            return (state.get("Restarts"), state.get("JobState")) == ("1", "RUNNING")
+
+        wait_until(back, *(LIMIT, "requeue", lambda: tail(self.log)))
+        saved = self.output.latest()
+        assert 2 <= saved < STEPS, tail(self.log)
+        return saved
+
+    def result(self) -> Result:
+        """Wait for its good end; what it left."""
+        state = self.cluster.wait(self.number, LIMIT, self.log)
+        assert state == "COMPLETED", tail(self.log)
+        return read_result(self.output)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(cluster, world, base) -> tuple[Job, Result]:
+    job = Job(cluster, world, base[0].save, "undisturbed", PREFLIGHT="1")
+    return job, job.result()
+
+
+def test_one_node_runs_to_its_end(base):
+    output, log, state = base
+    assert state == "COMPLETED", tail(log)
+    assert output.latest() == STEPS
+    assert {path.name for path in output.save.glob("iter_*")} >= {"iter_0000002", "iter_0000008"}
+    (node,) = (output.save / "logs").glob("*/*")
+    assert node.name in NAMES
+    ranks = {path.parent.name for path in node.glob("*/attempt_0/*/stdout.log")}
+    assert ranks == {"0", "1"}
+
+
+def test_two_nodes_run_to_their_end_with_a_log_a_rank(undisturbed):
+    job, _ = undisturbed
+    (folder,) = (job.output.save / "logs").iterdir()
+    assert folder.name == f"{job.number}.0"
+    assert {path.name for path in folder.iterdir()} == set(NAMES)
+    # The last rank reports steps; it is on the other node.
+    (last,) = folder.glob(f"{NAMES[1]}/*/attempt_0/0/stdout.log")
+    assert f"iteration        {STEPS}/       {STEPS}" in last.read_text()
+
+
+def test_preflight_runs_on_both_nodes_before_the_job(undisturbed):
+    text = undisturbed[0].log.read_text()
+    table = text[: text.index("iteration        1/")]
+    for start in (
+        r"ranks +pass +all +2, nodes: 2",
+        "links +pass +all +1 between nodes",
+        "data +pass",
+    ):
+        assert re.search(rf"\[default0\]:{start}", table), table
+    assert re.search(r"\[default0\]:\d+ pass, \d warn, 0 FAIL", table)
+
+
+def test_a_requeued_job_saves_comes_back_and_ends_as_if_nothing_had_happened(
+    cluster, world, base, undisturbed
+):
+    job = Job(cluster, world, base[0].save, "requeued")
+    job.until_saved()
+    cluster.ask("scontrol", "requeue", job.number)  # as preemption does
+    saved = job.until_back()
+    assert undisturbed[1].difference(job.result()) is None
+    assert SAVED in job.log.read_text()
+    assert f"at iteration {saved}" in job.log.read_text()
+
+
+def test_before_its_time_limit_a_job_saves_and_requeues_itself(cluster, world, base, undisturbed):
+    job = Job(cluster, world, base[0].save, "limit")
+    job.until_saved()
+    # What --signal=B:USR1@300 has Slurm do, without waiting for minutes.
+    cluster.ask("scancel", "--batch", "--signal=USR1", job.number)
+    saved = job.until_back()
+    assert undisturbed[1].difference(job.result()) is None
+    assert SAVED in job.log.read_text()
+    assert f"{saved} now; the job is requeued" in job.log.read_text()
+
+
+def test_a_rank_that_dies_is_started_again_in_the_same_job(cluster, world, base, undisturbed):
+    job = Job(cluster, world, base[0].save, "rank")
+    job.until_saved()
+    rank_of(job).kill()
+    assert undisturbed[1].difference(job.result()) is None
+    assert cluster.state(job.number)["Restarts"] == "0"
+    attempts = {path.name for path in (job.output.save / "logs").glob("*/*/*/attempt_*")}
+    assert "attempt_1" in attempts
+
+
+def test_a_job_whose_launcher_dies_is_requeued(cluster, world, base, undisturbed):
+    job = Job(cluster, world, base[0].save, "launcher")
+    job.until_saved()
+    rank_of(job).parent().kill()
+    job.until_back()
+    assert undisturbed[1].difference(job.result()) is None
+
+
+def rank_of(job: Job) -> psutil.Process:
+    """The job's rank on its second node; it has started children, which have its variables too."""
+    wanted = {"SLURM_JOB_ID": str(job.number), "SLURM_NODEID": "1", "RANK": "1"}
+    for process in psutil.process_iter(["cmdline"]):
+        if str(ROOT / "pretrain_unlearn.py") not in (process.info["cmdline"] or []):
+            continue
+        if wanted.items() <= process.environ().items():
+            return process
+    raise AssertionError(f"no rank of job {job.number} on the second node\n{tail(job.log)}")
+
+
+def test_a_missing_setting_is_refused_at_once_and_not_requeued(cluster, world):
+    settings = {key: value for key, value in world.settings.items() if key != "TOKENIZER"}
+    log = world.directory / "missing.log"
+    output = ("--output", log)
+    job = cluster.submit(
+        *(*output, UNLEARN),
+        settings=settings | {"OUT": str(world.directory / "none")},
+        directory=ROOT,
+    )
+    assert cluster.wait(job, 60, log) == "FAILED"
+    assert cluster.state(job)["ExitCode"] == "2:0"
+    assert cluster.state(job)["Restarts"] == "0"
+    expected = "unlearn_lm.sh: error: TOKENIZER is not set: the tokenizer that the data were tokenised with"
+    assert log.read_text().splitlines() == [expected]
+    assert not (world.directory / "none").exists()
+
+
+def test_a_container_gets_the_launcher_and_its_mounts(cluster, world, base, undisturbed, tmp_path):
+    """Apptainer's stand-in drops its own words and runs the rest; Pyxis would need a plugin of Slurm."""
+    stand_in = tmp_path / "apptainer"
+    stand_in.write_text(
+        '#!/bin/bash\nprintf "%q " "$@" >"$OUT.words.$SLURM_NODEID"\n'
+        'while [[ $1 != *.sif ]]; do shift; done\nshift\nexec "$@"\n'
+    )
+    stand_in.chmod(0o755)
+    job = Job(
+        *(cluster, world, base[0].save, "container"),
+        **{"CONTAINER_IMAGE": "/images/torch 2.sif", "CONTAINER_RUNTIME": "apptainer"},
+        **{"CONTAINER_MOUNTS": "/data:/data", "PATH": f"{tmp_path}:{os.environ['PATH']}"},
+    )
+    assert undisturbed[1].difference(job.result()) is None
+    for node in range(2):
+        words = Path(f"{job.output.directory}.words.{node}").read_text()
+        assert words.startswith(
+            f"exec --nv --bind {ROOT}:{ROOT}\\,/data:/data --pwd {ROOT} /images/torch\\ 2.sif "
+        )
