@@ -7,11 +7,12 @@ source examples/slurm/nccl.sh
 # run_recipe RECIPE WORD...: runs it until it ends, and has Slurm start the job again if it has more to do:
 #
 # - shortly before the time limit (#SBATCH --signal=B:USR1@SECONDS tells this shell alone): the ranks save and end;
+# - when it was preempted with a grace time: only the ranks are told, and they end before Slurm would requeue the job;
 # - when it failed after it had saved a newer checkpoint than it began with. A failure that comes at once would
 #   come again.
 #
-# After preemption or the loss of a node Slurm itself starts the job again (#SBATCH --requeue). PREFLIGHT=1 checks the
-# nodes at each start; a failure ends the job.
+# After preemption without a grace time and the loss of a node Slurm itself starts the job again (#SBATCH --requeue).
+# PREFLIGHT=1 checks the nodes at each start; a failure ends the job.
 run_recipe() {
     [[ -f ${1:-} ]] || {
         echo "${SLURM_JOB_NAME:-job}: error: expected a recipe, found ${1:-nothing}" >&2
@@ -24,7 +25,7 @@ run_recipe() {
     before=$(saved)
     LIMIT=0 ENDED=0
     # To the job's steps, not to this shell: SIGTERM has the ranks save.
-    trap 'again=1; LIMIT=1; scancel --signal=TERM "$SLURM_JOB_ID"' USR1
+    trap 'again=1; LIMIT=1; scancel --signal=TERM "$SLURM_JOB_ID" || true' USR1
     # From Slurm to all processes of the job: it was cancelled, preempted or is out of time. Slurm decides what follows.
     trap 'again=1; ENDED=1' TERM
     bash "$@" &
@@ -34,8 +35,8 @@ run_recipe() {
         wait "$recipe" && code=0 || code=$?
     done
     if ((code != 0 && !ENDED)); then
-        if ((LIMIT)) || [[ $(saved) != "$before" ]]; then
-            echo "exit code $code; checkpoints: ${before:-none} before, $(saved) now; the job is requeued"
+        if ((LIMIT)) || preempted || [[ $(saved) != "$before" ]]; then
+            echo "exit code $code; checkpoints: ${before:-none} before, $(saved | grep . || echo none) now; the job is requeued"
             scontrol requeue "$SLURM_JOB_ID"
         fi
     fi
@@ -45,4 +46,9 @@ run_recipe() {
 # The iteration of the latest checkpoint; nothing without one.
 saved() {
     cat "${OUT:-}/latest_checkpointed_iteration.txt" 2>/dev/null || true
+}
+
+# Whether Slurm has told the job to make room; it forgets when the job starts again.
+preempted() {
+    scontrol show job "$SLURM_JOB_ID" | grep -q 'PreemptTime=[0-9]'
 }

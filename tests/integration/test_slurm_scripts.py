@@ -114,8 +114,12 @@ def test_torchrun_reads_its_flags_from_the_variables_of_a_node(monkeypatch):
         ("exit 1", False),  # nothing was saved
         ("echo 4 >$OUT/latest_checkpointed_iteration.txt; exit 1", True),
         ("echo 4 >$OUT/latest_checkpointed_iteration.txt; exit 0", False),
+        ("touch $OUT/preempted; exit 1", True),
         ("kill -USR1 $PPID; sleep 1; exit 1", True),  # the time limit
-        ("kill -USR1 $PPID; kill -TERM $PPID; sleep 1; exit 1", False),  # cancelled in the meantime
+        (
+            "kill -USR1 $PPID; sleep 0.3; kill -TERM $PPID; sleep 1; exit 1",
+            False,
+        ),  # cancelled in the meantime
         ("echo 4 >$OUT/latest_checkpointed_iteration.txt; kill -TERM $PPID; exit 1", False),
     ],
 )
@@ -123,6 +127,9 @@ def test_a_job_is_requeued_when_it_has_more_to_do(tmp_path, ending, requeued):
     called = tmp_path / "called"
     for program in ("scontrol", "scancel"):
         executable(tmp_path / program, f'echo {program} "$@" >>{called}')
+    with (tmp_path / "scontrol").open("a") as script:
+        script.write('test -e "$OUT/preempted" && time=2026-11-21T15:22:48 || time=None\n')
+        script.write('echo "   PreemptEligibleTime=2026-11-21T15:22:47 PreemptTime=$time"\n')
     executable(tmp_path / "recipe.sh", ending)
     result = subprocess.run(
         ["bash", "-c", 'set -eu; source examples/slurm/job.sh; run_recipe "$OUT/recipe.sh"'],

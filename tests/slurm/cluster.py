@@ -55,7 +55,10 @@ KillWait=60
 GresTypes=gpu
 NodeName={names[0]} NodeHostname=localhost Port={ports[1]} CPUs=8 Gres=gpu:8
 NodeName={names[1]} NodeHostname=localhost Port={ports[2]} CPUs=8 Gres=gpu:8
-PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
+PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP GraceTime=120
+PartitionName=urgent Nodes=ALL MaxTime=INFINITE State=UP PriorityTier=10 PreemptMode=OFF
 """
 NAMES = ("127.0.0.1", "127.0.0.2")
 

@@ -139,6 +139,19 @@ def test_a_requeued_job_saves_comes_back_and_ends_as_if_nothing_had_happened(
     assert f"at iteration {saved}" in job.log.read_text()
 
 
+def test_a_job_that_is_preempted_saves_and_comes_back(cluster, world, base, undisturbed):
+    job = Job(cluster, world, base[0].save, "preempted")
+    job.until_saved()
+    urgent = world.directory / "urgent.sh"
+    urgent.write_text("#!/bin/sh\nsleep 1\n")
+    words = ("--partition=urgent", "--nodes=2", "--exclusive", "--output=/dev/null", urgent)
+    cluster.submit(*words, settings={}, directory=ROOT)
+    saved = job.until_back()
+    assert undisturbed[1].difference(job.result()) is None
+    assert SAVED in job.log.read_text()
+    assert f"at iteration {saved}" in job.log.read_text()
+
+
 def test_before_its_time_limit_a_job_saves_and_requeues_itself(cluster, world, base, undisturbed):
     job = Job(cluster, world, base[0].save, "limit")
     job.until_saved()
@@ -164,6 +177,22 @@ def test_a_job_whose_launcher_dies_is_requeued(cluster, world, base, undisturbed
     job = Job(cluster, world, base[0].save, "launcher")
     job.until_saved()
     rank_of(job).parent().kill()
+    job.until_back()
+    assert undisturbed[1].difference(job.result()) is None
+
+
+def test_a_job_that_loses_a_node_is_requeued(cluster, world, base, undisturbed):
+    job = Job(cluster, world, base[0].save, "node")
+    job.until_saved()
+    rank = rank_of(job)
+    cluster.ask("scontrol", "update", f"NodeName={NAMES[1]}", "State=DOWN", "Reason=test")
+    rank.parent().kill()
+    rank.kill()
+    wait_until(
+        lambda: cluster.state(job.number).get("Restarts") == "1",
+        *(LIMIT, "requeue", lambda: tail(job.log)),
+    )
+    cluster.ask("scontrol", "update", f"NodeName={NAMES[1]}", "State=RESUME")
     job.until_back()
     assert undisturbed[1].difference(job.result()) is None
 
