@@ -180,8 +180,11 @@ launch() {
     if ((DRY_RUN)); then
         printf '%q ' "${command[@]}"
         printf '\n'
-        exec "$PYTHON" "$ROOT/tools/plan_run.py" --gpus $((NODES * GPUS_PER_NODE)) \
-            --mfu "$MFU" --peak-flops "$PEAK_FLOPS" -- "${flags[@]}"
+        local plan
+        read -r -a plan <<<"${PLAN:-}"
+        [[ -z ${PEAK_FLOPS:-} ]] || plan+=(--peak-flops "$PEAK_FLOPS")
+        exec "$PYTHON" "$ROOT/tools/plan_run.py" --gpus $((NODES * GPUS_PER_NODE)) --gpus-per-node "$GPUS_PER_NODE" \
+            --gpu-type "$GPU_TYPE" --mfu "$MFU" "${plan[@]}" -- "${flags[@]}"
     fi
     mkdir -p "$OUT/logs"
     exec "${command[@]}"

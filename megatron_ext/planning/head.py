@@ -1,7 +1,7 @@
 """The head's logits: what of them exists at once.
 
-`megatron_ext.losses.head_memory` decides in a run. That module imports torch, so the three numbers
-that the memory follows from are here once more; a test holds the two together.
+`megatron_ext.losses.head_memory` decides in a run. That module imports torch, so the numbers that the
+memory follows from are here once more; a test holds the two together.
 """
 
 from __future__ import annotations
@@ -12,8 +12,11 @@ from megatron_ext.planning.architecture import Architecture
 from megatron_ext.planning.layout import Layout, Unlearning
 
 CPU_BUDGET = 24 * 2**20
+CPU_BLOCK = 4 * 2**20
 DEVICE_SHARE = 0.6
 REFERENCE_CHUNK = 256
+# `megatron_ext.losses.blocks`: elements of a temporary of the torch arithmetic on a CPU. Triton has none.
+CPU_ELEMENTS = 2**17
 
 
 @dataclass(frozen=True)
@@ -23,8 +26,8 @@ class HeadLogits:
     Attributes:
         needed: of all logits of a microbatch, the reference's included.
         bytes: of what exists at once: logits, their gradients where these have another type, and, when
-            the reference's logits are free again, the gradient of the weight. Megatron's fused
-            accumulation hands autograd an empty tensor of that size.
+            the reference's logits are free again, the gradient of the weight (Megatron's fused
+            accumulation hands autograd an empty tensor of that size).
         kept: whether the student's are kept for the backward pass, instead of being made twice.
     """
 
@@ -58,8 +61,15 @@ def head_logits(
     if layout.cpu:
         budget = CPU_BUDGET
     beside = min(references, REFERENCE_CHUNK)
-    own = min(tokens * row, budget)
+    kept = (tokens + beside) * row <= budget
+    logits = min(needed, budget if kept or not layout.cpu else CPU_BLOCK)
+    own = (
+        tokens * row if kept else 0
+    )  # what is made in parts is free when the weight's gradient comes
     gradients = own * layout.element // 4 if unrounded and layout.half else 0
     weight = columns * arch.hidden * layout.element
-    held = gradients + max(min(needed, budget), own + weight)
-    return HeadLogits(needed, held, (tokens + beside) * row <= budget)
+    temporaries = 0
+    if layout.cpu:  # three in fp64 with a reference, one in fp32 without
+        temporaries = min(tokens * columns, CPU_ELEMENTS) * (24 if references else 4)
+    held = gradients + max(logits + temporaries, own + weight)
+    return HeadLogits(needed, held, kept)

@@ -35,6 +35,7 @@ CASES = {
     "as it is": (ARCH, EACH),
     "grouped queries": (GROUPED, EACH),
     "large vocabulary": (replace(ARCH, vocab_size=8192), EACH),
+    "logits that do not fit": (replace(ARCH, vocab_size=32768), EACH),
     "selective": (ARCH, replace(EACH, recompute="selective")),
     "full": (ARCH, replace(EACH, **FULL)),
     "full, groups of 3": (ARCH, replace(EACH, **FULL, recompute_layers=3)),

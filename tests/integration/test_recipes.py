@@ -119,13 +119,15 @@ def test_megatron_knows_every_flag(commands, monkeypatch):
 
 
 def test_the_plan_follows_the_command(world):
-    result = world.run("unlearn_lm", "--dry-run", **CLUSTER, TP="2")
+    result = world.run("unlearn_lm", "--dry-run", **CLUSTER, TP="2", PLAN="--rank-layouts 2")
     assert "1,908 of 1,048,576 tokens" in result.stdout
     # 300 pieces are padded to a multiple of 128 x TP 2.
     assert "vocabulary 300, padded to 512" in result.stdout
     # 1,908 iterations of 128 samples x 4096 tokens from 99.9% of 1e7 tokens.
     assert "1,000,341,504 of 9,990,000 tokens, 100.134 epochs" in result.stdout
     assert "reference hidden states" in result.stdout
+    assert "% of H100's 80 GB" in result.stdout
+    assert "layouts       " in result.stdout
     assert "--sequence-parallel" in shlex.split(result.stdout.splitlines()[0])
     assert not Path(world.settings["OUT"]).exists()
 

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from megatron_ext.losses import head_memory
+from megatron_ext.losses import blocks, head_memory
 from megatron_ext.planning import head
 from megatron_ext.planning.steps import step_flops
 from tests.unit.test_plan import ONE, PAPER
@@ -54,5 +54,6 @@ def test_flops_are_those_that_megatron_reports(arch):
 
 
 def test_the_head_s_numbers_are_those_of_a_run():
-    names = ("CPU_BUDGET", "DEVICE_SHARE", "REFERENCE_CHUNK")
+    names = ("CPU_BUDGET", "CPU_BLOCK", "DEVICE_SHARE", "REFERENCE_CHUNK")
     assert [getattr(head, n) for n in names] == [getattr(head_memory, n) for n in names]
+    assert blocks.BLOCK_ELEMENTS["cpu"] == head.CPU_ELEMENTS

@@ -33,7 +33,7 @@ CHAT_BATCH=16
 
 : "${GPUS_PER_NODE:=2}"
 : "${TP:=1}" "${PP:=1}" "${MICRO_BATCH:=4}"
-: "${MFU:=0.45}" "${PEAK_FLOPS:=100e9}"
+: "${MFU:=0.45}" "${GPU_TYPE:=CPU}" "${PEAK_FLOPS:=100e9}"
 : "${OMP_NUM_THREADS:=1}"
 PRECISION=()
 OPTIMIZER=(--weight-decay 0.1 --adam-beta1 0.9 --adam-beta2 0.95 --clip-grad 1.0)

@@ -37,7 +37,7 @@ CHAT_BATCH=64
 # Ours: layout, precision, optimizer, bookkeeping.
 : "${GPUS_PER_NODE:=${SLURM_GPUS_ON_NODE:-8}}"
 : "${TP:=1}" "${PP:=1}" "${MICRO_BATCH:=4}"
-: "${MFU:=0.45}" "${PEAK_FLOPS:=989e12}"
+: "${MFU:=0.45}" "${GPU_TYPE:=H100}"
 : "${OMP_NUM_THREADS:=8}"
 PRECISION=(--bf16 --use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather)
 OPTIMIZER=(--weight-decay 0.1 --adam-beta1 0.9 --adam-beta2 0.95 --clip-grad 1.0)

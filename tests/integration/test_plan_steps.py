@@ -1,0 +1,44 @@
+"""The plan's activations, cache and head against what steps of real unlearning runs take."""
+
+import re
+
+import pytest
+
+from megatron_ext.planning import flags as entry
+from megatron_ext.planning.memory import all_stages
+from tests.helpers.entry import ROOT, Launch
+
+STATE = ("weights", "gradients", "optimizer", "reference")
+# Microbatches of 256 tokens, so that they outweigh the weights of a model this small.
+STEP = ("--train-iters", 2, "--micro-batch-size", 4, "--lr", 1e-3, "--min-lr", 1e-4)
+CASES = {
+    "one rank": (1, ()),
+    "TP 2": (2, ("--tensor-model-parallel-size", 2, "--sequence-parallel")),
+    "PP 2": (2, ("--pipeline-model-parallel-size", 2)),
+}
+
+
+@pytest.fixture(scope="module")
+def outputs(tiny, server) -> dict[str, tuple[int, str]]:
+    script = ROOT / "tests" / "helpers" / "live_steps.py"
+    launches = [
+        Launch(tiny.unlearn(*STEP, *more), ranks=ranks, script=script)
+        for ranks, more in CASES.values()
+    ]
+    return dict(zip(CASES, server.results(launches), strict=True))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_step_takes_what_the_plan_says(name, outputs, tiny):
+    code, output = outputs[name]
+    assert code == 0, output
+    ranks, more = CASES[name]
+    flags = entry.entry_flags([str(word) for word in tiny.unlearn(*STEP, *more)])
+    layout = entry.layout(flags, gpus=ranks, cpu=True)
+    stages = all_stages(entry.architecture(flags), layout, entry.unlearning(flags))
+    for rank in range(ranks):
+        found = re.findall(rf"rank {rank} step peak (\d+)", output)
+        assert len(found) == 2
+        parts = stages[layout.place(rank)[0]].parts
+        planned = sum(size for part, size in parts.items() if part not in STATE)
+        assert planned == pytest.approx(int(found[-1]), rel=0.1)
