@@ -1,217 +1,41 @@
-"""The plan's activations against what a step of the product's own layers and head really allocates.
+"""The plan's activations and head against what steps of real models allocate on two ranks."""
 
-The measurement counts the storages that are alive, and asks no formula of the plan.
-"""
-
-from collections.abc import Sequence
-from dataclasses import replace
+import json
 from typing import Any
 
 import pytest
-import torch
 
 from megatron_ext.planning.activations import layer_bytes_per_token
-from megatron_ext.planning.architecture import Architecture
-from megatron_ext.planning.layout import Layout
 from megatron_ext.planning.memory import stage_memory
-from tests.helpers import models
-from tests.helpers.distributed import run_ranks
-from tests.helpers.live_memory import LiveMemory
+from tests.helpers.entry import ROOT, Launch
+from tests.helpers.forked import Server
+from tests.helpers.plan_cases import ARCH, CASES, EACH, GROUPED
 
-ARCH = Architecture(
-    **{"layers": 6, "hidden": 96, "ffn": 264, "heads": 4, "query_groups": 4, "head_size": 24},
-    **{"vocab_size": 512, "vocab_multiple": 64},
-)
-DEEP = replace(ARCH, layers=9)
-GROUPED = replace(ARCH, query_groups=2, head_size=32)
-# On two ranks; a copy of the model each, unless the case says otherwise.
-EACH = Layout(gpus=2, micro_batch=2, global_batch=4, sequence=128, cpu=True)
-TP = replace(EACH, tp=2)
-SP = replace(TP, sequence_parallel=True)
-PP = replace(EACH, pp=2)
-FULL: dict[str, Any] = {"recompute": "full"}
 STATE = ("weights", "gradients", "optimizer")
-CASES = {
-    "as it is": (ARCH, EACH),
-    "grouped queries": (GROUPED, EACH),
-    "large vocabulary": (replace(ARCH, vocab_size=8192), EACH),
-    "logits that do not fit": (replace(ARCH, vocab_size=32768), EACH),
-    "selective": (ARCH, replace(EACH, recompute="selective")),
-    "full": (ARCH, replace(EACH, **FULL)),
-    "full, groups of 3": (ARCH, replace(EACH, **FULL, recompute_layers=3)),
-    "full, the first 3": (
-        ARCH,
-        replace(EACH, **FULL, recompute_method="block", recompute_layers=3),
-    ),
-    "TP 2": (ARCH, TP),
-    "TP 2, full": (DEEP, replace(TP, **FULL)),
-    "TP 2, sequence parallel": (ARCH, SP),
-    "TP 2, sequence parallel, selective": (ARCH, replace(SP, recompute="selective")),
-    "TP 2, sequence parallel, full": (DEEP, replace(SP, **FULL)),
-    "PP 2": (ARCH, replace(PP, global_batch=8)),
-    "PP 2, interleaved": (ARCH, replace(PP, vpp=3, global_batch=12)),
-}
-
-
-def _measure(cases: Sequence[tuple[Architecture, Layout]]) -> tuple[list[int], list[float]]:
-    """Of this rank, the peak of each case; and what autograd keeps of a layer, bytes a token."""
-    peaks = [_peak(arch, layout) for arch, layout in cases]
-    _start(EACH)
-    stacks = [[_saved(replace(a, layers=n)) for n in (1, 2)] for a in (ARCH, GROUPED)]
-    return peaks, [(two - one) / EACH.sequence for one, two in stacks]
-
-
-def _peak(arch: Architecture, layout: Layout) -> int:
-    step = _step(arch, layout)
-    with LiveMemory() as memory:
-        step()
-    return memory.peak
-
-
-def _step(arch: Architecture, layout: Layout) -> Any:
-    """One step of Megatron's own schedule over the torch-native layers and the fused head."""
-    _start(layout)
-    from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
-    from megatron.core.pipeline_parallel import get_forward_backward_func
-
-    from megatron_ext.head import token_losses
-
-    chunks = [
-        DistributedDataParallel(chunk.config, DistributedDataParallelConfig(), chunk)
-        for chunk in _chunks(arch, layout)
-    ]
-    shape = (layout.micro_batch, layout.sequence)
-    tokens = torch.zeros(shape, dtype=torch.int64)
-    positions = torch.arange(layout.sequence).expand(*shape)
-
-    def forward(_: Any, chunk: Any) -> Any:
-        output = chunk(tokens, positions, None, labels=tokens, output_processor=token_losses)
-        return output, lambda losses: (losses.mean(), {})
-
-    def step() -> None:
-        get_forward_backward_func()(
-            forward_step_func=forward,
-            data_iterator=[None] * len(chunks),
-            model=chunks,
-            num_microbatches=layout.microbatches,
-            seq_length=layout.sequence,
-            micro_batch_size=layout.micro_batch,
-            forward_only=False,
-        )
-
-    return step
-
-
-def _start(layout: Layout) -> None:
-    """Megatron's process groups, anew only where the layout is another one."""
-    models.start(layout.tp)
-    from megatron.core import parallel_state
-
-    found = parallel_state.get_pipeline_model_parallel_world_size()
-    chunks = parallel_state.get_virtual_pipeline_model_parallel_world_size() or 1
-    if (found, chunks) != (layout.pp, layout.vpp):
-        parallel_state.destroy_model_parallel()
-        parallel_state.initialize_model_parallel(
-            layout.tp, layout.pp, layout.vpp if layout.vpp > 1 else None
-        )
-
-
-def _chunks(arch: Architecture, layout: Layout) -> list[Any]:
-    from megatron.core import parallel_state
-    from megatron.core.models.gpt import GPTModel
-
-    from megatron_ext.model.layer_spec import torch_native_layer_spec
-
-    cfg = _config(
-        arch,
-        sequence_parallel=layout.sequence_parallel,
-        pipeline_model_parallel_size=layout.pp,
-        virtual_pipeline_model_parallel_size=layout.vpp if layout.vpp > 1 else None,
-        pipeline_dtype=torch.float32,
-        deallocate_pipeline_outputs=True,  # as Megatron's arguments set it
-        **_recompute(layout),
-    )
-    stage = parallel_state.get_pipeline_model_parallel_rank()
-    return [
-        GPTModel(
-            config=cfg,
-            transformer_layer_spec=torch_native_layer_spec(
-                cfg, vp_stage=chunk if layout.vpp > 1 else None
-            ),
-            vocab_size=arch.padded_vocab(layout.tp),
-            max_sequence_length=layout.sequence,
-            position_embedding_type="rope",
-            share_embeddings_and_output_weights=False,
-            pre_process=stage == 0 and chunk == 0,
-            post_process=stage == layout.pp - 1 and chunk == layout.vpp - 1,
-            vp_stage=chunk if layout.vpp > 1 else None,
-        )
-        for chunk in range(layout.vpp)
-    ]
-
-
-def _config(arch: Architecture, **more: Any) -> Any:
-    return models.config(
-        num_layers=arch.layers,
-        hidden_size=arch.hidden,
-        num_attention_heads=arch.heads,
-        num_query_groups=arch.query_groups,
-        kv_channels=arch.head_size,
-        ffn_hidden_size=arch.ffn,
-        **more,
-    )
-
-
-def _recompute(layout: Layout) -> dict[str, Any]:
-    if layout.recompute != "full":
-        return {"recompute_granularity": "selective"} if layout.recompute == "selective" else {}
-    return {
-        "recompute_granularity": "full",
-        "recompute_method": layout.recompute_method,
-        "recompute_num_layers": layout.recompute_layers,
-    }
-
-
-def _saved(arch: Architecture) -> int:
-    """Bytes that a stack of layers keeps for the backward pass, parameters left out."""
-    from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
-    from megatron.core.transformer.transformer_block import TransformerBlock
-
-    from megatron_ext.model.layer_spec import torch_native_layer_spec
-
-    cfg = _config(arch)
-    block = TransformerBlock(cfg, torch_native_layer_spec(cfg), post_layer_norm=False)
-    angles = RotaryEmbedding(arch.head_size, 1.0, use_cpu_initialization=True)(EACH.sequence)
-    parameters = {p.untyped_storage().data_ptr() for p in block.parameters()}
-    # Storages stay referenced, so that no address is used twice.
-    kept = {}
-
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in parameters:
-            kept[storage.data_ptr()] = storage
-        return tensor
-
-    hidden = torch.randn(EACH.sequence, 1, arch.hidden, requires_grad=True)
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        block(hidden, None, rotary_pos_emb=angles)
-    return sum(storage.nbytes() for storage in kept.values())
 
 
 @pytest.fixture(scope="module")
-def measured() -> list[tuple[list[int], list[float]]]:
-    return run_ranks(_measure, 2, list(CASES.values()))
+def measured(server: Server) -> list[tuple[dict[str, int], list[float]]]:
+    """Of each rank the peaks by case, and what a layer keeps, plain and with grouped queries."""
+    script = ROOT / "tests" / "helpers" / "plan_cases.py"
+    [(code, output)] = server.results([Launch((), ranks=2, script=script)])
+    assert code == 0, output
+    found: list[Any] = [
+        json.loads(line.removeprefix("measured "))
+        for line in output.splitlines()
+        if line.startswith("measured ")
+    ]
+    return [(peaks, layers) for _, peaks, layers in sorted(found)]
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_a_step_allocates_what_the_plan_says(name, measured):
     arch, layout = CASES[name]
+    assert len(measured) == 2
     for rank, (peaks, _) in enumerate(measured):
         parts = stage_memory(arch, layout, layout.place(rank)[0]).parts
         planned = sum(size for part, size in parts.items() if part not in STATE)
-        peak = peaks[list(CASES).index(name)]
-        # Of what the plan leaves out: a weight's gradient before it is added, statistics of the head.
-        assert planned == pytest.approx(peak, rel=0.1), (planned, peak)
+        assert planned == pytest.approx(peaks[name], rel=0.1)
 
 
 def test_a_layer_keeps_exactly_what_the_plan_says(measured):
