@@ -141,7 +141,9 @@ def test_a_requeued_job_saves_comes_back_and_ends_as_if_nothing_had_happened(
 
 def test_a_job_that_is_preempted_saves_and_comes_back(cluster, world, base, undisturbed):
     job = Job(cluster, world, base[0].save, "preempted")
-    job.until_saved()
+    # Slurm takes a second or two to preempt, and the first save about as long.
+    folder = job.output.folder(2)
+    wait_until(folder.is_dir, LIMIT, "first save", lambda: tail(job.log))
     urgent = world.directory / "urgent.sh"
     urgent.write_text("#!/bin/sh\nsleep 1\n")
     words = ("--partition=urgent", "--nodes=2", "--exclusive", "--output=/dev/null", urgent)
@@ -161,6 +163,24 @@ def test_before_its_time_limit_a_job_saves_and_requeues_itself(cluster, world, b
     assert undisturbed[1].difference(job.result()) is None
     assert SAVED in job.log.read_text()
     assert f"{saved} now; the job is requeued" in job.log.read_text()
+
+
+def test_slurm_tells_a_job_of_its_time_limit(cluster, tmp_path):
+    """The real signal, which comes up to a minute early, for a recipe that stands for one that saves."""
+    recipe = tmp_path / "recipe.sh"
+    recipe.write_text(
+        "test ! -e $OUT/latest_checkpointed_iteration.txt || exit 0\n"
+        "save='echo 5 >$OUT/latest_checkpointed_iteration.txt; exit 1'\n"
+        "exec srun bash -c \"trap '$save' TERM; sleep 100 & wait\"\n"
+    )
+    script = tmp_path / "job.sbatch"
+    script.write_text(PAPER.read_text().replace("USR1@300", "USR1@30"))
+    log = tmp_path / "log"
+    words = ("--nodes", 2, "--time", 1, "--output", log, script, recipe)
+    job = cluster.submit(*words, settings={"OUT": str(tmp_path)}, directory=ROOT)
+    assert cluster.wait(job, 120, log) == "COMPLETED"
+    assert cluster.state(job)["Restarts"] == "1"
+    assert "none before, 5 now; the job is requeued" in log.read_text()
 
 
 def test_a_rank_that_dies_is_started_again_in_the_same_job(cluster, world, base, undisturbed):
