@@ -35,8 +35,7 @@ from tools.common import run_tool  # noqa: E402
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-# Nats a token beyond which a shift is drawn at the edge: where gradient ascent ends, there is no scale.
-REACH = 4.0
+ASCENT = "unlearn_lm_ga"
 SETS = ("real", "synthetic", "instruction")
 TASKS = {
     "demo_instructions": "instructions followed",
@@ -52,9 +51,8 @@ Nine models of 3.3 M parameters, a chat model of each, trained, evaluated and co
 the data are the same). Text is that of the installed Python and what [`examples/demo`](../examples/demo)
 makes of it. `examples/paper/seeds.py` wrote this page from the files of the runs.
 
-Sizes differ from the paper's by six orders of magnitude, and so do what can be learned and what is shown:
-this page says whether the study's machinery shows the paper's effects on a model that memorises a format
-within minutes. It is no evidence about models of 2 B parameters.
+Models are 600 times smaller than the paper's, and their text 500,000 times. This page says which of the
+paper's effects such a small model shows, and which not; it is no evidence about models of 2 B parameters.
 
 A change *appears* in a seed if its 95% interval (bootstrap over 400 samples of text; normal over a task's
 questions) lies on the side that is expected from the paper; "(no)" marks seeds in which it does not.
@@ -236,18 +234,23 @@ def page(seeds: Sequence[Seed]) -> str:
 def panel(axis: Axes, seeds: Sequence[Seed], name: str) -> None:
     """Shift of every model's log-perplexity of a set from BaseLM, a mark a seed."""
     models = [model for model in seeds[0].losses if model != "base_lm"]
-    for row, model in enumerate(models):
-        shifts = [
+    shifts = {
+        model: [
             float(seed.losses[model][name].mean() - seed.losses["base_lm"][name].mean())
             for seed in seeds
         ]
-        shown = np.clip(shifts, -REACH, REACH)
+        for model in models
+    }
+    # Where gradient ascent ends there is no scale: it is drawn at the edge.
+    reach = 1.2 * max(abs(v) for model, values in shifts.items() for v in values if model != ASCENT)
+    for row, values in enumerate(shifts.values()):
+        shown = np.clip(values, -reach, reach)
         axis.plot(shown, [row] * len(seeds), marker(row), color=colour(row), alpha=0.7)
-        if max(map(abs, shifts)) > REACH:
-            axis.text(REACH, row - 0.2, f"{fmean(shifts):+.1f} →", ha="right", va="bottom")
+        if max(map(abs, values)) > reach:
+            axis.text(reach, row - 0.2, f"{fmean(values):+.1f} →", ha="right", va="bottom")
     axis.axvline(0, color="0.6", linewidth=0.8)
     axis.set(
-        title=name, xlabel="shift from base_lm, nats a token", xlim=(-1.1 * REACH, 1.1 * REACH)
+        title=name, xlabel="shift from base_lm, nats a token", xlim=(-1.1 * reach, 1.1 * reach)
     )
     axis.set_yticks(range(len(models)), models)
     axis.invert_yaxis()

@@ -41,12 +41,17 @@ def colour(index: int) -> str:
 
 def line(index: int) -> Any:
     """Line style of the series with this number."""
-    return LINES[index % len(LINES)]
+    return LINES[_second(index) % len(LINES)]
 
 
 def marker(index: int) -> str:
     """Marker of the series with this number."""
-    return MARKERS[index % len(MARKERS)]
+    return MARKERS[_second(index) % len(MARKERS)]
+
+
+def _second(index: int) -> int:
+    """Goes on by one when the colours begin again, so that the eighth series is not like the first."""
+    return index + index // len(COLOURS)
 
 
 def render(

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from megatron_ext.analysis.figures import render
+from megatron_ext.analysis.figures import colour, line, marker, render
 from megatron_ext.analysis.perplexity_report import (
     add_shifts,
     perplexity_panels,
@@ -89,3 +89,8 @@ def test_samples_that_are_all_alike():
     assert "variance_ratio" not in found["same"]["loss"]
     json.dumps(report, allow_nan=False)
     assert render(perplexity_panels(report)).startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("shape", [line, marker])
+def test_no_two_series_look_the_same(shape):
+    assert len({(colour(index), shape(index)) for index in range(20)}) == 20
