@@ -9,10 +9,12 @@ needed: Megatron's arguments and process groups are global.
 from __future__ import annotations
 
 import contextlib
+import io
 import logging
 import os
 import sys
 import tempfile
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -71,9 +73,11 @@ def check_rank(
 
 def _build(words: Sequence[str], *, gpus: int, rank: int) -> dict[str, int]:
     """Parameters, and bytes by part, of what Megatron builds on a rank."""
+    # Megatron describes its arguments and every bucket, and warns of what is not installed.
+    logging.disable(logging.WARNING)
+    warnings.simplefilter("ignore")
     from megatron_ext.runtime import compat, cpu, optimizer
 
-    logging.disable(logging.INFO)  # Megatron describes every bucket
     cpu.enable()
     compat.check_megatron_version()
     optimizer.enable()
@@ -85,13 +89,13 @@ def _build(words: Sequence[str], *, gpus: int, rank: int) -> dict[str, int]:
         tempfile.TemporaryDirectory() as directory,
         mock.patch.dict(os.environ, environment),
         mock.patch.object(sys, "argv", [str(_ENTRY), *words, *_replaced(words, directory)]),
-        contextlib.redirect_stdout(sys.stderr),
+        contextlib.redirect_stdout(io.StringIO()),
     ):
         from megatron_ext import arguments
 
         args, config, _ = arguments.parse()
     try:
-        with _no_memory(), contextlib.redirect_stdout(sys.stderr):
+        with _no_memory(), contextlib.redirect_stdout(io.StringIO()):
             _start(args, gpus=gpus, rank=rank)
             return _measure(args, reference=config.needs_reference)
     finally:
