@@ -14,15 +14,9 @@ KINDS = ("ours", "Megatron-Core")
 def terms(case: dict[str, Any]) -> dict[str, list[float]]:
     """By quantity, what it is proportional to: the columns of its fit."""
     shards, documents, samples = case["shards"], case["documents"], case["samples"]
-    return {
-        "datasets_s": [shards, documents],
-        "blending_s": [samples, samples * shards],
-        "load_s": [shards, documents],
-        "cache_mb": [shards, documents],
-        "peak_mib": [1, documents, documents / shards],
-        "held_mib": [1, documents, documents / shards],
-        "others_mib": [1, documents, documents / shards],
-    }
+    names = ("datasets_s", "load_s", "cache_mb", "peak_mib", "held_mib", "others_mib")
+    columns = {name: [shards, documents] for name in names}
+    return columns | {"blending_s": [samples, samples * shards]}
 
 
 def quantities(found: dict[str, Any]) -> dict[str, float]:
@@ -107,17 +101,22 @@ def draw(cases: list[dict[str, Any]], fits: dict[str, Any], path: Path) -> None:
     for axis, names, title in zip(axes, panels, titles, strict=True):
         for kind, colour in zip(KINDS, ("tab:blue", "tab:orange"), strict=True):
             for shards, mark in zip(sorted({c["shards"] for c in cases}), "ov^", strict=False):
-                mine = [i for i, case in enumerate(cases) if case["shards"] == shards]
-                tokens = [cases[i]["tokens"] for i in mine]
-                both = [
-                    [sum(fits[kind][n][what][i] for n in names) for i in mine]
-                    for what in ("measured", "fitted")
+                mine = [case for case in cases if case["shards"] == shards]
+                measured = [quantities(case[kind]) for case in mine]
+                seen = [sum(one[name] for name in names) for one in measured]
+                tokens = [case["tokens"] for case in mine]
+                axis.plot(tokens, seen, mark, color=colour, label=f"{kind}, {shards} shards")
+                tokens = np.geomspace(min(tokens), GOAL[0], 50)
+                per_token = {n: cases[0][n] / cases[0]["tokens"] for n in ("documents", "samples")}
+                columns = terms({"shards": shards} | {n: x * tokens for n, x in per_token.items()})
+                fitted = [
+                    factor * column
+                    for name in names
+                    for factor, column in zip(
+                        fits[kind][name]["coefficients"], columns[name], strict=True
+                    )
                 ]
-                axis.plot(tokens, both[0], mark, color=colour, label=f"{kind}, {shards} shards")
-                if shards == GOAL[1]:
-                    tokens, fitted = [*tokens, GOAL[0]], both[1]
-                    fitted = [*fitted, sum(fits[kind][n]["goal"] for n in names)]
-                    axis.plot(tokens, fitted, "--", color=colour, linewidth=1)
+                axis.plot(tokens, sum(fitted) * np.ones(50), "--", color=colour, linewidth=1)
         axis.set(xscale="log", yscale="log", xlabel="tokens", title=title)
     axes[0].legend(fontsize=8)
     figure.tight_layout()
