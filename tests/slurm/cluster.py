@@ -16,6 +16,8 @@ from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 
+import psutil
+
 from megatron_ext.runtime.children import end_with_parent
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "scancel")
@@ -173,6 +175,12 @@ class Cluster:
             while self.ask("squeue", "--noheader") and time.monotonic() < deadline:
                 time.sleep(0.5)
         self.daemons.close()
+        for process in psutil.process_iter():  # of a job that was still ending
+            try:
+                if process.environ().get("SLURM_CONF") == self.environment["SLURM_CONF"]:
+                    process.kill()
+            except psutil.Error:
+                continue
 
 
 def tail(log: Path) -> str:

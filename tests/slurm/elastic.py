@@ -16,11 +16,12 @@ from pathlib import Path
 import psutil
 import pytest
 
+from megatron_ext.runtime.children import end_with_parent
 from tests.faults.world import STEPS, Place, Result, command, read_result, undisturbed
 from tests.helpers.entry import ENTRY, ROOT
 from tests.slurm.cluster import tail, wait_until
 
-LIMIT = 240.0  # seconds; a quiet machine takes a sixth
+LIMIT = 600.0  # seconds; a quiet machine takes a sixth
 LAYOUT = "DP 2"
 
 
@@ -61,6 +62,7 @@ class Nodes:
             return subprocess.Popen(
                 [*words, ENTRY, *self.words],
                 **{"cwd": ROOT, "env": os.environ | variables, "stdout": log, "stderr": log},
+                preexec_fn=end_with_parent,  # if the tests are killed
             )
 
     def lose(self, number: int) -> None:

@@ -22,7 +22,7 @@ from tests.slurm.world import Output, World
 UNLEARN = ROOT / "examples" / "slurm" / "unlearn.sbatch"
 PAPER = ROOT / "examples" / "paper" / "job.sbatch"
 # Seconds in which a start, or what follows a disturbance, must have happened; a quiet machine takes a tenth.
-LIMIT = 240.0
+LIMIT = 600.0
 # What Megatron says when it has saved on a signal.
 SAVED = "exiting program after receiving SIGTERM"
 
