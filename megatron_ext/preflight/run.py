@@ -86,6 +86,11 @@ def _machine(ranks: Ranks, nodes: Sequence[str], rows: list[Row]) -> None:
 
 
 def _network(ranks: Ranks, options: Options, nodes: Sequence[str], rows: list[Row]) -> None:
+    # Where a rank has no GPU, or another than the rest, the others would wait for it in vain.
+    fit = all(row.status != FAIL for row in rows if row.check == "GPU")
+    if not ranks.tell("fit", fit):
+        rows += [Row("all-reduce", verdict.WARN, (), "left out: GPUs differ")] if nodes else []
+        return
     sizes = options.message_bytes
     if sizes is None:
         sizes = (1 << 20, 16 << 20, 256 << 20) if torch.cuda.is_available() else (1 << 16, 4 << 20)
