@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from megatron_ext.data.atomic import fsync
 from megatron_ext.exceptions import ConfigError
 
 
@@ -46,7 +47,7 @@ def new_folder(path: Path, *, mark: str, overwrite: bool = False) -> Iterator[Pa
         if path.exists():
             path.rename(old)
         partial.rename(path)
-        _flush_one(path.parent)
+        fsync(path.parent)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         if old.exists() and not path.exists():
@@ -58,12 +59,4 @@ def new_folder(path: Path, *, mark: str, overwrite: bool = False) -> Iterator[Pa
 def _flush(folder: Path) -> None:
     """Everything reaches the disk before the name does."""
     for entry in [*folder.rglob("*"), folder]:
-        _flush_one(entry)
-
-
-def _flush_one(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        fsync(entry)

@@ -96,7 +96,7 @@ class AtomicFiles:
                 path.unlink(missing_ok=True)
             raise
         for directory in {path.parent for path in self._paths}:
-            _fsync_directory(directory)
+            fsync(directory)
         self._close()
 
     def discard(self) -> None:
@@ -145,8 +145,9 @@ def _open_locked(path: Path) -> BinaryIO:
         os.close(descriptor)
 
 
-def _fsync_directory(directory: Path) -> None:
-    descriptor = os.open(directory, os.O_RDONLY)
+def fsync(path: Path) -> None:
+    """Has a file's content, or the names in a directory, reach the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

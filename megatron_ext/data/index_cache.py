@@ -28,6 +28,7 @@ import torch
 from megatron.core.datasets.blended_dataset import BlendedDataset
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
 
+from megatron_ext.data.atomic import fsync
 from megatron_ext.exceptions import DataError
 
 logger = logging.getLogger(__name__)
@@ -131,7 +132,7 @@ def _build_whole(
         _remove_abandoned(folder)
         build()
         for file in written[:-1]:
-            _flush(file)  # a name must not outlive a power cut that the content did not
+            fsync(file)  # a name must not outlive a power cut that the content did not
         for source, file in zip(written, files, strict=True):
             os.replace(source, file)
     except OSError as error:
@@ -156,11 +157,3 @@ def _remove_abandoned(folder: Path) -> None:
             with contextlib.suppress(FileNotFoundError):  # its job has just finished
                 if time.time() - entry.stat().st_mtime > _ABANDONED:
                     os.unlink(entry.path)
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
