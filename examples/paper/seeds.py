@@ -54,8 +54,9 @@ makes of it. `examples/paper/seeds.py` wrote this page from the files of the run
 Models are 600 times smaller than the paper's, and their text 500,000 times. This page says which of the
 paper's effects such a small model shows, and which not; it is no evidence about models of 2 B parameters.
 
-A change *appears* in a seed if its 95% interval (bootstrap over 400 samples of text; normal over a task's
-questions) lies on the side that is expected from the paper; "(no)" marks seeds in which it does not.
+A change *appears* in a seed if its 95% interval (bootstrap over at most 400 samples of text; normal over a
+task's questions) lies on the side that is expected from the paper; "(no)" marks seeds in which it does not.
+A minus compares means of the log-perplexity (nats a token) or scores (points of percent), a slash variances.
 """
 
 
@@ -109,17 +110,18 @@ class Effect:
         sides = (self.sign * (change[end] - none) for end in ("low", "high"))
         return change["value"], min(sides) > 0
 
+    def name(self) -> str:
+        """In words and signs."""
+        joined = f"{self.after} {'/' if self.variance else '-'} {self.before}"
+        return f"{joined}, {TASKS.get(self.of, self.of)}{', variance' if self.variance else ''}"
+
     def row(self, seeds: Sequence[Seed]) -> str:
         """Of the table."""
         found = [self.measure(seed) for seed in seeds]
         form = ".2f" if self.variance else "+.1f" if self.of in TASKS else "+.2f"
-        name = f"{self.after} {'/' if self.variance else '-'} {self.before}, {TASKS.get(self.of, self.of)}"
-        if self.variance:
-            name += ", variance"
-        expected = "below" if self.sign < 0 else "above"
         cells = [
-            name,
-            f"{expected} {1 if self.variance else 0}",
+            self.name(),
+            f"{'below' if self.sign < 0 else 'above'} {1 if self.variance else 0}",
             *(f"{value:{form}}{'' if seen else ' (no)'}" for value, seen in found),
             spread([value for value, _ in found], form),
             f"{sum(seen for _, seen in found)} of {len(found)}",
@@ -144,7 +146,7 @@ QUESTIONS = {
     "Does gradient ascent at the same weight damage the model?": [
         Effect("unlearn_lm_ga", "synth_lm", "real", 1),
         Effect("unlearn_lm_ga", "unlearn_lm", "real", 1),
-        Effect("unlearn_lm", "synth_lm", "real", 1),
+        Effect("unlearn_lm", "synth_lm", "real", -1),
     ],
     "Does RefineLM repair less, at more tokens?": [
         Effect("refine_lm", "synth_lm", "instruction", 1),
@@ -218,11 +220,26 @@ def score_rows(seeds: Sequence[Seed]) -> list[str]:
     return rows
 
 
+def summary(seeds: Sequence[Seed]) -> list[str]:
+    """Which changes appear in all seeds, in some, in none."""
+    groups: dict[str, list[str]] = {"every seed": [], "some seeds": [], "no seed": []}
+    for effects in QUESTIONS.values():
+        for effect in effects:
+            count = sum(effect.measure(seed)[1] for seed in seeds)
+            where = (
+                "no seed" if not count else "every seed" if count == len(seeds) else "some seeds"
+            )
+            limit = f"{'<' if effect.sign < 0 else '>'} {1 if effect.variance else 0}"
+            groups[where].append(f"{effect.name()} {limit}")
+    return [f"- **In {where}**: {'; '.join(names) or 'none'}." for where, names in groups.items()]
+
+
 def page(seeds: Sequence[Seed]) -> str:
     """All of it as Markdown."""
-    numbers = [f"seed {seed.number}" for seed in seeds]
     lines = [INTRODUCTION.format(count=len(seeds)), "![shifts of perplexity](miniature.png)", ""]
+    lines += ["Of the changes that the paper lets expect appear", "", *summary(seeds), ""]
     for question, effects in QUESTIONS.items():
+        numbers = (f"seed {seed.number}" for seed in seeds)
         heads = ["change", "expected", *numbers, "mean ± deviation", "appears in"]
         lines += [f"## {question}", "", f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
         lines += [*(effect.row(seeds) for effect in effects), ""]
@@ -233,26 +250,24 @@ def page(seeds: Sequence[Seed]) -> str:
 
 def panel(axis: Axes, seeds: Sequence[Seed], name: str) -> None:
     """Shift of every model's log-perplexity of a set from BaseLM, a mark a seed."""
-    models = [model for model in seeds[0].losses if model != "base_lm"]
-    shifts = {
-        model: [
-            float(seed.losses[model][name].mean() - seed.losses["base_lm"][name].mean())
-            for seed in seeds
-        ]
-        for model in models
+    means = {
+        model: np.array([seed.losses[model][name].mean() for seed in seeds])
+        for model in seeds[0].losses
     }
+    base = means.pop("base_lm")
+    shifts = {model: mean - base for model, mean in means.items()}
     # Where gradient ascent ends there is no scale: it is drawn at the edge.
-    reach = 1.2 * max(abs(v) for model, values in shifts.items() for v in values if model != ASCENT)
+    reach = 1.2 * max(abs(values).max() for model, values in shifts.items() if model != ASCENT)
     for row, values in enumerate(shifts.values()):
         shown = np.clip(values, -reach, reach)
         axis.plot(shown, [row] * len(seeds), marker(row), color=colour(row), alpha=0.7)
-        if max(map(abs, values)) > reach:
+        if abs(values).max() > reach:
             axis.text(reach, row - 0.2, f"{fmean(values):+.1f} →", ha="right", va="bottom")
     axis.axvline(0, color="0.6", linewidth=0.8)
     axis.set(
         title=name, xlabel="shift from base_lm, nats a token", xlim=(-1.1 * reach, 1.1 * reach)
     )
-    axis.set_yticks(range(len(models)), models)
+    axis.set_yticks(range(len(shifts)), list(shifts))
     axis.invert_yaxis()
 
 
@@ -269,10 +284,9 @@ def main() -> None:
         help="for miniature.md and miniature.png; overwritten",
     )
     options = parser.parse_args()
-    directories = sorted(options.study.glob("seed-*"))
-    if not directories:
+    seeds = [read_seed(directory) for directory in sorted(options.study.glob("seed-*"))]
+    if not seeds:
         raise DataError(f"{options.study}: expected folders seed-1, seed-2, ..., found none")
-    seeds = [read_seed(directory) for directory in directories]
     picture, text = options.output_dir / "miniature.png", options.output_dir / "miniature.md"
     with AtomicFiles([picture, text], overwrite=True) as files:
         panels = [partial(panel, seeds=seeds, name=name) for name in SETS]
