@@ -14,7 +14,7 @@ import torch
 # Logits that are kept for the backward pass, where no device reports its free memory.
 CPU_BUDGET = 24 * 2**20
 # Where they do not fit: those of a block, which then stay in the processor's cache.
-CPU_BLOCK = 4 * 2**20
+CPU_BLOCK = 2 * 2**20
 # Of the memory free on a device when the head is called, the share that the logits may take.
 # The head runs where a step's activations are at their peak, so little else is allocated
 # before its buffers are free again; the rest is room for the gradients and fragmentation.

@@ -12,7 +12,7 @@ from megatron_ext.planning.architecture import Architecture
 from megatron_ext.planning.layout import Layout, Unlearning
 
 CPU_BUDGET = 24 * 2**20
-CPU_BLOCK = 4 * 2**20
+CPU_BLOCK = 2 * 2**20
 DEVICE_SHARE = 0.6
 REFERENCE_CHUNK = 256
 # `megatron_ext.losses.blocks`: elements of a temporary of the torch arithmetic on a CPU. Triton has none.
