@@ -37,6 +37,13 @@ def label_columns(labels: Tensor, vocab_start: int, valid_columns: int) -> tuple
     return torch.where(inside, column, 0), inside
 
 
+def no_statistics(fields: int, tokens: int, *, device: torch.device) -> Tensor:
+    """`[fields, tokens]` fp64: what a part of the vocabulary without a column has to say."""
+    stats = torch.full((fields, tokens), -math.inf, dtype=torch.float64, device=device)
+    stats[4:] = 0.0
+    return stats
+
+
 def logsumexp_(z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Log-sum-exp of each row in fp64 (-inf for a row that is all -inf), and what it is made of.
 

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from megatron_ext.losses.blocks import no_statistics
 from megatron_ext.losses.head_linear import gather_tokens, project
 from megatron_ext.losses.head_memory import Blocks
 from megatron_ext.losses.head_products import HeadProducts
@@ -20,7 +21,6 @@ from megatron_ext.losses.vocab_parallel import (
     RowStatistics,
     gather_statistics,
     join_statistics,
-    no_statistics,
 )
 
 

@@ -40,6 +40,7 @@ from megatron_ext.losses.blocks import (
     exp_difference,
     label_columns,
     logsumexp_,
+    no_statistics,
     own_copy,
     row_blocks,
     work_dtype,
@@ -122,13 +123,6 @@ def check_labels(labels: Tensor, *, vocab_size: int) -> None:
             f"labels must be in 0..{vocab_size - 1}, got {labels[position].item()} "
             f"at position {position}"
         )
-
-
-def no_statistics(fields: int, tokens: int, *, device: torch.device) -> Tensor:
-    """`[fields, tokens]` fp64: what a part of the vocabulary without a column has to say."""
-    stats = torch.full((fields, tokens), -math.inf, dtype=torch.float64, device=device)
-    stats[4:] = 0.0
-    return stats
 
 
 def shard_statistics(

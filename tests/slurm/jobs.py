@@ -94,6 +94,15 @@ def undisturbed(cluster, world, base) -> tuple[Job, Result]:
     return job, job.result()
 
 
+def goes_on_from_its_save(job: Job, undisturbed: tuple[Job, Result]) -> int:
+    """Check that it saved when told to end, came back and ended as the undisturbed one; where it saved."""
+    saved = job.until_back()
+    assert undisturbed[1].difference(job.result()) is None
+    assert SAVED in job.log.read_text()
+    assert f"at iteration {saved}" in job.log.read_text()
+    return saved
+
+
 def test_one_node_runs_to_its_end(base):
     output, log, state = base
     assert state == "COMPLETED", tail(log)
@@ -134,10 +143,7 @@ def test_a_requeued_job_saves_comes_back_and_ends_as_if_nothing_had_happened(
     job = Job(cluster, world, base[0].save, "requeued")
     job.until_saved()
     cluster.ask("scontrol", "requeue", job.number)  # as preemption does
-    saved = job.until_back()
-    assert undisturbed[1].difference(job.result()) is None
-    assert SAVED in job.log.read_text()
-    assert f"at iteration {saved}" in job.log.read_text()
+    goes_on_from_its_save(job, undisturbed)
 
 
 def test_a_job_that_is_preempted_saves_and_comes_back(cluster, world, base, undisturbed):
@@ -149,10 +155,7 @@ def test_a_job_that_is_preempted_saves_and_comes_back(cluster, world, base, undi
     urgent.write_text("#!/bin/sh\nsleep 1\n")
     words = ("--partition=urgent", "--nodes=2", "--exclusive", "--output=/dev/null", urgent)
     cluster.submit(*words, settings={}, directory=ROOT)
-    saved = job.until_back()
-    assert undisturbed[1].difference(job.result()) is None
-    assert SAVED in job.log.read_text()
-    assert f"at iteration {saved}" in job.log.read_text()
+    goes_on_from_its_save(job, undisturbed)
 
 
 def test_before_its_time_limit_a_job_saves_and_requeues_itself(cluster, world, base, undisturbed):
@@ -160,9 +163,7 @@ def test_before_its_time_limit_a_job_saves_and_requeues_itself(cluster, world, b
     job.until_saved()
     # What --signal=B:USR1@300 has Slurm do, without waiting for minutes.
     cluster.ask("scancel", "--batch", "--signal=USR1", job.number)
-    saved = job.until_back()
-    assert undisturbed[1].difference(job.result()) is None
-    assert SAVED in job.log.read_text()
+    saved = goes_on_from_its_save(job, undisturbed)
     assert f"{saved} now; the job is requeued" in job.log.read_text()
 
 

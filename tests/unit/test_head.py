@@ -5,9 +5,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from megatron_ext.losses import head_function, head_memory
+from megatron_ext.losses import head_memory
 from megatron_ext.losses.head import unlearning_head
-from megatron_ext.losses.head_memory import REFERENCE_CHUNK, plan_blocks
 from tests.helpers import naive
 
 T, H, V, VALID = 29, 24, 88, 83
@@ -256,78 +255,3 @@ def test_errors(change, error, monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     with pytest.raises(error):
         unlearning_head(**(inputs() | change))
-
-
-def test_blocks_follow_the_budget(monkeypatch):
-    monkeypatch.setattr(head_memory, "COLUMNS_TILE", 256)
-
-    def plan(budget, references=0, block=None):
-        return plan_blocks(8192, 1000, references, element_size=2, budget=budget, block=block)
-
-    assert plan(8192 * 2000) == (8192, 1000, True)  # all fits
-    assert plan(8192 * 2000 - 1) == (8192, 768, False)  # not quite: a multiple of the tile
-    assert plan(8192 * 2000, block=8192 * 512) == (8192, 1000, True)
-    assert plan(8192 * 2000 - 1, block=8192 * 512) == (8192, 256, False)
-    # All of the student's, not the reference's.
-    assert plan(8192 * 4000 - 1, 8192) == (8128, 1000, True)
-    assert plan((8192 + REFERENCE_CHUNK) * 2000 - 1, 8192) == (8192, 512, False)
-    assert plan(8192 * 3000, 4096) == (8192, 1000, True)  # half of the tokens have a reference
-    # Too many tokens for a tile of columns.
-    assert plan(8192 * 512 - 1) == (8128, 256, False)
-    assert plan(8192 * 512, 8192) == (4096, 256, False)
-    assert plan(5 * 512) == (5, 256, False)
-    assert plan(0) == (1, 256, False)
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("roles", ["mixed", "replay"])
-def test_reference_in_chunks_beside_kept_logits(roles, dtype, monkeypatch):
-    monkeypatch.setattr(head_memory, "REFERENCE_CHUNK", 3)
-    arguments = inputs(dtype, roles=roles)
-    calls = []
-    original = head_function.project
-
-    def counted(hidden, weight, *, fp32):
-        calls.append((hidden.shape[0], weight is arguments["weight"]))
-        return original(hidden, weight, fp32=fp32)
-
-    monkeypatch.setattr(head_function, "project", counted)
-    references = ROLES[roles].count(1)
-    options = {"fp32_logits": dtype == torch.bfloat16}
-    element = 4 if options["fp32_logits"] else arguments["weight"].element_size()
-    found = actual(arguments, memory_budget_bytes=(T + 5) * V * element, **options)
-    assert_same(found, expected(arguments), 1e-6 if dtype == torch.float64 else 2e-2)
-    student = [rows for rows, is_student in calls if is_student]
-    reference = [rows for rows, is_student in calls if not is_student]
-    assert student == [T]  # once
-    # Twice, but for the chunk that is there when backward begins.
-    assert max(reference) == 5
-    assert sum(reference) == 2 * references - 5
-
-
-@pytest.mark.parametrize(
-    ("options", "made"),
-    [
-        ({"chunk_size": 12}, [(12, V), (12, V), (5, V)]),
-        ({"memory_budget_bytes": T * 36 * 8}, [(T, 36), (T, 36), (T, 16)]),
-        (
-            {"memory_budget_bytes": 20 * 9 * 8},
-            [(n, v) for n in (20, 9) for v in [9] * 9 + [7]],
-        ),
-    ],
-    ids=["tokens", "columns", "both"],
-)
-def test_backward_keeps_the_last_block_of_forward(options, made, monkeypatch):
-    calls = []
-    original = head_function.project
-
-    def counted(hidden, weight, *, fp32):
-        calls.append((hidden.shape[0], weight.shape[0]))
-        return original(hidden, weight, fp32=fp32)
-
-    monkeypatch.setattr(head_function, "project", counted)
-    arguments = inputs() | {"reference_hidden": None, "reference_weight": None}
-    out = unlearning_head(**arguments, **options)
-    assert calls == [*made[1:], made[0]]
-    out.margin.sum().backward()
-    assert calls[len(made) :] == made[1:]
