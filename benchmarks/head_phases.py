@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.peers import make_workload, ours
+from benchmarks.peers import make_workload, ours, terms
 from megatron_ext.losses import head_candidate
 
 
@@ -107,25 +107,26 @@ def whole(tokens: int, hidden: int, vocab: int) -> list[dict]:
         w = make_workload(
             tokens, hidden, vocab, reference=reference, dtype=torch.bfloat16, device="cuda"
         )
-        for name, options in (
-            ("", {}),
+        for name, loss, options in (
+            ("", ours, {}),
+            (" chunks of 1/4 of both", ours, {"chunk_size": tokens // 4}),
+            (" fp32 logits", ours, {"fp32_logits": True}),
+            (" terms", terms, {}),
             (
-                " reference in chunks of 1/16",
+                " terms, reference in chunks of 1/16",
+                terms,
                 {"memory_budget_bytes": logit_row * tokens * 17 // 16},
             ),
-            (" reference in chunks of 1/4", {"memory_budget_bytes": logit_row * tokens * 5 // 4}),
-            (" chunks of 1/4 of both", {"chunk_size": tokens // 4}),
-            (" fp32 logits", {"fp32_logits": True}),
         ):
-            if options and reference != "all":
+            if name and reference != "all":
                 continue
 
-            def step(w=w, options=options):
+            def step(w=w, loss=loss, options=options):
                 w.hidden.grad = w.weight.grad = None
-                ours(w, **options).backward()
+                loss(w, **options).backward()
 
-            def forward(w=w, options=options):
-                ours(w, **options)
+            def forward(w=w, loss=loss, options=options):
+                loss(w, **options)
 
             label = f"head, reference {reference}{name}"
             for suffix, function in (("", step), (", forward", forward)):

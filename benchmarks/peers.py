@@ -5,8 +5,9 @@ A peer is a function of a `Workload` that returns the scalar loss; its gradients
 
 | peer | how |
 |---|---|
+| ours-terms | `unlearning_head`: the loss is not known before backward |
 | ours-candidate | ours with the kernels that are to replace the default ones (GPU) |
-| ours-lean | ours with a budget that keeps the student's logits but not the reference's (GPU) |
+| ours-lean | ours in chunks of a quarter of the tokens (GPU) |
 | naive | logits, log-softmax and probabilities of all tokens in fp32 memory, autograd |
 | compiled | `torch.compile` of naive |
 | megatron | Megatron's vocab-parallel cross-entropy on materialised logits, and an eager KL |
@@ -25,6 +26,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 from megatron_ext.losses.head import unlearning_head
+from megatron_ext.losses.head_loss import unlearning_head_loss
 from megatron_ext.losses.objectives import bounded_forgetting, cross_entropy
 
 
@@ -76,21 +78,34 @@ def make_workload(
 
 
 def ours(w: Workload, **options: object) -> Tensor:
-    out = unlearning_head(
-        w.hidden,
-        w.weight,
-        w.labels,
-        w.roles,
-        reference_hidden=w.reference_hidden,
-        reference_weight=w.reference_weight,
-        **options,
-    )
+    """As in training: the loss is known to the head."""
+    tokens = w.labels.shape[0]
+    forget = torch.zeros(tokens, device=w.labels.device)
+    forget[: w.forget] = 1 / max(w.forget, 1)
+    learn = torch.zeros_like(forget)
+    learn[w.forget :] = 1 / (tokens - w.forget)
+
+    def token_loss(margin: Tensor, kl: Tensor, places: slice | Tensor) -> Tensor:
+        loss = (cross_entropy(margin) + kl) * learn[places]
+        return (loss + bounded_forgetting(margin) * forget[places]).sum()
+
+    return unlearning_head_loss(token_loss=token_loss, **_head_arguments(w), **options).loss
+
+
+def terms(w: Workload, **options: object) -> Tensor:
+    """As with a loss of one's own on the terms of every token."""
+    out = unlearning_head(**_head_arguments(w), **options)
     loss = cross_entropy(out.margin[w.forget :]).mean()
     if w.forget:
         loss = loss + bounded_forgetting(out.margin[: w.forget]).mean()
     if w.reference_hidden is not None:
         loss = loss + out.kl[w.forget :].mean()
     return loss
+
+
+def _head_arguments(w: Workload) -> dict[str, Tensor | None]:
+    names = ("hidden", "weight", "labels", "roles", "reference_hidden", "reference_weight")
+    return {name: getattr(w, name) for name in names}
 
 
 def _from_cross_entropy(ce: Tensor, w: Workload) -> Tensor:
@@ -172,9 +187,7 @@ def candidate(w: Workload) -> Tensor:
 
 def lean(w: Workload) -> Tensor:
     """Ours, in at most a quarter of the memory of `compiled` with the reference on all tokens."""
-    element = w.weight.element_size()
-    rows = w.labels.shape[0] + max(w.labels.shape[0] // 16, 256)
-    return ours(w, memory_budget_bytes=rows * w.weight.shape[0] * element)
+    return ours(w, chunk_size=w.labels.shape[0] // 4)
 
 
 def make_megatron() -> Callable[[Workload], Tensor]:
@@ -242,6 +255,7 @@ def make_cut_cross_entropy() -> Callable[[Workload], Tensor]:
 # Name -> factory. The first is what the others are compared with.
 PEERS: dict[str, Callable[[], Callable[[Workload], Tensor]]] = {
     "ours": lambda: ours,
+    "ours-terms": lambda: terms,
     "ours-candidate": lambda: candidate,
     "ours-lean": lambda: lean,
     "naive": lambda: naive,

@@ -204,13 +204,19 @@ class Trainer:
         batch = {key: t.to(self.device, non_blocking=True) for key, t in next(batches).items()}
         kwargs: dict[str, Any] = {}
         if self.variant.fused_head:
-            from megatron_ext.head import token_losses
+            from megatron_ext.plain import summed_loss
 
-            kwargs["output_processor"] = token_losses
+            kwargs = {"output_processor": summed_loss, "loss_mask": batch["loss_mask"].abs()}
         out = model(
             batch["tokens"], batch["position_ids"], self.mask, labels=batch["labels"], **kwargs
         )
-        return out, lambda losses: (losses.mean(), {"loss": losses.detach().mean()})
+        tokens = batch["tokens"].numel()
+
+        def mean(losses: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+            loss = losses.sum() / tokens  # of ours already a sum
+            return loss, {"loss": loss.detach()}
+
+        return out, mean
 
     def step(self) -> float:
         """One optimizer step over the whole batch; returns the mean loss."""

@@ -13,7 +13,7 @@ import torch
 from megatron.core import parallel_state
 
 from megatron_ext.exceptions import ConfigError
-from megatron_ext.losses import cross_entropy, unlearning_head
+from megatron_ext.losses import TokenLoss, unlearning_head, unlearning_head_loss
 
 
 def head_terms(
@@ -42,48 +42,81 @@ def head_terms(
     Returns:
         fp32 ``[2, s * b]``: margins and KLs, sequence-major.
     """
-    _run_forward_pre_hooks(output_layer, hidden_states)
-    weight = output_weight if output_weight is not None else output_layer.get_parameter("weight")
-    flat_labels = labels.transpose(0, 1).reshape(-1)
-    # All tokens of a microbatch have one role. On the CPU, so that counting them does not wait for the GPU.
-    roles = torch.ones(flat_labels.shape, dtype=torch.int8)
     terms = unlearning_head(
-        hidden_states.flatten(0, 1),
-        weight,
-        flat_labels,
-        roles,
-        reference_hidden=None if reference_hidden is None else reference_hidden.flatten(0, 1),
+        **_head_arguments(hidden_states, output_layer, output_weight, labels, reference_hidden),
         reference_weight=reference_weight,
-        tp_group=parallel_state.get_tensor_model_parallel_group(),
-        sequence_parallel=bool(output_layer.sequence_parallel),
         vocab_size=vocab_size,
         fp32_logits=fp32_logits,
-        fuse_weight_gradient=weight.requires_grad,
     )
     return torch.stack((terms.margin, terms.kl))
 
 
-def token_losses(
+def head_loss(
+    hidden_states: torch.Tensor,
+    token_loss: TokenLoss,
     *,
+    output_layer: torch.nn.Module,
+    output_weight: torch.Tensor | None,
+    labels: torch.Tensor,
+    vocab_size: int | None,
+    reference_hidden: torch.Tensor | None = None,
+    reference_weight: torch.Tensor | None = None,
+    fp32_logits: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The loss of a microbatch, and the terms it is made of.
+
+    Args:
+        hidden_states: as in :func:`head_terms`, like all arguments but the next.
+        token_loss: the loss, a sum over tokens, of the margins and KLs of any of them (see
+            ``unlearning_head_loss``); places are sequence-major.
+        output_layer: see there.
+        output_weight: see there.
+        labels: see there.
+        vocab_size: see there.
+        reference_hidden: see there.
+        reference_weight: see there.
+        fp32_logits: see there.
+
+    Returns:
+        The scalar loss, and fp32 ``[2, s * b]`` as of :func:`head_terms`, without a gradient.
+    """
+    out = unlearning_head_loss(
+        token_loss=token_loss,
+        **_head_arguments(hidden_states, output_layer, output_weight, labels, reference_hidden),
+        reference_weight=reference_weight,
+        vocab_size=vocab_size,
+        fp32_logits=fp32_logits,
+    )
+    return out.loss, torch.stack((out.margin, out.kl))
+
+
+def sequence_major(tokens: torch.Tensor | None) -> torch.Tensor:
+    """Labels or mask of a microbatch, ``[b, s]``, in the order of the head, ``[s * b]``."""
+    assert tokens is not None
+    return tokens.transpose(0, 1).reshape(-1)
+
+
+def _head_arguments(
     hidden_states: torch.Tensor,
     output_layer: torch.nn.Module,
     output_weight: torch.Tensor | None,
     labels: torch.Tensor,
-    **_: Any,
-) -> torch.Tensor:
-    """Megatron's ``output_processor`` of plain training: cross-entropy of every token, fp32 ``[b, s]``.
-
-    Padded vocabulary columns take part, as they do in Megatron's own loss.
-    """
-    terms = head_terms(
-        hidden_states,
-        output_layer=output_layer,
-        output_weight=output_weight,
-        labels=labels,
-        vocab_size=None,
-    )
-    batch, length = labels.shape
-    return cross_entropy(terms[0]).view(length, batch).transpose(0, 1).contiguous()
+    reference_hidden: torch.Tensor | None,
+) -> dict[str, Any]:
+    """What the layer and the tensors of a microbatch mean to the head."""
+    _run_forward_pre_hooks(output_layer, hidden_states)
+    weight = output_weight if output_weight is not None else output_layer.get_parameter("weight")
+    return {
+        "hidden": hidden_states.flatten(0, 1),
+        "weight": weight,
+        "labels": sequence_major(labels),
+        # All tokens of a microbatch have one role. On the CPU: counting them does not wait for the GPU.
+        "roles": torch.ones(labels.numel(), dtype=torch.int8),
+        "reference_hidden": None if reference_hidden is None else reference_hidden.flatten(0, 1),
+        "tp_group": parallel_state.get_tensor_model_parallel_group(),
+        "sequence_parallel": bool(output_layer.sequence_parallel),
+        "fuse_weight_gradient": weight.requires_grad,
+    }
 
 
 def _run_forward_pre_hooks(module: torch.nn.Module, *inputs: torch.Tensor) -> None:

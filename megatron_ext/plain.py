@@ -14,7 +14,8 @@ from megatron.training import get_timers
 
 from megatron_ext.data.batch import read_micro_batch
 from megatron_ext.finite import FiniteGuard
-from megatron_ext.head import token_losses
+from megatron_ext.head import head_loss, sequence_major
+from megatron_ext.losses import Places, cross_entropy
 
 
 class PlainStep:
@@ -35,7 +36,7 @@ class PlainStep:
     def forward_step(
         self, data_iterator: Iterator[dict[str, torch.Tensor]] | None, model: MegatronModule
     ) -> tuple[torch.Tensor, Callable[..., Any]]:
-        """Forward pass of one microbatch; the output is the loss of every token, ``[b, s]``."""
+        """Forward pass of one microbatch; the last stage's output is the sum of its losses."""
         timer = get_timers()("batch-generator", log_level=2)
         timer.start()
         batch = read_micro_batch(
@@ -52,24 +53,23 @@ class PlainStep:
             batch.position_ids,
             batch.attention_mask,
             labels=batch.labels,
-            output_processor=token_losses,
+            loss_mask=batch.loss_mask,
+            output_processor=summed_loss,
         )
         return output, partial(self.loss, batch.loss_mask, index)
 
     def loss(
-        self, loss_mask: torch.Tensor | None, index: int, output: torch.Tensor
+        self, loss_mask: torch.Tensor | None, index: int, loss: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
         """Sum of the losses, number of tokens and report, as Megatron averages them.
 
         Args:
             loss_mask: ``[b, s]``, 1 where a token counts.
             index: number of the microbatch, from the guard.
-            output: fp32 ``[b, s]``, cross-entropy of every token in nats.
+            loss: fp32 scalar, the cross-entropies of these tokens summed, in nats.
         """
         assert loss_mask is not None
-        mask = loss_mask.view(-1).float()
-        loss = (output.view(-1).float() * mask).sum()
-        tokens = mask.sum().to(torch.int)
+        tokens = loss_mask.sum().to(torch.int)
         self.guard.check_loss(loss, index)
         report = torch.cat((loss.detach().view(1), tokens.view(1)))
         return loss, tokens, {"lm loss": report}
@@ -78,3 +78,41 @@ class PlainStep:
         return int(
             self.args.micro_batch_size if model.training else self.args.eval_micro_batch_size
         )
+
+
+def summed_loss(
+    *,
+    loss_mask: torch.Tensor | None,
+    hidden_states: torch.Tensor,
+    output_layer: torch.nn.Module,
+    output_weight: torch.Tensor | None,
+    labels: torch.Tensor,
+    **_: Any,
+) -> torch.Tensor:
+    """Megatron's ``output_processor`` of plain training: cross-entropy, summed over the tokens that count.
+
+    Padded vocabulary columns take part, as they do in Megatron's own loss.
+
+    Args:
+        loss_mask: ``[b, s]``, 1 where a token counts.
+        hidden_states: as in :func:`~megatron_ext.head.head_terms`, like the others.
+        output_layer: see there.
+        output_weight: see there.
+        labels: see there.
+
+    Returns:
+        fp32 scalar.
+    """
+    mask = sequence_major(loss_mask)
+
+    def token_loss(margin: torch.Tensor, _: torch.Tensor, places: Places) -> torch.Tensor:
+        return (cross_entropy(margin) * mask[places]).sum()
+
+    return head_loss(
+        hidden_states,
+        token_loss,
+        output_layer=output_layer,
+        output_weight=output_weight,
+        labels=labels,
+        vocab_size=None,
+    )[0]

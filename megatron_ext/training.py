@@ -23,7 +23,8 @@ from megatron.training import get_timers
 from megatron_ext.config import UnlearnConfig
 from megatron_ext.data.batch import MicroBatch, read_micro_batch
 from megatron_ext.finite import FiniteGuard
-from megatron_ext.head import head_terms
+from megatron_ext.head import head_loss, sequence_major
+from megatron_ext.losses import Places
 from megatron_ext.objective import Objective
 from megatron_ext.reference import FrozenReference
 from megatron_ext.watch import Watch
@@ -163,15 +164,16 @@ class UnlearnStep:
         output_layer: torch.nn.Module,
         output_weight: torch.Tensor | None,
         **_: Any,
-    ) -> torch.Tensor:
-        """Megatron's ``output_processor`` on the last stage; see ``head_terms``."""
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Megatron's ``output_processor`` on the last stage: the loss and the terms, see :meth:`loss`."""
         assert batch.labels is not None
         hidden, batch.context.reference_hidden = batch.context.reference_hidden, None
         if hidden is not None:
             hidden = hidden.to(hidden_states.device, non_blocking=True)  # it may wait on the host
         reference = self._reference()
-        terms = head_terms(
+        loss, terms = head_loss(
             hidden_states,
+            partial(self._token_loss, batch.context, sequence_major(batch.loss_mask)),
             output_layer=output_layer,
             output_weight=output_weight,
             labels=batch.labels,
@@ -183,31 +185,40 @@ class UnlearnStep:
             fp32_logits=self.config.fp32_logits,
         )
         if self.config.max_replay_increase is None or hidden is None or reference is None:
-            return terms
+            return loss, terms
         margins = reference.margins(hidden, batch.labels, fp32_logits=self.config.fp32_logits)
-        return torch.cat((terms, margins[None]))
+        return loss, torch.cat((terms, margins[None]))
+
+    def _token_loss(
+        self,
+        context: StepContext,
+        mask: torch.Tensor,
+        margin: torch.Tensor,
+        kl: torch.Tensor,
+        places: Places,
+    ) -> torch.Tensor:
+        """What some tokens bring to the global batch's loss; a ``TokenLoss`` but for the first two."""
+        sums = self.objective.sums(torch.stack((margin, kl)), mask[places])
+        return self.objective.loss(sums, context.tokens) * context.scale
 
     def loss(
-        self, batch: MicroBatch, index: int, terms: torch.Tensor
+        self, batch: MicroBatch, index: int, output: tuple[torch.Tensor, torch.Tensor]
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """A microbatch's part of the global batch's loss.
 
         Args:
             batch: the microbatch; its signed ``loss_mask`` ``[b, s]`` gives each token's role.
             index: its number, from the guard.
-            terms: fp32 ``[2, s * b]`` or ``[3, s * b]``, as ``Objective.sums`` takes them, in the order of
-                the head.
+            output: the loss; and the terms, fp32 ``[2, s * b]`` or ``[3, s * b]``, as ``Objective.sums``
+                takes them, in the order of the head.
 
         Returns:
             The loss, scaled so that Megatron's averaging over microbatches and ranks makes it a sum; and
             ``sums``, fp64 ``[5]``, from ``Objective.sums``.
         """
-        assert batch.loss_mask is not None
-        mask = batch.loss_mask.transpose(0, 1).reshape(-1)
-        sums = self.objective.sums(terms, mask)
-        loss = self.objective.loss(sums, batch.context.tokens)
+        loss, terms = output
         self.guard.check_loss(loss, index)
-        return loss * batch.context.scale, {"sums": sums.detach()}
+        return loss, {"sums": self.objective.sums(terms, sequence_major(batch.loss_mask))}
 
     def _forget_microbatches(self, num_microbatches: int, micro_batch_size: int) -> int:
         """The first microbatches of a batch are forgotten, on every data-parallel rank alike."""

@@ -17,21 +17,14 @@ last: they are there already. `head_memory` chooses, between the two also to kee
 logits but not the reference's.
 """
 
-import importlib.util
-import os
-from types import ModuleType
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_ext.losses import vocab_parallel
-from megatron_ext.losses.head_function import HeadPlan, UnlearningHeadFunction
+from megatron_ext.losses.head_function import UnlearningHeadFunction
+from megatron_ext.losses.head_inputs import Backend, check_cuda_labels, prepare
 from megatron_ext.losses.head_memory import CPU_BLOCK, Blocks, memory_budget, plan_blocks
-from megatron_ext.losses.vocab_parallel import check_labels, shard_columns
-
-Backend = Literal["torch", "triton", "triton-candidate"]
 
 
 class HeadOutput(NamedTuple):
@@ -101,140 +94,37 @@ def unlearning_head(
         ValueError: Shapes, labels (on CUDA a device-side assertion), `vocab_size` or options that
             do not fit.
     """
-    tp = dist.get_world_size(tp_group) if tp_group else 1
-    _check(hidden, weight, labels, roles, tp, sequence_parallel)
-    _check_reference(hidden, weight, reference_hidden, reference_weight)
-    start, valid = shard_columns(weight.shape[0], vocab_size=vocab_size, group=tp_group)
-    vocab = weight.shape[0] * tp if vocab_size is None else vocab_size
-    if not labels.is_cuda:
-        check_labels(labels, vocab_size=vocab)
     if chunk_size is not None and chunk_size < 1:
         raise ValueError(f"chunk_size must be positive, got {chunk_size}")
-    tokens = labels.shape[0]
-    replay = roles == 1
-    references = 0 if reference_hidden is None else int(replay.sum())
-    order = None
-    if 0 < references < tokens:
-        order = torch.argsort(replay, descending=True, stable=True).to(hidden.device)
-    element = 4 if fp32_logits else weight.element_size()
-    if chunk_size is not None:
-        blocks = Blocks(chunk_size, weight.shape[0], chunk_size >= tokens)
-    else:
-        block = None
-        if memory_budget_bytes is None:
-            needed = (tokens + references) * weight.shape[0] * element
-            memory_budget_bytes = memory_budget(weight.device, needed=needed)
+    tokens, columns = labels.shape[0], weight.shape[0]
+
+    def blocks(references: int, element: int) -> Blocks:
+        if chunk_size is not None:
+            return Blocks(chunk_size, columns, chunk_size >= tokens)
+        budget, block = memory_budget_bytes, None
+        if budget is None:
+            needed = (tokens + references) * columns * element
+            budget = memory_budget(weight.device, needed=needed)
             block = None if weight.is_cuda else CPU_BLOCK
-        blocks = plan_blocks(
-            tokens,
-            weight.shape[0],
-            references,
-            element_size=element,
-            budget=memory_budget_bytes,
-            block=block,
+        return plan_blocks(
+            tokens, columns, references, element_size=element, budget=budget, block=block
         )
-    plan = HeadPlan(
-        kernels=_kernels(backend, hidden),
-        group=tp_group if tp > 1 else None,
-        sequence_parallel=sequence_parallel,
-        vocab_start=start,
-        valid_columns=valid,
-        references=references,
-        blocks=blocks,
-        fp32_logits=fp32_logits,
-        fuse_weight_gradient=fuse_weight_gradient and hasattr(weight, "main_grad"),
-        keep=torch.is_grad_enabled(),
-    )
-    margin, kl = UnlearningHeadFunction.apply(
+
+    inputs = prepare(
         hidden,
         weight,
         labels,
-        order,
-        reference_hidden.detach() if reference_hidden is not None and references else None,
-        reference_weight.detach() if reference_weight is not None and references else None,
-        plan,
+        roles,
+        reference_hidden=reference_hidden,
+        reference_weight=reference_weight,
+        tp_group=tp_group,
+        sequence_parallel=sequence_parallel,
+        vocab_size=vocab_size,
+        fp32_logits=fp32_logits,
+        fuse_weight_gradient=fuse_weight_gradient,
+        backend=backend,
+        blocks=blocks,
     )
-    if labels.is_cuda:  # behind the products: a bad label reads nothing that is not there
-        check_labels(labels, vocab_size=vocab)
+    margin, kl = UnlearningHeadFunction.apply(*inputs)
+    check_cuda_labels(inputs, vocab_size)
     return HeadOutput(margin, kl)
-
-
-def _kernels(backend: Backend | None, hidden: Tensor) -> ModuleType:
-    """The module whose statistics and gradients are used."""
-    if backend is None:
-        # Triton's kernels compute in fp32; fp64 hidden states ask for more.
-        usable = hidden.is_cuda and hidden.dtype != torch.float64
-        backend = "triton" if usable and importlib.util.find_spec("triton") else "torch"
-    if backend == "torch":
-        return vocab_parallel
-    if backend not in ("triton", "triton-candidate"):
-        raise ValueError(
-            f"backend must be 'torch', 'triton', 'triton-candidate' or None, got {backend!r}"
-        )
-    if not hidden.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
-        raise ValueError(
-            f"backend {backend!r} needs CUDA tensors (or TRITON_INTERPRET=1), got {hidden.device}"
-        )
-    if hidden.dtype == torch.float64:
-        raise TypeError(f"backend {backend!r} computes in fp32; for float64 use backend 'torch'")
-    # Only here: Triton is optional.
-    if backend == "triton-candidate":
-        from megatron_ext.losses import head_candidate
-
-        return head_candidate
-    from megatron_ext.losses import head_triton
-
-    return head_triton
-
-
-def _check(
-    hidden: Tensor,
-    weight: Tensor,
-    labels: Tensor,
-    roles: Tensor,
-    tp: int,
-    sequence_parallel: bool,
-) -> None:
-    """Refuses types and shapes that do not fit."""
-    if not hidden.is_floating_point() or hidden.dtype != weight.dtype:
-        raise TypeError(
-            f"hidden and weight must have one floating-point type, "
-            f"got {hidden.dtype} and {weight.dtype}"
-        )
-    if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1]:
-        raise ValueError(
-            f"expected hidden [T, H] and weight [V, H], "
-            f"got {tuple(hidden.shape)} and {tuple(weight.shape)}"
-        )
-    tokens = hidden.shape[0] * (tp if sequence_parallel else 1)
-    for name, tensor in (("labels", labels), ("roles", roles)):
-        if tensor.shape != (tokens,):
-            raise ValueError(f"{name} must have shape ({tokens},), got {tuple(tensor.shape)}")
-
-
-def _check_reference(
-    hidden: Tensor,
-    weight: Tensor,
-    reference_hidden: Tensor | None,
-    reference_weight: Tensor | None,
-) -> None:
-    """Refuses half a reference, or one of another shape."""
-    if (reference_hidden is None) != (reference_weight is None):
-        raise ValueError("reference_hidden and reference_weight must be given together")
-    if reference_hidden is None or reference_weight is None:
-        return
-    expected = [
-        (hidden.shape[0], reference_hidden.shape[-1]),
-        (weight.shape[0], reference_hidden.shape[-1]),
-    ]
-    found = [tuple(reference_hidden.shape), tuple(reference_weight.shape)]
-    if found != expected:
-        raise ValueError(
-            f"expected reference_hidden and reference_weight of shapes {expected[0]} and "
-            f"{expected[1]}, got {found[0]} and {found[1]}"
-        )
-    if reference_hidden.dtype != reference_weight.dtype:
-        raise TypeError(
-            f"reference_hidden and reference_weight must have one type, "
-            f"got {reference_hidden.dtype} and {reference_weight.dtype}"
-        )

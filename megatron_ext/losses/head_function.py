@@ -43,6 +43,24 @@ class HeadPlan:
     fuse_weight_gradient: bool
     keep: bool
 
+    def sorted_tokens(
+        self,
+        hidden: Tensor,
+        labels: Tensor,
+        order: Tensor | None,
+        reference_hidden: Tensor | None,
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """In the order of the blocks: hidden states `[T, H]`, labels `[T]`, the reference's `[R, H']`."""
+        group = self.group if self.sequence_parallel else None
+        tokens = gather_tokens(hidden, group)
+        if reference_hidden is not None:
+            reference_hidden = gather_tokens(reference_hidden, group)
+        if order is None:
+            return tokens, labels, reference_hidden
+        if reference_hidden is not None:
+            reference_hidden = reference_hidden[order[: self.references]]
+        return tokens[order], labels[order], reference_hidden
+
     def tiles(self, tokens: int, columns: int) -> Iterator[tuple[slice, slice]]:
         """Rows of the sorted tokens and columns of this shard of each block."""
         for i in range(0, max(tokens, 1), self.blocks.tokens):
@@ -137,14 +155,9 @@ class UnlearningHeadFunction(torch.autograd.Function):
         plan: HeadPlan,
     ) -> tuple[Tensor, Tensor]:
         """See `unlearning_head`. `order` is `[T]`, replay tokens first; None: as they are."""
-        group = plan.group if plan.sequence_parallel else None
-        tokens = gather_tokens(hidden, group)
-        if reference_hidden is not None:
-            reference_hidden = gather_tokens(reference_hidden, group)
-        if order is not None:
-            tokens, labels = tokens[order], labels[order]
-            if reference_hidden is not None:
-                reference_hidden = reference_hidden[order[: plan.references]]
+        tokens, labels, reference_hidden = plan.sorted_tokens(
+            hidden, labels, order, reference_hidden
+        )
         student = plan.student(tokens, weight) if plan.blocks.whole else None
         stats, logits, reference = _statistics(
             plan, tokens, weight, labels, student, reference_hidden, reference_weight
@@ -170,11 +183,7 @@ class UnlearningHeadFunction(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         if not plan.references:
             ctx.mark_non_differentiable(rows.kl)
-        if order is None:
-            return rows.margin, rows.kl
-        place = torch.empty_like(order)
-        place[order] = torch.arange(order.shape[0], device=order.device)
-        return rows.margin[place], rows.kl[place]
+        return unsorted(rows.margin, order), unsorted(rows.kl, order)
 
     @staticmethod
     @once_differentiable
@@ -206,14 +215,14 @@ class UnlearningHeadFunction(torch.autograd.Function):
         if plan.blocks.whole:
             student = plan.student(tokens, weight) if first is None else first
             first = None
-            gradients = _gradient_place(student, weight)
+            gradients = gradient_place(student, weight)
         for part, columns in plan.tiles(tokens.shape[0], weight.shape[0]):
             logits = student[part] if student is not None else first
             if logits is None:
                 logits = plan.student(tokens[part], weight[columns])
             if reference is None:
                 reference = plan.reference(part, columns, reference_hidden, reference_weight)
-            out = _gradient_place(logits, weight) if gradients is None else gradients[part]
+            out = gradient_place(logits, weight) if gradients is None else gradients[part]
             plan.gradient(
                 logits,
                 reference,
@@ -268,9 +277,16 @@ def _statistics(
     return stats, logits, reference
 
 
-def _gradient_place(logits: Tensor, weight: Tensor) -> Tensor:
+def gradient_place(logits: Tensor, weight: Tensor) -> Tensor:
     """Where the gradient of logits goes: over them, if it has their type."""
     return logits if logits.dtype == weight.dtype else torch.empty_like(logits, dtype=weight.dtype)
+
+
+def unsorted(values: Tensor, order: Tensor | None) -> Tensor:
+    """Values `[T]` of the sorted tokens, back in the order of the batch."""
+    if order is None:
+        return values
+    return torch.empty_like(values).index_copy_(0, order, values)
 
 
 def _slice(rows: RowStatistics, part: slice) -> RowStatistics:

@@ -7,6 +7,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+# Bytes of the weight that a product reads at a time on a CPU.
+CPU_WEIGHT = 2 * 2**20
+
 
 def gather_tokens(hidden: Tensor, group: dist.ProcessGroup | None) -> Tensor:
     """All-gather the token shards `[T/tp, H]` of sequence parallelism into `[T, H]`."""
@@ -41,11 +44,22 @@ def start_reduction(
 
 def project(hidden: Tensor, weight: Tensor, *, fp32: bool) -> Tensor:
     """Logits `[c, V]` of `hidden` `[c, H]`, in the weights' type, or unrounded in fp32."""
-    if not fp32 or weight.dtype.itemsize >= 4:
-        return hidden @ weight.t()
-    if hidden.is_cuda:  # the product is summed in fp32 anyway; only its rounding is left out
+    unrounded = fp32 and weight.dtype.itemsize < 4
+    if not hidden.is_cuda:
+        return _project_on_cpu(hidden.float() if unrounded else hidden, weight)
+    if unrounded:  # the product is summed in fp32 anyway; only its rounding is left out
         return torch.mm(hidden, weight.t(), out_dtype=torch.float32)
-    return hidden.float() @ weight.float().t()
+    return hidden @ weight.t()
+
+
+def _project_on_cpu(hidden: Tensor, weight: Tensor) -> Tensor:
+    """As many columns at a time as leave their part of the weight in the cache."""
+    columns = max(1, CPU_WEIGHT // max(weight.shape[1] * weight.element_size(), 1))
+    logits = hidden.new_empty(hidden.shape[0], weight.shape[0])
+    for start in range(0, weight.shape[0], columns):
+        part = weight[start : start + columns].to(hidden.dtype)
+        torch.mm(hidden, part.t(), out=logits[:, start : start + columns])
+    return logits
 
 
 def add_product(total: Tensor, left: Tensor, right: Tensor, *, overwrite: bool) -> None:

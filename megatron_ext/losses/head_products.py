@@ -78,10 +78,16 @@ class HeadProducts:
             summed = torch.empty_like(summed).index_copy_(0, self.order, summed)
         self.grad_tokens, self.work = start_reduction(summed, self.group, scatter=self.scatter)
 
-    def results(self) -> tuple[Tensor | None, Tensor | None]:
-        """What autograd is told, once the reduction is done."""
+    def sums(self) -> tuple[Tensor | None, Tensor | None]:
+        """The gradients once reduced: `[T, H]`, or this rank's part, and `[V, H]` in the type of the sum."""
         if self.work is not None:
             self.work.wait()
+            self.work = None
+        return self.grad_tokens, self.total
+
+    def results(self) -> tuple[Tensor | None, Tensor | None]:
+        """What autograd is told, once the reduction is done."""
+        self.sums()
         if not self.needs_weight:
             return self.grad_tokens, None
         if self.main_grad is not None:

@@ -1,7 +1,7 @@
-"""The head's logits: what of them exists at once.
+"""The head's logits: what of them exists at once in a training step.
 
-`megatron_ext.losses.head_memory` decides in a run. That module imports torch, so the numbers that the
-memory follows from are here once more; a test holds the two together.
+`megatron_ext.losses.head_memory` decides in a run. That module imports torch, so the rule is here once
+more; a test holds the two together.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ from megatron_ext.planning.architecture import Architecture
 from megatron_ext.planning.layout import Layout, Unlearning
 
 CPU_BUDGET = 24 * 2**20
-CPU_BLOCK = 2 * 2**20
-DEVICE_SHARE = 0.6
-REFERENCE_CHUNK = 256
+CPU_LOSS_SHARE = 1 / 4
+LOSS_SHARE = 1 / 32
+TILE = 64
 # `megatron_ext.losses.blocks`: elements of a temporary of the torch arithmetic on a CPU. Triton has none.
 CPU_ELEMENTS = 2**17
 
@@ -25,51 +25,58 @@ class HeadLogits:
 
     Attributes:
         needed: of all logits of a microbatch, the reference's included.
-        bytes: of what exists at once: logits, their gradients where these have another type, and, when
-            the reference's logits are free again, the gradient of the weight (Megatron's fused
-            accumulation hands autograd an empty tensor of that size).
-        kept: whether the student's are kept for the backward pass, instead of being made twice.
+        logits: of those that exist at once.
+        bytes: of all that exists at once: logits, their gradients where these have another type, and the
+            gradient of the weight. Where all logits fit, that is made when the reference's are free again
+            (Megatron's fused accumulation hands autograd an empty tensor of its size); in chunks it is summed
+            in fp32 from the first on.
     """
 
     needed: int
+    logits: int
     bytes: int
-    kept: bool
 
 
 def head_logits(
-    arch: Architecture, layout: Layout, unlearning: Unlearning | None, *, free: int | None
+    arch: Architecture, layout: Layout, unlearning: Unlearning | None, *, capacity: int | None
 ) -> HeadLogits:
     """The head's logits on a GPU of the last stage.
 
-    All tokens of a microbatch have one role, so of a replayed one all have a reference. What does not
-    fit the head's share of free memory is made in parts that fill it.
+    All tokens of a microbatch have one role, so of a replayed one all have a reference.
 
     Args:
         arch: the model.
         layout: the layout.
         unlearning: what unlearning adds, None for plain training.
-        free: bytes of the device that nothing else takes; None where it is not known, and then all
-            logits are taken to fit. A CPU has a fixed budget.
+        capacity: bytes of the GPU; None where they are not known, and then all logits are taken to fit.
     """
     columns = arch.padded_vocab(layout.tp) // layout.tp
     unrounded = unlearning is not None and unlearning.fp32_logits
     row = columns * (4 if unrounded else layout.element)
-    tokens = layout.tokens
-    references = tokens if unlearning is not None and unlearning.reference else 0
-    needed = (tokens + references) * row
-    budget = needed if free is None else int(DEVICE_SHARE * max(0, free))
+    tokens, weight = layout.tokens, columns * arch.hidden
+    both = 2 if unlearning is not None and unlearning.reference else 1
+    needed = tokens * both * row
+    budget = needed if capacity is None else int(LOSS_SHARE * capacity)
+    most = max(1, budget // (row * both))
     if layout.cpu:
-        budget = CPU_BUDGET
-    beside = min(references, REFERENCE_CHUNK)
-    kept = (tokens + beside) * row <= budget
-    logits = min(needed, budget if kept or not layout.cpu else CPU_BLOCK)
-    own = (
-        tokens * row if kept else 0
-    )  # what is made in parts is free when the weight's gradient comes
-    gradients = own * layout.element // 4 if unrounded and layout.half else 0
-    weight = columns * arch.hidden * layout.element
+        fits = needed <= CPU_BUDGET
+        most = tokens if fits else max(TILE, int(CPU_LOSS_SHARE * weight * 4 / row))
+    chunk = chunk_tokens(tokens, most)
+    gradients = chunk * row * layout.element // 4 if unrounded and layout.half else 0
     temporaries = 0
     if layout.cpu:  # three in fp64 with a reference, one in fp32 without
-        temporaries = min(tokens * columns, CPU_ELEMENTS) * (24 if references else 4)
-    held = gradients + max(logits + temporaries, own + weight)
-    return HeadLogits(needed, held, kept)
+        temporaries = min(chunk * columns, CPU_ELEMENTS) * (24 if both == 2 else 4)
+    logits = chunk * both * row
+    if chunk >= tokens:
+        held = gradients + max(logits + temporaries, tokens * row + weight * layout.element)
+    else:
+        held = weight * 4 + gradients + logits + temporaries
+    return HeadLogits(needed, logits, held)
+
+
+def chunk_tokens(tokens: int, most: int) -> int:
+    """Tokens of a chunk of at most `most`: all of them, or chunks of about one size."""
+    if tokens <= most:
+        return tokens
+    even = -(-tokens // -(-tokens // most))
+    return min(most, -(-even // TILE) * TILE)

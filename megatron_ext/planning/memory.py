@@ -76,9 +76,7 @@ def stage_memory(
         host = cache[1] + (all_weights - held)
     working, head = working_bytes(arch, layout), None
     if stage == layout.pp - 1:
-        others = sum(parts.values()) + final_norm_bytes(arch, layout)
-        free = None if capacity is None else capacity - others
-        head = head_logits(arch, layout, unlearning, free=free)
+        head = head_logits(arch, layout, unlearning, capacity=capacity)
         parts["head chunk"] = final_norm_bytes(arch, layout) + head.bytes
     # The head's memory is free again when the layers' backward passes begin.
     parts["layer at work"] = max(0, working - parts.get("head chunk", 0))

@@ -63,7 +63,6 @@ def rank_layouts(
             arch,
             candidate,
             unlearning,
-            stages,
             gpu=gpu,
             gpus_per_node=gpus_per_node,
             utilisation=utilisation,

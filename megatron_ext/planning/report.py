@@ -74,9 +74,8 @@ def _memory(n: dict[str, Any]) -> Iterator[str]:
 
 def _memory_notes(n: dict[str, Any]) -> Iterator[str]:
     head = n["head"]
-    part = min(1.0, head["bytes"] / head["needed"])
-    again = "" if head["kept"] else ", the model's made twice"
-    yield f"              head: logits of a microbatch, {part:.0%} of them at a time{again}"
+    part = head["logits"] / head["needed"]
+    yield f"              head: logits of a microbatch, {part:.0%} of them at a time"
     if any(stage["parts"]["layer at work"] for stage in n["stages"]):
         yield "              layer: of a layer's backward pass, beyond the head's, which is free by then"
     if "hidden-state cache" in n["stages"][-1]["parts"]:

@@ -26,7 +26,6 @@ from dataclasses import dataclass
 from megatron_ext.planning.architecture import Architecture
 from megatron_ext.planning.gpus import Gpu
 from megatron_ext.planning.layout import Layout, Unlearning
-from megatron_ext.planning.memory import StageMemory
 
 
 def step_flops(arch: Architecture, layout: Layout, unlearning: Unlearning | None = None) -> float:
@@ -67,7 +66,6 @@ def model_step(
     arch: Architecture,
     layout: Layout,
     unlearning: Unlearning | None,
-    stages: list[StageMemory],
     *,
     gpu: Gpu,
     gpus_per_node: int,
@@ -79,7 +77,6 @@ def model_step(
         arch: the model.
         layout: the layout.
         unlearning: what unlearning adds.
-        stages: memory of the stages, which says whether the head makes its logits twice.
         gpu: the vendor's figures.
         gpus_per_node: GPUs that the faster links join.
         utilisation: of the peak, in matrix products and attention.
@@ -87,11 +84,9 @@ def model_step(
     rate = gpu.flops * utilisation * layout.tp
     m, p, v = layout.microbatches, layout.pp, layout.vpp
     forward = _forward_flops(arch, layout)
-    head = stages[-1].head
-    assert head is not None
     work = [_layer_passes(arch, layout) * layers / rate for layers in forward]
-    # Forward, backward of both factors, and logits that were not kept once more.
-    work[-1] += (3 if head.kept else 4) * _head_flops(arch, layout) / rate
+    # Forward, and backward of both factors.
+    work[-1] += 3 * _head_flops(arch, layout) / rate
     work = [
         seconds + 2 * layout.gradient * count / gpu.memory_bandwidth
         for seconds, count in zip(work, _parameters(arch, layout), strict=True)
@@ -108,7 +103,7 @@ def model_step(
         bubble=(p - 1) / v * (slowest + tensor),
         pipeline=m * sent,
         data_parallel=_data_parallel(arch, layout, far, hidden=slowest + tensor),
-        reference=_reference(arch, layout, unlearning, head.kept, rate, forward_only),
+        reference=_reference(arch, layout, unlearning, rate, forward_only),
     )
 
 
@@ -170,7 +165,6 @@ def _reference(
     arch: Architecture,
     layout: Layout,
     unlearning: Unlearning | None,
-    kept: bool,
     rate: float,
     communication: float,
 ) -> float:
@@ -180,5 +174,5 @@ def _reference(
     replayed = (layout.global_batch - unlearning.forget_batch) // layout.data_parallel
     count = replayed // layout.micro_batch
     layers = _forward_flops(arch, layout)[0] / rate + communication
-    logits = (1 if kept else 2) * _head_flops(arch, layout) / rate
+    logits = _head_flops(arch, layout) / rate
     return (count + (layout.pp - 1) / layout.vpp) * layers + count * logits

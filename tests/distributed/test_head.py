@@ -8,6 +8,7 @@ from megatron_ext.losses import head_memory
 from megatron_ext.losses.head import unlearning_head
 from tests.helpers.distributed import run_ranks
 from tests.unit.test_head import H, T, V, actual, assert_same, expected, inputs, upstream
+from tests.unit.test_head_loss import found as losses
 
 COUNTED = (
     "all_reduce",
@@ -98,6 +99,29 @@ def check_sequence_parallel():
         assert_same(found, (*want[:2], tokens, want[3][columns]), 1e-6)
 
 
+def check_gradients_of_forward():
+    """The head that is given the loss: a collective a chunk, those of `d hidden` in forward too."""
+    rank, size = dist.get_rank(), dist.get_world_size()
+    calls = count_collectives()
+    chunks = {7: 5, 12: 3}
+    for roles in ("mixed", "forget", "replay"):
+        for chunk_size, count in chunks.items():
+            mine, columns = shard(inputs(roles=roles), rank, size)
+            want = expected(inputs(roles=roles))
+            calls.clear()
+            found = losses(mine, tp_group=dist.group.WORLD, chunk_size=chunk_size)
+            assert calls == ["all_gather_into_tensor"] * count + ["all_reduce"]
+            assert_same(found, (*want[:3], want[3][columns]), 1e-6)
+    whole = even(inputs())
+    want = losses(shard(whole, 0, 1)[0], chunk_size=9)
+    mine, columns = shard(whole, rank, size, tokens=True)
+    calls.clear()
+    options = {"tp_group": dist.group.WORLD, "sequence_parallel": True, "chunk_size": 9}
+    found = losses(mine, **options)
+    assert calls == ["all_gather_into_tensor"] * (2 + 4) + ["reduce_scatter_tensor"]
+    assert_same(found, (*want[:2], want[2].chunk(size)[rank], want[3][columns]), 1e-6)
+
+
 def check_wrong_group_is_noticed():
     """Without its group a shard is taken for the whole: the check must see the difference."""
     mine, columns = shard(inputs(), dist.get_rank(), dist.get_world_size())
@@ -109,8 +133,10 @@ def check_wrong_group_is_noticed():
 
 
 def check_all():
-    for check in (check_tensor_parallel, check_sequence_parallel, check_wrong_group_is_noticed):
-        check()
+    check_tensor_parallel()
+    check_sequence_parallel()
+    check_gradients_of_forward()
+    check_wrong_group_is_noticed()
 
 
 def test_two_ranks():

@@ -75,7 +75,7 @@ def _step(arch: Architecture, layout: Layout) -> Any:
     from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
     from megatron.core.pipeline_parallel import get_forward_backward_func
 
-    from megatron_ext.head import token_losses
+    from megatron_ext.plain import summed_loss
 
     chunks = [
         DistributedDataParallel(chunk.config, DistributedDataParallelConfig(), chunk)
@@ -85,9 +85,11 @@ def _step(arch: Architecture, layout: Layout) -> Any:
     tokens = torch.zeros(shape, dtype=torch.int64)
     positions = torch.arange(layout.sequence).expand(*shape)
 
+    head = {"loss_mask": torch.ones(shape), "output_processor": summed_loss}
+
     def forward(_: Any, chunk: Any) -> Any:
-        output = chunk(tokens, positions, None, labels=tokens, output_processor=token_losses)
-        return output, lambda losses: (losses.mean(), {})
+        output = chunk(tokens, positions, None, labels=tokens, **head)
+        return output, lambda loss: (loss / tokens.numel(), {})
 
     def step() -> None:
         get_forward_backward_func()(

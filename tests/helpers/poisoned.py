@@ -23,18 +23,19 @@ def main(poison):
 
     kind, _, number = poison.partition(":")
     forward_step = UnlearnStep.forward_step
-    seen = []
+    seen = 0
 
     def poisoned(self, data_iterator, model):
+        nonlocal seen
         if self.args.curr_iteration != POISON_STEP - 1:
             return forward_step(self, data_iterator, model)
         core = unwrap_model(model)
         if kind == "token" and core.pre_process:
             core.embedding.word_embeddings.weight.data[int(number)] = float("nan")
         output, loss = forward_step(self, data_iterator, model)
-        if kind == "gradient" and len(seen) == int(number):
-            output.register_hook(lambda gradient: gradient * float("nan"))
-        seen.append(output.shape)
+        if kind == "gradient" and seen == int(number):
+            output[0].register_hook(lambda gradient: gradient * float("nan"))  # the loss
+        seen += 1
         return output, loss
 
     UnlearnStep.forward_step = poisoned

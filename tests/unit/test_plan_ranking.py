@@ -6,7 +6,6 @@ import pytest
 
 from megatron_ext.planning.gpus import GPUS, Gpu
 from megatron_ext.planning.layout import Layout, Unlearning
-from megatron_ext.planning.memory import all_stages
 from megatron_ext.planning.ranking import rank_layouts
 from megatron_ext.planning.steps import model_step
 from tests.unit.test_plan import ONE, PAPER, SMALL
@@ -19,9 +18,8 @@ HEAD = 2 * 56 * 8
 
 
 def step(layout: Layout, unlearning: Unlearning | None = None, arch=DEEP, gpu=GPU):
-    stages = all_stages(arch, layout, unlearning)
     sizes = {"gpus_per_node": 8, "utilisation": 0.5}
-    return model_step(arch, layout, unlearning, stages, gpu=gpu, **sizes)
+    return model_step(arch, layout, unlearning, gpu=gpu, **sizes)
 
 
 def test_one_gpu_computes_and_nothing_else():
