@@ -28,7 +28,7 @@ from benchmarks.peers import PEERS, REFERENCES, Workload, make_workload
 # (tokens, hidden, vocabulary); the first is the one that the targets are stated for.
 SIZES = {
     "cuda": ((8192, 2048, 131072), (2048, 2048, 32768), (4096, 2048, 65536)),
-    "cpu": ((1024, 256, 16384), (1024, 512, 32768), (512, 256, 8192)),
+    "cpu": ((2048, 512, 32768), (1024, 256, 16384), (512, 256, 8192)),
 }
 REPEATS = {"cuda": 8, "cpu": 5}
 DTYPES = {"cuda": torch.bfloat16, "cpu": torch.float32}

@@ -76,18 +76,23 @@ class HeadPlan:
             "valid_columns": min(max(self.valid_columns - columns.start, 0), width),
         }
 
-    def student(self, hidden: Tensor, weight: Tensor) -> Tensor:
-        """Logits `[c, v]`."""
-        return project(hidden, weight, fp32=self.fp32_logits)
+    def student(self, hidden: Tensor, weight: Tensor, space: Tensor | None = None) -> Tensor:
+        """Logits `[c, v]`; on `space` see `project`."""
+        return project(hidden, weight, fp32=self.fp32_logits, space=space)
 
     def reference(
-        self, rows: slice, columns: slice, hidden: Tensor | None, weight: Tensor | None
+        self,
+        rows: slice,
+        columns: slice,
+        hidden: Tensor | None,
+        weight: Tensor | None,
+        space: Tensor | None = None,
     ) -> Tensor | None:
         """The reference's logits of the first tokens of a block; None if none of them has any."""
         if hidden is None or weight is None or rows.start >= self.references:
             return None
         first = hidden[rows.start : min(rows.stop, self.references)]
-        return project(first, weight[columns], fp32=self.fp32_logits)
+        return project(first, weight[columns], fp32=self.fp32_logits, space=space)
 
     def statistics(
         self, logits: Tensor, reference: Tensor | None, labels: Tensor, columns: slice

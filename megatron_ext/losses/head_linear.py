@@ -42,20 +42,33 @@ def start_reduction(
     return mine, dist.reduce_scatter_tensor(mine, grad_hidden, group=group, async_op=True)
 
 
-def project(hidden: Tensor, weight: Tensor, *, fp32: bool) -> Tensor:
-    """Logits `[c, V]` of `hidden` `[c, H]`, in the weights' type, or unrounded in fp32."""
+def project(hidden: Tensor, weight: Tensor, *, fp32: bool, space: Tensor | None = None) -> Tensor:
+    """Logits of some tokens.
+
+    Args:
+        hidden: `[c, H]`.
+        weight: `[V, H]`.
+        fp32: Leave the logits unrounded.
+        space: `[c or more, V]` of the logits' type, which is not needed any more. On a CPU they are written
+            there: to touch new memory takes up to a third of the product's time.
+
+    Returns:
+        `[c, V]` in the weights' type, or unrounded in fp32.
+    """
     unrounded = fp32 and weight.dtype.itemsize < 4
     if not hidden.is_cuda:
-        return _project_on_cpu(hidden.float() if unrounded else hidden, weight)
+        return _project_on_cpu(hidden.float() if unrounded else hidden, weight, space)
     if unrounded:  # the product is summed in fp32 anyway; only its rounding is left out
         return torch.mm(hidden, weight.t(), out_dtype=torch.float32)
     return hidden @ weight.t()
 
 
-def _project_on_cpu(hidden: Tensor, weight: Tensor) -> Tensor:
+def _project_on_cpu(hidden: Tensor, weight: Tensor, space: Tensor | None) -> Tensor:
     """As many columns at a time as leave their part of the weight in the cache."""
     columns = max(1, CPU_WEIGHT // max(weight.shape[1] * weight.element_size(), 1))
-    logits = hidden.new_empty(hidden.shape[0], weight.shape[0])
+    if space is None:
+        space = hidden.new_empty(hidden.shape[0], weight.shape[0])
+    logits = space[: hidden.shape[0]]
     for start in range(0, weight.shape[0], columns):
         part = weight[start : start + columns].to(hidden.dtype)
         torch.mm(hidden, part.t(), out=logits[:, start : start + columns])

@@ -174,9 +174,11 @@ class UnlearningHeadLossFunction(torch.autograd.Function):
             scatter=plan.sequence_parallel,
         )
         margins, kls = [], []
+        # No chunk is larger than the first, and no later one has more tokens with a reference.
+        logits = reference = None
         for rows, columns in plan.tiles(tokens.shape[0], weight.shape[0]):
-            logits = plan.student(tokens[rows], weight)
-            reference = plan.reference(rows, columns, reference_hidden, reference_weight)
+            logits = plan.student(tokens[rows], weight, logits)
+            reference = plan.reference(rows, columns, reference_hidden, reference_weight, reference)
             stats = plan.statistics(logits, reference, labels[rows], columns)
             found = plan.kernels.combine_statistics(gather_statistics(stats, plan.group))
             margins.append(found.margin)
@@ -186,9 +188,11 @@ class UnlearningHeadLossFunction(torch.autograd.Function):
             )
             out = gradient_place(logits, weight)
             plan.gradient(logits, reference, labels[rows], found, *gradients, columns, out)
-            del logits, reference
             products.add(out, rows, columns)
             del out
+            if tokens.is_cuda:  # whose allocator gives the memory back as it was
+                logits = reference = None
+        del logits, reference
         # Not saved tensors: a backward pass uses them up.
         ctx.products, ctx.weight = products, weight
         ctx.main_grad = getattr(weight, "main_grad", None) if plan.fuse_weight_gradient else None

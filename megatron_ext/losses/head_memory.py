@@ -17,7 +17,7 @@ CPU_BUDGET = 24 * 2**20
 CPU_BLOCK = 2 * 2**20
 # In training, where the gradients are taken chunk by chunk: of a GPU's whole memory, the share that the
 # logits may take. Not of the free memory: ranks that share a vocabulary must agree on the chunks.
-LOSS_SHARE = 1 / 32
+LOSS_SHARE = 1 / 16
 # On a CPU: of the size of the weight's gradient, which each chunk reads and writes as a whole, the share that
 # the student's logits take.
 CPU_LOSS_SHARE = 1 / 4

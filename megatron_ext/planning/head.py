@@ -13,7 +13,7 @@ from megatron_ext.planning.layout import Layout, Unlearning
 
 CPU_BUDGET = 24 * 2**20
 CPU_LOSS_SHARE = 1 / 4
-LOSS_SHARE = 1 / 32
+LOSS_SHARE = 1 / 16
 TILE = 64
 # `megatron_ext.losses.blocks`: elements of a temporary of the torch arithmetic on a CPU. Triton has none.
 CPU_ELEMENTS = 2**17

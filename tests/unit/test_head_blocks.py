@@ -9,6 +9,23 @@ from megatron_ext.losses.head_memory import REFERENCE_CHUNK, plan_blocks
 from tests.unit.test_head import ROLES, T, V, actual, assert_same, expected, inputs
 
 
+def record_products(monkeypatch):
+    """Tokens and weight of every product that makes logits, from now on."""
+    calls = []
+    original = head_function.project
+
+    def counted(hidden, weight, **options):
+        calls.append((hidden.shape[0], weight))
+        return original(hidden, weight, **options)
+
+    monkeypatch.setattr(head_function, "project", counted)
+    return calls
+
+
+def sizes(calls):
+    return [(rows, weight.shape[0]) for rows, weight in calls]
+
+
 def test_blocks_follow_the_budget():
     def plan(budget, references=0, block=None):
         return plan_blocks(8192, 1000, references, element_size=2, budget=budget, block=block)
@@ -33,21 +50,15 @@ def test_blocks_follow_the_budget():
 def test_reference_in_chunks_beside_kept_logits(roles, dtype, monkeypatch):
     monkeypatch.setattr(head_memory, "REFERENCE_CHUNK", 3)
     arguments = inputs(dtype, roles=roles)
-    calls = []
-    original = head_function.project
-
-    def counted(hidden, weight, *, fp32):
-        calls.append((hidden.shape[0], weight is arguments["weight"]))
-        return original(hidden, weight, fp32=fp32)
-
-    monkeypatch.setattr(head_function, "project", counted)
+    calls = record_products(monkeypatch)
     references = ROLES[roles].count(1)
     options = {"fp32_logits": dtype == torch.bfloat16}
     element = 4 if options["fp32_logits"] else arguments["weight"].element_size()
     found = actual(arguments, memory_budget_bytes=(T + 5) * V * element, **options)
     assert_same(found, expected(arguments), 1e-6 if dtype == torch.float64 else 2e-2)
-    student = [rows for rows, is_student in calls if is_student]
-    reference = [rows for rows, is_student in calls if not is_student]
+    of = [(rows, weight is arguments["weight"]) for rows, weight in calls]
+    student = [rows for rows, is_student in of if is_student]
+    reference = [rows for rows, is_student in of if not is_student]
     assert student == [T]  # once
     # Twice, but for the chunk that is there when backward begins.
     assert max(reference) == 5
@@ -68,16 +79,9 @@ def test_reference_in_chunks_beside_kept_logits(roles, dtype, monkeypatch):
 )
 def test_backward_keeps_the_last_block_of_forward(options, made, monkeypatch):
     monkeypatch.setattr(head_memory, "COLUMNS_TILE", 9)
-    calls = []
-    original = head_function.project
-
-    def counted(hidden, weight, *, fp32):
-        calls.append((hidden.shape[0], weight.shape[0]))
-        return original(hidden, weight, fp32=fp32)
-
-    monkeypatch.setattr(head_function, "project", counted)
+    calls = record_products(monkeypatch)
     arguments = inputs() | {"reference_hidden": None, "reference_weight": None}
     out = unlearning_head(**arguments, **options)
-    assert calls == [*made[1:], made[0]]
+    assert sizes(calls) == [*made[1:], made[0]]
     out.margin.sum().backward()
-    assert calls[len(made) :] == made[1:]
+    assert sizes(calls)[len(made) :] == made[1:]

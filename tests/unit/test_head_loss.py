@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from megatron_ext.losses import head_function, head_loss, head_memory
+from megatron_ext.losses import head_loss, head_memory
 from megatron_ext.losses.head import unlearning_head
 from megatron_ext.losses.head_loss import unlearning_head_loss
 from megatron_ext.losses.head_memory import loss_chunk
@@ -21,6 +21,7 @@ from tests.unit.test_head import (
     inputs,
     upstream,
 )
+from tests.unit.test_head_blocks import record_products
 
 CHUNKS = [1, 7, 12, T, 1000]
 
@@ -92,16 +93,10 @@ def test_fp16_gradients_are_made_with_the_scale_of_the_loss():
 
 def test_every_product_is_made_once(monkeypatch):
     arguments = inputs(roles="replay")
-    calls = []
-    original = head_function.project
-
-    def counted(hidden, weight, *, fp32):
-        calls.append((hidden.shape[0], weight is arguments["weight"]))
-        return original(hidden, weight, fp32=fp32)
-
-    monkeypatch.setattr(head_function, "project", counted)
+    calls = record_products(monkeypatch)
     found(arguments, chunk_size=12)
-    assert sorted(calls) == sorted([(n, student) for n in (12, 12, 5) for student in (False, True)])
+    of = [(rows, weight is arguments["weight"]) for rows, weight in calls]
+    assert of == [(rows, student) for rows in (12, 12, 5) for student in (True, False)]
 
 
 @pytest.mark.parametrize("roles", ROLES)
@@ -192,7 +187,7 @@ def test_chunks_follow_the_device():
 
 
 def test_chunks_on_a_gpu_follow_the_size_of_its_memory(monkeypatch):
-    gpu = SimpleNamespace(total_memory=32 * 2**30)
+    gpu = SimpleNamespace(total_memory=16 * 2**30)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: gpu)
 
     def chunk(tokens, references=0):

@@ -153,10 +153,10 @@ def test_the_head_takes_its_share_of_a_gpu():
         assert found.needed == needed
         return found
 
-    assert head(None) == head(32 * needed)
+    assert head(None) == head(16 * needed)
     assert head(None).logits == head(None).bytes == needed
     # Half of it: two chunks of 1000 tokens each, not a tile more; the gradient of the weight in fp32.
-    chunked = head(16 * needed)
+    chunked = head(8 * needed)
     assert (chunked.logits, chunked.bytes) == (needed // 2, needed // 2 + 4 * 4000 * 8)
 
 
