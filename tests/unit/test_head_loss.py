@@ -28,7 +28,7 @@ CHUNKS = [1, 7, 12, T, 1000]
 
 def linear(margin, kl, places):
     """The loss of `test_head`: its gradients are those of `upstream`."""
-    a, b = (weights[places][: len(margin)] for weights in upstream())
+    a, b = (weights.to(margin.device)[places][: len(margin)] for weights in upstream())
     return (a * margin + b * kl).sum()
 
 

@@ -21,6 +21,8 @@ from tests.helpers.naive import (
     target_margin,
     tolerance,
 )
+from tests.unit.test_head import assert_same, expected, inputs
+from tests.unit.test_head_loss import found
 
 pytest.importorskip("triton")
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -162,3 +164,21 @@ def test_gradient_may_overwrite_the_logits():
     apart = kernels.logits_gradient(z, labels, rows, ones, ones, reference_logits=t, **columns)
     kernels.logits_gradient(z, labels, rows, ones, ones, reference_logits=t, out=z, **columns)
     assert torch.equal(apart, z)
+
+
+@runs
+@quiet
+@pytest.mark.parametrize("chunk_size", [7, 12])
+@pytest.mark.parametrize("roles", ["mixed", "forget", "replay"])
+def test_the_head_of_training_in_chunks(roles, chunk_size):
+    load_kernels()
+    arguments = inputs(torch.float32, roles=roles)
+    moved = {
+        name: value.detach().to(DEVICE) if name not in ("roles", "vocab_size") else value
+        for name, value in arguments.items()
+    }
+    for leaf in ("hidden", "weight"):
+        moved[leaf].requires_grad_()
+    backend = "triton-candidate" if KERNELS.endswith("head_candidate") else "triton"
+    got = found(moved, chunk_size=chunk_size, backend=backend)
+    assert_same([tensor.cpu() for tensor in got], expected(arguments), 1e-5)

@@ -345,6 +345,15 @@ def test_tool_reports_in_one_line(tmp_path, model):
     assert "skipped 1: no key 'text'" in stdout
 
 
+@pytest.fixture
+def interruptible():
+    """What a shell runs in the background ignores SIGINT, and so does what it starts in turn."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
 def test_stopped_run_leaves_no_output(tmp_path, model, how):
     """Stopped at its first sign of progress, some 3% into several seconds of work."""
