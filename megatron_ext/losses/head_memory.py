@@ -1,10 +1,13 @@
 """How much of the logits the unlearning head holds at a time: from memory, not a fixed small number.
 
-Everything, if it fits. Else blocks of the vocabulary with all tokens, so that the weight's gradient, the
-largest of the results, is written once: re-reading and re-writing it in fp32 for every chunk of tokens
-costs, at 8192 tokens x 2048 hidden x 131,072 vocabulary on an H200, 32 ms at 128 tokens a chunk. What is
-summed over the blocks is the gradient of the hidden states, which is smaller wherever there are
-fewer tokens than words.
+Everything, if it fits. Else, where the loss is known only after the forward pass (`head`), blocks of the
+vocabulary with all tokens, so that the weight's gradient, the largest of the results, is written once:
+re-reading and re-writing it in fp32 for every chunk of tokens costs, at 8192 tokens x 2048 hidden x 131,072
+vocabulary on an H200, 32 ms at 128 tokens a chunk. What is summed over the blocks is the gradient of the
+hidden states, which is smaller wherever there are fewer tokens than words.
+
+Where it is known (`head_loss`), chunks of tokens with the whole vocabulary, because the gradient of a token's
+logits needs all of them; large ones, for the same reason.
 """
 
 from typing import NamedTuple
