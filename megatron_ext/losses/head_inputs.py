@@ -14,8 +14,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_ext.losses import vocab_parallel
-from megatron_ext.losses.head_function import HeadPlan
 from megatron_ext.losses.head_memory import Blocks
+from megatron_ext.losses.head_plan import HeadPlan
 from megatron_ext.losses.vocab_parallel import check_labels, shard_columns
 
 Backend = Literal["torch", "triton", "triton-candidate"]

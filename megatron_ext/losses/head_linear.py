@@ -50,7 +50,7 @@ def project(hidden: Tensor, weight: Tensor, *, fp32: bool, space: Tensor | None 
         weight: `[V, H]`.
         fp32: Leave the logits unrounded.
         space: `[c or more, V]` of the logits' type, which is not needed any more. On a CPU they are written
-            there: to touch new memory takes up to a third of the product's time.
+            there, because new memory costs its first touch (`benchmarks/NOTES.md`).
 
     Returns:
         `[c, V]` in the weights' type, or unrounded in fp32.

@@ -17,15 +17,12 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from megatron_ext.losses.head_function import (
-    HeadPlan,
-    UnlearningHeadFunction,
-    gradient_place,
-    unsorted,
-)
+from megatron_ext.head_chunks import training_chunk
+from megatron_ext.losses.head_function import UnlearningHeadFunction, gradient_place, unsorted
 from megatron_ext.losses.head_inputs import Backend, check_cuda_labels, prepare
 from megatron_ext.losses.head_linear import fused_weight_gradient
-from megatron_ext.losses.head_memory import Blocks, loss_chunk
+from megatron_ext.losses.head_memory import Blocks
+from megatron_ext.losses.head_plan import HeadPlan
 from megatron_ext.losses.head_products import HeadProducts
 from megatron_ext.losses.vocab_parallel import gather_statistics
 
@@ -68,7 +65,7 @@ def unlearning_head_loss(
 ) -> HeadLoss:
     """A loss that is a sum over tokens, with the gradients taken in the forward pass.
 
-    Logits that fit (see `loss_chunk`) are kept for the backward pass, as `unlearning_head` does.
+    Logits that fit (see `training_chunk`) are kept for the backward pass, as `unlearning_head` does.
     Otherwise forward makes the gradients, chunk by chunk, and keeps them: `[T, H]`, and `[V, H]` in
     fp32; backward scales them. In fp16, where gradients need the scale of the loss before they are
     rounded, logits that do not fit are made twice.
@@ -107,14 +104,17 @@ def unlearning_head_loss(
     def blocks(references: int, element: int) -> Blocks:
         size = chunk_size
         if size is None:
-            size = loss_chunk(
+            device, memory = weight.device, None
+            if device.type == "cuda":
+                memory = torch.cuda.get_device_properties(device).total_memory
+            size = training_chunk(
                 tokens,
                 weight.shape[0],
                 weight.shape[1],
                 references,
                 element_size=element,
                 gradient_size=max(weight.element_size(), 4),
-                device=weight.device,
+                gpu_memory=memory,
             )
         return Blocks(size, weight.shape[0], size >= tokens)
 

@@ -7,29 +7,23 @@ vocabulary on an H200, 32 ms at 128 tokens a chunk. What is summed over the bloc
 hidden states, which is smaller wherever there are fewer tokens than words.
 
 Where it is known (`head_loss`), chunks of tokens with the whole vocabulary, because the gradient of a token's
-logits needs all of them; large ones, for the same reason.
+logits needs all of them; large ones, for the same reason (`megatron_ext.head_chunks`).
 """
 
 from typing import NamedTuple
 
 import torch
 
-# Logits that are kept for the backward pass, where no device reports its free memory.
-CPU_BUDGET = 24 * 2**20
-# Where they do not fit: those of a block, which then stay in the processor's cache.
+from megatron_ext import head_chunks
+from megatron_ext.head_chunks import TILE
+
+# On a CPU, where the logits do not fit: those of a block, which then stay in the processor's cache.
 CPU_BLOCK = 2 * 2**20
-# In training, where the gradients are taken chunk by chunk: of a GPU's whole memory, the share that the
-# logits may take. Not of the free memory: ranks that share a vocabulary must agree on the chunks.
-LOSS_SHARE = 1 / 16
-# On a CPU: of the size of the weight's gradient, which each chunk reads and writes as a whole, the share that
-# the student's logits take.
-CPU_LOSS_SHARE = 1 / 4
 # Of the memory free on a device when the head is called, the share that the logits may take.
 # The head runs where a step's activations are at their peak, so little else is allocated
 # before its buffers are free again; the rest is room for the gradients and fragmentation.
 DEVICE_SHARE = 0.6
-# Blocks are multiples of this many tokens or columns: tiles of a matrix product.
-TILE = 64
+# Blocks are multiples of TILE tokens and of this many columns: tiles of a matrix product.
 COLUMNS_TILE = 256
 # Fewer reference rows at a time are not worth keeping the student's logits for.
 REFERENCE_CHUNK = 256
@@ -56,7 +50,7 @@ def memory_budget(device: torch.device, *, needed: int) -> int:
     the allocator holds and does not use is mostly enough.
     """
     if device.type != "cuda":
-        return CPU_BUDGET
+        return head_chunks.CPU_BUDGET
     stats = torch.cuda.memory_stats_as_nested_dict(device)
     held, used = (
         stats[name]["all"]["current"] if stats else 0
@@ -110,45 +104,6 @@ def plan_blocks(
     # A block may consist of replay rows alone.
     rows = block // (wide * element_size * (2 if reference_tokens else 1))
     return Blocks(max(1, min(_tiles(rows, TILE), tokens)), wide, False)
-
-
-def loss_chunk(
-    tokens: int,
-    columns: int,
-    hidden: int,
-    reference_tokens: int,
-    *,
-    element_size: int,
-    gradient_size: int,
-    device: torch.device,
-) -> int:
-    """Tokens of a chunk where the gradients are taken in the forward pass.
-
-    Args:
-        tokens: Rows of hidden states, T.
-        columns: Vocabulary columns of this shard, V.
-        hidden: Width of the hidden states, H.
-        reference_tokens: How many of the rows have a reference.
-        element_size: Bytes of a logit.
-        gradient_size: Bytes of an element of what the weight's gradient is summed in.
-        device: Where the logits are; ranks of one group have the same kind.
-
-    Returns:
-        At least `tokens` if all logits fit; otherwise 1..T, for chunks of about one size.
-    """
-    row = columns * element_size
-    cuda = device.type == "cuda"
-    total = torch.cuda.get_device_properties(device).total_memory if cuda else 0
-    budget = int(LOSS_SHARE * total) if cuda else CPU_BUDGET
-    if (tokens + reference_tokens) * row <= budget:
-        return tokens
-    if cuda:
-        most = max(1, budget // (row * (2 if reference_tokens else 1)))
-    else:
-        most = max(TILE, int(CPU_LOSS_SHARE * hidden * gradient_size / element_size))
-    chunks = -(-tokens // most)
-    even = -(-tokens // chunks)
-    return min(most, -(-even // TILE) * TILE)
 
 
 def _tiles(size: int, tile: int) -> int:

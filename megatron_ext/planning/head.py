@@ -1,20 +1,13 @@
-"""The head's logits: what of them exists at once in a training step.
-
-`megatron_ext.losses.head_memory` decides in a run. That module imports torch, so the rule is here once
-more; a test holds the two together.
-"""
+"""The head's logits: what of them exists at once in a training step."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+from megatron_ext.head_chunks import training_chunk
 from megatron_ext.planning.architecture import Architecture
 from megatron_ext.planning.layout import Layout, Unlearning
 
-CPU_BUDGET = 24 * 2**20
-CPU_LOSS_SHARE = 1 / 4
-LOSS_SHARE = 1 / 16
-TILE = 64
 # `megatron_ext.losses.blocks`: elements of a temporary of the torch arithmetic on a CPU. Triton has none.
 CPU_ELEMENTS = 2**17
 
@@ -56,12 +49,17 @@ def head_logits(
     tokens, weight = layout.tokens, columns * arch.hidden
     both = 2 if unlearning is not None and unlearning.reference else 1
     needed = tokens * both * row
-    budget = needed if capacity is None else int(LOSS_SHARE * capacity)
-    most = max(1, budget // (row * both))
-    if layout.cpu:
-        fits = needed <= CPU_BUDGET
-        most = tokens if fits else max(TILE, int(CPU_LOSS_SHARE * weight * 4 / row))
-    chunk = chunk_tokens(tokens, most)
+    chunk = tokens
+    if layout.cpu or capacity is not None:
+        chunk = training_chunk(
+            tokens,
+            columns,
+            arch.hidden,
+            tokens * (both - 1),
+            element_size=row // columns,
+            gradient_size=4,
+            gpu_memory=None if layout.cpu else capacity,
+        )
     gradients = chunk * row * layout.element // 4 if unrounded and layout.half else 0
     temporaries = 0
     if layout.cpu:  # three in fp64 with a reference, one in fp32 without
@@ -72,11 +70,3 @@ def head_logits(
     else:
         held = weight * 4 + gradients + logits + temporaries
     return HeadLogits(needed, logits, held)
-
-
-def chunk_tokens(tokens: int, most: int) -> int:
-    """Tokens of a chunk of at most `most`: all of them, or chunks of about one size."""
-    if tokens <= most:
-        return tokens
-    even = -(-tokens // -(-tokens // most))
-    return min(most, -(-even // TILE) * TILE)

@@ -12,10 +12,11 @@ def main():
     from megatron_ext.runtime import cpu
 
     cpu.enable()
-    from megatron_ext.losses import head_loss, head_memory
+    from megatron_ext import head_chunks
+    from megatron_ext.losses import head_loss
 
-    head_memory.CPU_BUDGET = 0
-    choose, said = head_loss.loss_chunk, set()
+    head_chunks.CPU_BUDGET = 0
+    choose, said = head_loss.training_chunk, set()
 
     def spoken(tokens, *sizes, **options):
         chunk = choose(tokens, *sizes, **options)
@@ -24,7 +25,7 @@ def main():
             print(f"head: chunks of {chunk} of {tokens} tokens", flush=True)
         return chunk
 
-    head_loss.loss_chunk = spoken
+    head_loss.training_chunk = spoken
     runpy.run_path(str(ROOT / "pretrain_unlearn.py"), run_name="__main__")
 
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from megatron_ext.losses import head_function, head_memory
+from megatron_ext.losses import head_memory, head_plan
 from megatron_ext.losses.head import unlearning_head
 from megatron_ext.losses.head_memory import REFERENCE_CHUNK, plan_blocks
 from tests.unit.test_head import ROLES, T, V, actual, assert_same, expected, inputs
@@ -12,13 +12,13 @@ from tests.unit.test_head import ROLES, T, V, actual, assert_same, expected, inp
 def record_products(monkeypatch):
     """Tokens and weight of every product that makes logits, from now on."""
     calls = []
-    original = head_function.project
+    original = head_plan.project
 
     def counted(hidden, weight, **options):
         calls.append((hidden.shape[0], weight))
         return original(hidden, weight, **options)
 
-    monkeypatch.setattr(head_function, "project", counted)
+    monkeypatch.setattr(head_plan, "project", counted)
     return calls
 
 

@@ -1,14 +1,12 @@
 """The head that is given the loss, against the one that waits for autograd, and against the textbook."""
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 
-from megatron_ext.losses import head_loss, head_memory
+from megatron_ext.head_chunks import training_chunk
+from megatron_ext.losses import head_loss
 from megatron_ext.losses.head import unlearning_head
 from megatron_ext.losses.head_loss import unlearning_head_loss
-from megatron_ext.losses.head_memory import loss_chunk
 from megatron_ext.losses.objectives import bounded_forgetting, cross_entropy
 from tests.unit.test_head import (
     ROLES,
@@ -167,32 +165,22 @@ def test_a_loss_of_the_kl_alone():
 
 def test_chunks_follow_the_device():
     def chunk(tokens, references=0, columns=32768, hidden=512):
-        return loss_chunk(
-            tokens,
-            columns,
-            hidden,
-            references,
-            element_size=4,
-            gradient_size=4,
-            device=torch.device("cpu"),
-        )
+        sizes = {"element_size": 4, "gradient_size": 4, "gpu_memory": None}
+        return training_chunk(tokens, columns, hidden, references, **sizes)
 
-    assert head_memory.CPU_BUDGET == 24 * 2**20
     assert chunk(192) == 192  # all in 24 MiB
     assert chunk(193) == 128
     assert chunk(128, 65) == 128
+    assert chunk(100, 100) == 100  # all tokens, whose logits do not fit, in one chunk
     assert chunk(1024, 1024) == 128
     assert chunk(1000, hidden=1600) == 384  # at most 400: three of 334 each, in tiles of 64
     assert chunk(2048, hidden=8) == 64  # never less than a tile
 
 
-def test_chunks_on_a_gpu_follow_the_size_of_its_memory(monkeypatch):
-    gpu = SimpleNamespace(total_memory=16 * 2**30)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: gpu)
-
+def test_chunks_on_a_gpu_follow_the_size_of_its_memory():
     def chunk(tokens, references=0):
-        sizes = {"element_size": 2, "gradient_size": 4, "device": torch.device("cuda")}
-        return loss_chunk(tokens, 131072, 2048, references, **sizes)
+        sizes = {"element_size": 2, "gradient_size": 4, "gpu_memory": 16 * 2**30}
+        return training_chunk(tokens, 131072, 2048, references, **sizes)
 
     assert chunk(4096) == 4096  # 1 GiB
     assert chunk(4097) == 2112  # two of about one size

@@ -5,11 +5,9 @@ from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
-import torch
 
-from megatron_ext.losses import blocks, head_memory
+from megatron_ext.losses import blocks
 from megatron_ext.planning import head
-from megatron_ext.planning.layout import Unlearning
 from megatron_ext.planning.steps import step_flops
 from tests.unit.test_plan import ONE, PAPER
 
@@ -55,30 +53,5 @@ def test_flops_are_those_that_megatron_reports(arch):
     assert step_flops(arch, layout) == pytest.approx(reported, rel=1e-12)
 
 
-def test_the_head_s_numbers_are_those_of_a_run():
-    names = ("CPU_BUDGET", "CPU_LOSS_SHARE", "LOSS_SHARE", "TILE")
-    assert [getattr(head, n) for n in names] == [getattr(head_memory, n) for n in names]
+def test_the_head_s_temporaries_are_those_of_a_run():
     assert blocks.BLOCK_ELEMENTS["cpu"] == head.CPU_ELEMENTS
-
-
-@pytest.mark.parametrize("unlearning", [None, Unlearning(forget_batch=4)], ids=["plain", "unlearn"])
-@pytest.mark.parametrize("cpu", [True, False], ids=["cpu", "gpu"])
-@pytest.mark.parametrize("micro_batch", [1, 2, 7])
-@pytest.mark.parametrize("sequence", [16, 1000, 8192])
-def test_the_head_s_chunks_are_those_of_a_run(sequence, micro_batch, cpu, unlearning, monkeypatch):
-    sizes = {"micro_batch": micro_batch, "global_batch": 56, "sequence": sequence}
-    layout = replace(ONE, **sizes, cpu=cpu, half=not cpu)
-    gpu = SimpleNamespace(total_memory=40 * 2**30)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: gpu)
-    columns, both = PAPER.padded_vocab(1), 1 if unlearning is None else 2
-    chunk = head_memory.loss_chunk(
-        layout.tokens,
-        columns,
-        PAPER.hidden,
-        layout.tokens * (both - 1),
-        element_size=layout.element,
-        gradient_size=4,
-        device=torch.device("cpu" if cpu else "cuda"),
-    )
-    planned = head.head_logits(PAPER, layout, unlearning, capacity=gpu.total_memory)
-    assert planned.logits == min(chunk, layout.tokens) * both * columns * layout.element
