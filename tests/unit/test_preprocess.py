@@ -1,26 +1,13 @@
-"""Preprocessing against an independent reference: bytes, formats, order, bad records, atomicity."""
+"""Preprocessing against an independent reference: bytes, formats, order."""
 
 import gzip
-import json
-import os
-import signal
-import subprocess
-import sys
-import threading
-import time
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
-import zstandard
 
-from megatron_ext.data import documents, encode, fast_tokenizer
-from megatron_ext.data.manifest import read_manifest
-from megatron_ext.data.preprocess import PreprocessConfig, preprocess
-from megatron_ext.data.tokenizers import TokenizerSpec
-from megatron_ext.exceptions import ConfigError, DataError
+from megatron_ext.data import documents
+from tests.helpers.preprocess import run, write_as
 from tests.helpers.text import (
     make_texts,
     reference_dataset,
@@ -29,33 +16,10 @@ from tests.helpers.text import (
     write_jsonl,
 )
 
-ROOT = Path(__file__).resolve().parents[2]
-TOOL = ROOT / "tools" / "preprocess_data.py"
-
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     return train_sentencepiece(tmp_path_factory.mktemp("model") / "tokenizer.model")
-
-
-def run(model, inputs, prefix, **options):
-    spec = TokenizerSpec(tokenizer_type="SentencePieceTokenizer", tokenizer_model=model)
-    inputs = [str(path) for path in inputs]
-    return preprocess(
-        PreprocessConfig(inputs=inputs, output_prefix=str(prefix), tokenizer=spec, **options)
-    )
-
-
-def tool(model, inputs, prefix, *options, **popen):
-    command = [sys.executable, TOOL, "--input", *inputs, "--output-prefix", prefix]
-    command += ["--tokenizer-type", "SentencePieceTokenizer", "--tokenizer-model", model, *options]
-    return subprocess.Popen(
-        [str(part) for part in command],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        **popen,
-    )
 
 
 @pytest.mark.parametrize("append_eod", [False, True])
@@ -103,22 +67,6 @@ def test_large_vocabulary_is_int32(tmp_path, model, monkeypatch):
     expected = reference_dataset(tmp_path / "r", [["the quick fox"]], model=model, append_eod=False)
     assert result.manifests[0].dtype == "int32"
     assert same_files(result.prefixes[0], expected)
-
-
-def write_as(path, texts):
-    lines = "".join(json.dumps({"text": text}) + "\n" for text in texts).encode()
-    if path.suffix == ".gz":
-        path.write_bytes(gzip.compress(lines))
-    elif path.suffix == ".zst":
-        half = lines.index(b"\n", len(lines) // 2) - 3  # frames may end anywhere in a line
-        compress = zstandard.ZstdCompressor().compress
-        path.write_bytes(compress(lines[:half]) + compress(lines[half:]))
-    elif path.suffix == ".parquet":
-        table = pa.table({"id": list(range(len(texts))), "text": texts})
-        pq.write_table(table, path, row_group_size=7)
-    else:
-        path.write_bytes(lines.rstrip(b"\n"))  # the last line may lack its end
-    return path
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.jsonl.gz", "a.jsonl.zst", "a.parquet"])
@@ -182,206 +130,3 @@ def test_megatron_reads_the_output(tmp_path, model):
     assert dataset.document_indices.tolist() == [0, 1, 1, 2]
     assert dataset[0][-1] == dataset[1][-1] == result.manifests[0].eod_id
     assert max(int(np.max(dataset[i])) for i in range(2)) == result.manifests[0].max_token_id
-
-
-BAD_LINES = {
-    "not valid JSON": b'{"text": "a"',
-    "expected a JSON object": b'["text"]',
-    "expected a JSON object, found a blank line": b"  ",
-    "no key 'text'": b'{"txt": "a"}',
-    "expected a string at 'text'": b'{"text": 3}',
-    "text at 'text' is not valid Unicode": b'{"text": "\\ud800"}',
-    "not UTF-8": b'{"text": "\xff"}',
-}
-
-
-@pytest.mark.parametrize("reason", BAD_LINES)
-@pytest.mark.parametrize("workers", [1, 2])
-def test_bad_line_fails_with_its_number(tmp_path, model, reason, workers, monkeypatch):
-    if workers == 2 and reason != "not UTF-8":
-        pytest.skip("one reason is enough to see errors come back from a worker")
-    monkeypatch.setattr(documents, "BLOCK_BYTES", 64)
-    good = b'{"text": "some good text"}'
-    source = tmp_path / "a.jsonl"
-    source.write_bytes(b"\n".join([*[good] * 40, BAD_LINES[reason], *[good] * 5, b"{"]) + b"\n")
-    with pytest.raises(DataError) as error:
-        run(model, [source], tmp_path / "o", workers=workers)
-    assert str(error.value).startswith(f"{source}:41: {reason}")
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.jsonl"]
-
-
-def test_bad_lines_are_skipped_and_counted(tmp_path, model, monkeypatch):
-    monkeypatch.setattr(documents, "BLOCK_BYTES", 100)
-    source = tmp_path / "a.jsonl"
-    lines = [line for bad in BAD_LINES.values() for line in (b'{"text": "good"}', bad, bad)]
-    source.write_bytes(b"\n".join(lines))
-    result = run(model, [source], tmp_path / "o", on_error="skip")
-    assert result.skipped == dict.fromkeys(BAD_LINES, 2)
-    expected = reference_dataset(
-        tmp_path / "r", [["good"]] * len(BAD_LINES), model=model, append_eod=False
-    )
-    assert same_files(result.prefixes[0], expected)
-    assert read_manifest(result.prefixes[0]).skipped == result.skipped
-
-
-def test_bad_rows_and_texts(tmp_path, model):
-    table = pa.table({"text": ["a", None, "b"]})
-    pq.write_table(table, tmp_path / "a.parquet")
-    with pytest.raises(DataError, match=r"a\.parquet: row 2: expected a string .*found NoneType"):
-        run(model, [tmp_path / "a.parquet"], tmp_path / "o")
-    with pytest.raises(DataError, match=r"expected a column 'body', found text"):
-        run(model, [tmp_path / "a.parquet"], tmp_path / "o", keys=["body"])
-    (tmp_path / "a.txt").write_bytes(b"good\n\xff\n")
-    with pytest.raises(DataError, match=r"a\.txt:2: not UTF-8"):
-        run(model, [tmp_path / "a.txt"], tmp_path / "o", text_unit="line")
-
-
-@pytest.mark.parametrize("name", ["a.jsonl.gz", "a.jsonl.zst", "a.parquet"])
-@pytest.mark.parametrize("on_error", ["fail", "skip"])
-def test_truncated_file_is_an_error_in_both_modes(tmp_path, model, name, on_error):
-    path = write_as(tmp_path / name, make_texts(60))
-    path.write_bytes(path.read_bytes()[:-20])
-    with pytest.raises(DataError, match=f"{name} cannot be read"):
-        run(model, [path], tmp_path / "o", on_error=on_error)
-    assert [p.name for p in tmp_path.iterdir()] == [name]
-
-
-def test_no_tokens_is_an_error(tmp_path, model):
-    (tmp_path / "none.jsonl").write_bytes(b"")
-    empty = write_jsonl(tmp_path / "empty.jsonl", [{"text": ""}, {"text": ""}])
-    with pytest.raises(DataError, match=r"no tokens for key 'text': 0 documents"):
-        run(model, [tmp_path / "none.jsonl"], tmp_path / "o")
-    with pytest.raises(DataError, match=r"no tokens for key 'text': 2 documents"):
-        run(model, [empty], tmp_path / "o", append_eod=True)
-    assert not list(tmp_path.glob("o_*"))
-
-
-def test_settings_that_cannot_work(tmp_path, model):
-    source = write_jsonl(tmp_path / "a.jsonl", [{"text": "a"}])
-    (tmp_path / "a.csv").write_text("x")
-    os.mkfifo(tmp_path / "pipe.jsonl")
-    (tmp_path / "a.txt").write_text("x")
-    for inputs, options, message in [
-        ([tmp_path / "no*.jsonl"], {}, "no such file"),
-        ([source, source], {}, "twice"),
-        ([tmp_path / "a.csv"], {}, "--input-format"),
-        ([tmp_path / "pipe.jsonl"], {}, "regular file"),
-        ([source], {"workers": 0}, "--workers"),
-        ([source], {"keys": ["a", "a"]}, "--json-keys"),
-        ([tmp_path / "a.txt"], {"keys": ["a", "b"]}, "plain text has no keys"),
-    ]:
-        with pytest.raises(ConfigError, match=message):
-            run(model, inputs, tmp_path / "o", **options)
-    with pytest.raises(ConfigError, match="no such file"):
-        run(str(tmp_path / "none.model"), [source], tmp_path / "o")
-    with pytest.raises(ConfigError, match="not a SentencePiece model"):
-        run(source, [source], tmp_path / "o")
-    no_eos = train_sentencepiece(tmp_path / "no_eos.model", eos_id=-1)
-    with pytest.raises(ConfigError, match="no end-of-document"):
-        run(no_eos, [source], tmp_path / "o", append_eod=True)
-    assert not list(tmp_path.glob("o_*"))
-
-
-def test_ids_outside_the_vocabulary_are_an_error(tmp_path, model, monkeypatch):
-    source = write_jsonl(tmp_path / "a.jsonl", [{"text": "the quick fox"}])
-    monkeypatch.setattr("sentencepiece.SentencePieceProcessor.vocab_size", lambda self: 5)
-    with pytest.raises(DataError, match=r"outside its own vocabulary of 5 pieces"):
-        run(model, [source], tmp_path / "o", backend="reference")
-
-
-def test_existing_output_needs_overwrite(tmp_path, model):
-    source = write_jsonl(tmp_path / "a.jsonl", [{"text": "the quick"}])
-    run(model, [source], tmp_path / "o")
-    before = (tmp_path / "o_text_document.bin").read_bytes()
-    write_jsonl(tmp_path / "a.jsonl", [{"text": "brown fox jumps"}])
-    with pytest.raises(ConfigError, match=r"o_text_document\.bin exists.*--overwrite"):
-        run(model, [source], tmp_path / "o")
-    assert (tmp_path / "o_text_document.bin").read_bytes() == before
-    run(model, [source], tmp_path / "o", overwrite=True)
-    expected = reference_dataset(
-        tmp_path / "r", [["brown fox jumps"]], model=model, append_eod=False
-    )
-    assert same_files(tmp_path / "o_text_document", expected)
-
-
-def test_mismatch_during_the_run_starts_over(tmp_path, model, monkeypatch, caplog):
-    """A difference outside the sample: found by the checks of the run, whatever was written by then."""
-    monkeypatch.setattr(documents, "BLOCK_BYTES", 4096)
-    monkeypatch.setattr(encode, "VERIFIED_SHARE", 1.0)
-    exact = fast_tokenizer.FastTokenizer._encode_fast
-
-    def broken(self, texts):
-        ids, bounds = exact(self, texts)
-        return (ids, bounds) if "poison" not in texts else (ids[::-1].copy(), bounds)
-
-    monkeypatch.setattr(fast_tokenizer.FastTokenizer, "_encode_fast", broken)
-    texts = [*make_texts(1500), "poison", *make_texts(5)]
-    source = write_jsonl(tmp_path / "a.jsonl", [{"text": text} for text in texts])
-    with pytest.raises(DataError, match="gigatoken's ids differ"):
-        run(model, [source], tmp_path / "g", backend="gigatoken")
-    result = run(model, [source], tmp_path / "o")
-    assert "starting over with the reference tokenizer" in caplog.text
-    assert result.manifests[0].backend == "reference"
-    expected = reference_dataset(
-        tmp_path / "r", [[t] for t in texts], model=model, append_eod=False
-    )
-    assert same_files(result.prefixes[0], expected)
-    assert not list(tmp_path.glob("g_*"))
-
-
-def test_tool_reports_in_one_line(tmp_path, model):
-    source = write_jsonl(tmp_path / "a.jsonl", [{"text": "the quick"}, {"txt": "x"}])
-    process = tool(model, [source], tmp_path / "o", "--workers", "1")
-    _, stderr = process.communicate(timeout=60)
-    assert process.returncode == 2
-    assert stderr.splitlines()[-1].startswith(
-        f"preprocess_data.py: error: {source}:2: no key 'text'"
-    )
-    assert "Traceback" not in stderr
-    process = tool(model, [source], tmp_path / "o", "--workers", "1", "--on-error", "skip")
-    stdout, _ = process.communicate(timeout=60)
-    assert process.returncode == 0
-    assert "1 documents" in stdout
-    assert "skipped 1: no key 'text'" in stdout
-
-
-@pytest.fixture
-def interruptible():
-    """What a shell runs in the background ignores SIGINT, and so does what it starts in turn."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
-
-
-@pytest.mark.usefixtures("interruptible")
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
-def test_stopped_run_leaves_no_output(tmp_path, model, how):
-    """Stopped at its first sign of progress, some 3% into several seconds of work."""
-    source = write_jsonl(tmp_path / "a.jsonl", [{"text": text} for text in make_texts(1000) * 30])
-    options = ["--workers", "2", "--log-interval", "100", "--tokenizer-backend", "reference"]
-    process = tool(model, [source], tmp_path / "o", *options)
-    watchdog = threading.Timer(60, process.kill)
-    watchdog.start()
-    lines = iter(process.stderr.readline, "")
-    assert any("documents, " in line for line in lines), "the run ended before it was stopped"
-    deadline = time.monotonic() + 60
-    assert list(tmp_path.glob("o_*.partial"))
-    children = subprocess.run(
-        ["ps", "--ppid", str(process.pid), "-o", "pid="], capture_output=True, text=True, check=True
-    ).stdout.split()
-    process.send_signal(how)
-    stderr = process.stderr.read()
-    process.wait()
-    watchdog.cancel()
-    assert not {".bin", ".idx", ".json"} & {p.suffix for p in tmp_path.glob("o_*")}
-    if how != signal.SIGKILL:
-        assert process.returncode == 130
-        assert stderr.splitlines()[-1].endswith("interrupted, nothing was written")
-        assert not list(tmp_path.glob("o_*"))
-    while any(Path(f"/proc/{pid}").exists() for pid in children):
-        assert time.monotonic() < deadline, "workers outlive their parent"
-        time.sleep(0.05)
-    # What a killed run left behind does not stand in the way of the next.
-    result = run(model, [source], tmp_path / "o")
-    assert result.manifests[0].documents == 30000
-    assert not list(tmp_path.glob("o_*.partial"))
