@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch.distributed.checkpoint import CheckpointException
 
-from megatron_ext.checkpoint.complete import MARKS
 from megatron_ext.exceptions import CheckpointError
 from megatron_ext.runtime import safe_load
 
@@ -29,6 +28,8 @@ def prepare_saves() -> None:
     tensors replace the old. A save that fails names its folder and the room on its disk.
     """
     import megatron.training.training as loop
+
+    from megatron_ext.checkpoint.complete import MARKS
 
     save = loop.save_checkpoint
 

@@ -97,3 +97,15 @@ def test_a_default_device_still_acts_on_the_factories():
         "    print(json.dumps({'device': str(torch.arange(3).device)}))"
     )
     assert result == {"device": "meta"}
+
+
+def test_torch_compile_leaves_functions_as_they_are_and_imports_no_compiler():
+    result = run(
+        "torch.cuda.is_available = lambda: False\n"
+        "from megatron_ext.runtime import cpu\ncpu.enable()\n"
+        "def plain(x):\n    return x\n"
+        "same = [torch.compile(plain) is plain, torch.compile(mode='default')(plain) is plain]\n"
+        "import megatron.core.fusions.fused_bias_swiglu\n"
+        "print(json.dumps({'same': same, 'compiler': 'torch._inductor.lowering' in sys.modules}))"
+    )
+    assert result == {"same": [True, True], "compiler": False}
