@@ -10,6 +10,7 @@ Shapes: s sequence, b batch, h query heads and g key heads on this rank, d head 
 from contextlib import nullcontext
 from typing import Any
 
+import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from megatron.core.transformer import TransformerConfig
@@ -99,6 +100,12 @@ class SdpaCoreAttention(MegatronModule):
         # Under sequence parallelism the whole block already runs in the forked random state.
         forked = dropout > 0 and not self.config.sequence_parallel
         kernels = sdpa_kernel(_GPU_BACKENDS, set_priority=True) if query.is_cuda else nullcontext()
+        grouped = query.shape[2] != key.shape[2]
+        if grouped and query.is_cuda and query.dtype == torch.float32:
+            # torch's one fp32 kernel without [s, s] refuses grouped heads, and none is left then.
+            repeats = query.shape[2] // key.shape[2]
+            key, value = (t.repeat_interleave(repeats, dim=2) for t in (key, value))
+            grouped = False
         with get_cuda_rng_tracker().fork() if forked else nullcontext(), kernels:
             context = functional.scaled_dot_product_attention(
                 query.permute(1, 2, 0, 3),
@@ -107,7 +114,7 @@ class SdpaCoreAttention(MegatronModule):
                 dropout_p=dropout,
                 is_causal=query.shape[0] > 1,
                 scale=self.softmax_scale,
-                enable_gqa=query.shape[2] != key.shape[2],
+                enable_gqa=grouped,
             )
         return context.permute(2, 0, 1, 3).flatten(2)
 

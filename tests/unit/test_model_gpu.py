@@ -41,14 +41,14 @@ def test_rotation_kernel_forward_and_backward(groups, heads, size, rot, dtype):
     assert _error(source.grad, exact.grad) < bound
 
 
-def _attention(query_heads, groups, size):
+def _attention(query_heads, groups, size, dtype=torch.bfloat16):
     attention = object.__new__(SdpaCoreAttention)
     torch.nn.Module.__init__(attention)
     attention.dropout, attention.softmax_scale = 0.0, None
     s, b = 256, 2
     # The layout that split_rotate leaves: views of one buffer, a value between two keys.
     buffer = torch.randn(s, b, groups, query_heads // groups + 2, size, device="cuda")
-    buffer = buffer.bfloat16().requires_grad_()
+    buffer = buffer.to(dtype).requires_grad_()
     parts = buffer.split((query_heads // groups, 1, 1), dim=3)
     return attention, buffer, [part.flatten(2, 3) for part in parts]
 
@@ -78,6 +78,20 @@ def test_attention_is_as_exact_as_bf16_allows_and_holds_no_score_matrix(query_he
         dim=3,
     )
     assert _error(buffer.grad, gradient) < 2e-2
+
+
+def test_grouped_attention_runs_in_fp32_and_holds_no_score_matrix():
+    torch.manual_seed(0)
+    attention, buffer, parts = _attention(8, 2, 64, torch.float32)
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
+        found = attention(*parts)
+        found.sum().backward()
+    names = {event.key for event in profiler.key_averages()}
+    assert not any("attention_math" in name for name in names), names
+    exact = [p.detach().double().permute(1, 2, 0, 3) for p in parts]
+    want = functional.scaled_dot_product_attention(*exact, is_causal=True, enable_gqa=True)
+    assert _error(found, want.permute(2, 0, 1, 3).flatten(2)) < 1e-3  # TF32 may be allowed
+    assert bool(buffer.grad.isfinite().all())
 
 
 def test_weight_gradient_accumulates_in_fp32_in_place():

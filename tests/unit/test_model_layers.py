@@ -11,6 +11,7 @@ import torch
 from torch.nn import functional
 
 from megatron_ext.exceptions import ConfigError
+from megatron_ext.model.attention import SdpaCoreAttention
 from megatron_ext.model.mlp import swiglu
 from megatron_ext.model.norm import TorchNorm
 from megatron_ext.model.rope import cos_sin, rotate, split_rotate
@@ -90,6 +91,34 @@ def test_scaled_angles_are_not_mixed_up_by_the_cache():
         fresh = _freqs(4, 8)
         cos_sin(fresh)
     assert not cos_sin(fresh)[0].is_inference(), "cached from inference mode"
+
+
+class _OnGpu(torch.Tensor):
+    """A tensor of the CPU that says that it is on a GPU."""
+
+    is_cuda = True
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_grouped_heads_in_fp32_are_repeated_for_the_kernels_of_a_gpu(dtype, monkeypatch):
+    """On a GPU torch's fp32 kernels refuse grouped heads; those of half precision take them."""
+    torch.manual_seed(0)
+    attention = object.__new__(SdpaCoreAttention)
+    torch.nn.Module.__init__(attention)
+    attention.dropout, attention.softmax_scale = 0.0, None
+    parts = [torch.randn(6, 2, heads, 8).to(dtype) for heads in (6, 2, 2)]
+    want = attention(*parts)
+    grouped = []
+    attend = functional.scaled_dot_product_attention
+
+    def watch(query, key, value, **options):
+        grouped.append((key.shape[1], value.shape[1], options["enable_gqa"]))
+        return attend(query, key, value, **options)
+
+    monkeypatch.setattr(functional, "scaled_dot_product_attention", watch)
+    found = attention(*(part.as_subclass(_OnGpu) for part in parts))
+    assert grouped == [(6, 6, False) if dtype == torch.float32 else (2, 2, True)]
+    torch.testing.assert_close(found.as_subclass(torch.Tensor), want)
 
 
 KERNEL = """
