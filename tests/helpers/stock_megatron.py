@@ -15,7 +15,7 @@ def forward_step(data_iterator, model):
     import torch
 
     # Every tensor-parallel rank reads the same samples: its data set provider is called on each.
-    batch = next(data_iterator)
+    batch = {name: value.cuda() for name, value in next(data_iterator).items()}
     losses = model(batch["tokens"], batch["position_ids"], mask(batch), labels=batch["labels"])
 
     def loss(output):
@@ -31,8 +31,9 @@ def mask(batch):
     """What may not be attended to, as Megatron's local attention wants it."""
     import torch
 
-    length = batch["tokens"].shape[1]
-    return torch.ones(1, 1, length, length, dtype=torch.bool).triu(1)
+    tokens = batch["tokens"]
+    length = tokens.shape[1]
+    return torch.ones(1, 1, length, length, dtype=torch.bool, device=tokens.device).triu(1)
 
 
 def datasets(num_samples, vp_stage=None):
@@ -77,7 +78,8 @@ def main():
     compat.apply()
 
     def defaults(parser):
-        parser.set_defaults(**machine_defaults())
+        # Megatron's kernel for it comes with Apex; that of the product is not used here.
+        parser.set_defaults(**machine_defaults() | {"gradient_accumulation_fusion": False})
         return parser
 
     args = parse_and_validate_args(defaults)
