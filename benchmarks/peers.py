@@ -7,7 +7,7 @@ A peer is a function of a `Workload` that returns the scalar loss; its gradients
 |---|---|
 | ours-terms | `unlearning_head`: the loss is not known before backward |
 | ours-candidate | ours with the kernels that are to replace the default ones (GPU) |
-| ours-lean | ours in chunks of a quarter of the tokens (GPU) |
+| ours-halves, ours-lean | ours in chunks of a half, a quarter of the tokens (GPU) |
 | naive | logits, log-softmax and probabilities of all tokens in fp32 memory, autograd |
 | compiled | `torch.compile` of naive |
 | megatron | Megatron's vocab-parallel cross-entropy on materialised logits, and an eager KL |
@@ -185,6 +185,11 @@ def candidate(w: Workload) -> Tensor:
     return ours(w, backend="triton-candidate")
 
 
+def halves(w: Workload) -> Tensor:
+    """Ours with the weight's gradient summed over two products."""
+    return ours(w, chunk_size=w.labels.shape[0] // 2)
+
+
 def lean(w: Workload) -> Tensor:
     """Ours, in at most a quarter of the memory of `compiled` with the reference on all tokens."""
     return ours(w, chunk_size=w.labels.shape[0] // 4)
@@ -257,6 +262,7 @@ PEERS: dict[str, Callable[[], Callable[[Workload], Tensor]]] = {
     "ours": lambda: ours,
     "ours-terms": lambda: terms,
     "ours-candidate": lambda: candidate,
+    "ours-halves": lambda: halves,
     "ours-lean": lambda: lean,
     "naive": lambda: naive,
     "compiled": make_compiled,

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+_LOG2_E = math.log2(math.e)
 # Elements of a block of rows. CPU: the temporaries stay in cache (1 MiB in fp64). CUDA: kernels are
 # long enough to hide their launches, and a temporary takes 128 MiB at most for V <= 131,072.
 BLOCK_ELEMENTS = {"cpu": 2**17, "cuda": 2**24}
@@ -44,6 +45,14 @@ def no_statistics(fields: int, tokens: int, *, device: torch.device) -> Tensor:
     return stats
 
 
+def exp_(x: Tensor) -> Tensor:
+    """`exp(x)`, written to `x`, with a relative error of `|x|` roundings of its type.
+
+    On a CPU torch's `exp2` takes a quarter of the time of its `exp` (fp64: 0.4 ns and 1.3 an element).
+    """
+    return x.mul_(_LOG2_E).exp2_()
+
+
 def logsumexp_(z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Log-sum-exp of each row in fp64 (-inf for a row that is all -inf), and what it is made of.
 
@@ -52,7 +61,7 @@ def logsumexp_(z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """
     largest = z.amax(-1, keepdim=True)
     largest = torch.where(largest == -math.inf, 0.0, largest)
-    total = z.sub_(largest).exp_().sum(-1)
+    total = exp_(z.sub_(largest)).sum(-1)
     return largest.squeeze(-1).double() + total.double().log(), z, total
 
 
@@ -66,4 +75,4 @@ def exp_difference(z: Tensor, lse: Tensor, work: torch.dtype) -> Tensor:
     difference = own_copy(z, work).sub_(coarse.unsqueeze(-1))
     if work != torch.float64:
         difference.sub_((lse - coarse).to(work).unsqueeze(-1))
-    return difference.exp_()
+    return exp_(difference)

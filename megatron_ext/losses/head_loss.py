@@ -188,10 +188,10 @@ class UnlearningHeadLossFunction(torch.autograd.Function):
             )
             out = gradient_place(logits, weight)
             plan.gradient(logits, reference, labels[rows], found, *gradients, columns, out)
-            products.add(out, rows, columns)
-            del out
             if tokens.is_cuda:  # whose allocator gives the memory back as it was
                 logits = reference = None
+            products.add(out, rows, columns)
+            del out
         del logits, reference
         # Not saved tensors: a backward pass uses them up.
         ctx.products, ctx.weight = products, weight
