@@ -100,6 +100,11 @@ class FrozenReference:
         transformer.perform_initialization = False
         transformer.recompute_granularity = None
         transformer.gradient_accumulation_fusion = False
+        # Both keep what they recorded of the student's forward passes where any model's finds it: a graph is
+        # recorded in training alone and asked for in each later pass, and the first pass of a run, which
+        # is the reference's, decides what is offloaded.
+        transformer.cuda_graph_impl = "none"
+        transformer.fine_grained_activation_offloading = False
         reference_config = dataclasses.replace(
             model_config, transformer=transformer, pre_wrap_hooks=[], post_wrap_hooks=[]
         )
