@@ -120,6 +120,28 @@ def print_negative_losses() -> None:
     loop.training_log = log_all
 
 
+def skip_on_every_layout() -> None:
+    """Let ``--iterations-to-skip`` read on in the data, and do nothing else.
+
+    Megatron shares the skipped samples out as in a step that is run. It takes the list of iterators of an
+    interleaved pipeline for one iterator, asks for samples where a middle stage reads none, and slices all
+    that a sample holds for context parallelism, its ``source`` included: each ends the run.
+    """
+    import megatron.training.training as loop
+    from megatron.core.rerun_state_machine import get_rerun_state_machine
+
+    def read_on(data_iterator: Any) -> None:
+        iterators = data_iterator if isinstance(data_iterator, list) else [data_iterator]
+        while get_rerun_state_machine().should_run_forward_backward(data_iterator):
+            for iterator in iterators:
+                if iterator is None:  # this rank, or this stage of it, reads no data
+                    continue
+                for _ in range(loop.get_num_microbatches()):
+                    next(iterator)
+
+    loop.dummy_train_step = read_on
+
+
 def apply() -> None:
     """Apply all of the above that is no matter of flags; called once by the entry point before training."""
     check_megatron_version()
@@ -127,4 +149,5 @@ def apply() -> None:
     skip_helper_compilation()
     be_the_only_process()
     print_negative_losses()
+    skip_on_every_layout()
     resume.apply()

@@ -1,5 +1,6 @@
 import argparse
 import os
+from types import SimpleNamespace
 from unittest import mock
 
 import pytest
@@ -34,3 +35,25 @@ def test_a_lone_process_meets_itself_and_a_launched_one_is_left_alone():
         compat.be_the_only_process()
         assert os.environ["WORLD_SIZE"] == "1"
         assert os.environ["MASTER_PORT"] == "0"
+
+
+@pytest.mark.parametrize(
+    "read",
+    [lambda a, b: a, lambda a, b: [a, b], lambda a, b: [a, None], lambda a, b: None],
+    ids=["a stage", "two chunks", "a chunk that reads none", "a stage that reads none"],
+)
+def test_a_skipped_iteration_reads_its_microbatches_wherever_data_are_read(monkeypatch, read):
+    import megatron.training.training as loop
+
+    once = SimpleNamespace(should_run_forward_backward=mock.Mock(side_effect=[True, False]))
+    monkeypatch.setattr("megatron.core.rerun_state_machine.get_rerun_state_machine", lambda: once)
+    monkeypatch.setattr(loop, "get_num_microbatches", lambda: 3)
+    monkeypatch.setattr(loop, "dummy_train_step", loop.dummy_train_step)  # put back afterwards
+    # A microbatch as the loader gives it: not all of it are tensors.
+    iterators = [iter([{"source": [f"sample {i}"]} for i in range(9)]) for _ in range(2)]
+    given = read(*iterators)
+    compat.skip_on_every_layout()
+    loop.dummy_train_step(given)
+    for iterator in iterators:
+        was_read = iterator in (given if isinstance(given, list) else [given])
+        assert next(iterator) == {"source": [f"sample {3 if was_read else 0}"]}
