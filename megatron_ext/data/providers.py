@@ -20,6 +20,7 @@ from megatron_ext.data.composition import ComposedDataset
 from megatron_ext.data.consumed import record_start
 from megatron_ext.data.index_cache import DatasetBuilder
 from megatron_ext.data.sourced import SourcedGPTDataset
+from megatron_ext.exceptions import DataError
 
 Blend = tuple[list[str], list[float] | None] | None
 Datasets = tuple[Any, Any, Any]
@@ -68,7 +69,7 @@ def build_datasets(
     if config.enabled:
         return _composed(args, config, replay, num_samples, vp_stage)
     blend, per_split = replay
-    train, valid, test = _build(args, blend, per_split, num_samples, vp_stage)
+    train, valid, test = _build(args, "--data-path", blend, per_split, num_samples, vp_stage)
     # With --eval-iters 0 Megatron asks for no samples; its loader takes no empty dataset.
     wanted = [n != 0 for n in num_samples]
     return train, valid if wanted[1] else None, test if wanted[2] else None
@@ -90,12 +91,14 @@ def _composed(
     batches = [-(-(n or 0) // size) for n, size in zip(num_samples, batch_sizes, strict=True)]
     forget = _build(
         args,
+        "--forget-data-path",
         *forget_blends(config),
         [n * f for n, f in zip(batches, forget_sizes, strict=True)],
         vp_stage,
     )
     replay = _build(
         args,
+        "--data-path",
         *replay_blends,
         [n * (g - f) for n, g, f in zip(batches, batch_sizes, forget_sizes, strict=True)],
         vp_stage,
@@ -129,6 +132,7 @@ def forget_blends(config: UnlearnConfig) -> tuple[Blend, list[Blend] | None]:
 
 def _build(
     args: Namespace,
+    flag: str,
     blend: Blend,
     blend_per_split: list[Blend] | None,
     num_samples: Sequence[int],
@@ -166,7 +170,30 @@ def _build(
         dataset_type, list(num_samples), partial(reads_data, vp_stage=vp_stage), dataset_config
     )
     train, valid, test = builder.build()
+    _check_lengths(args, flag, (train, valid, test), num_samples)
     return train, valid, test
+
+
+def _check_lengths(
+    args: Namespace, flag: str, datasets: Datasets, num_samples: Sequence[int]
+) -> None:
+    """Refuse data that would end before the run does; Megatron's loop dies of it when they end.
+
+    Several data sets without weights are read once, whatever the run asks for.
+
+    Raises:
+        DataError: names the flag and the split.
+    """
+    if args.dataloader_type != "single":  # others begin again
+        return
+    for split, dataset, wanted in zip(Split, datasets, num_samples, strict=True):
+        read = not (split is Split.train and args.skip_train) and not isinstance(dataset, list)
+        if dataset is not None and read and wanted and len(dataset) < wanted:
+            raise DataError(
+                f"{flag}: expected at least {wanted} samples of {args.seq_length} tokens in the "
+                f"{split.name} split, which is what the run reads, found {len(dataset)}; data sets "
+                "without weights are read once, those with weights as often as needed"
+            )
 
 
 def reads_data(vp_stage: int | None = None) -> bool:

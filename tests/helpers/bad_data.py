@@ -40,6 +40,15 @@ CASES: dict[str, tuple[list[str], list[str]]] = {
         ["--forget-data-path", "{dir}/two"],
         ["--split", "--forget-data-path {dir}/two", "valid split"],
     ),
+    "forget data that end before the run": (
+        ["--forget-data-path", "{forget}", "{replay}", "--allow-data-overlap"]
+        + ["--train-iters", "400"],
+        ["--forget-data-path", "4800", "train split", "without weights"],
+    ),
+    "plain data that end before the run": (
+        ["--data-path", "{forget}", "{replay}", "--train-iters", "400"],
+        ["--data-path", "6400", "train split", "without weights"],
+    ),
     "unnamed": (["--forget-data-path", "{forget}"], ["--data-path", "found none"]),
     "unnamed, missing list": (
         ["--forget-data-path", "{forget}", "--data-args-path", "{dir}/no_such"],
