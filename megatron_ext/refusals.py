@@ -59,6 +59,12 @@ NEVER: tuple[Refusal, ...] = (
     Refusal(
         "defer_embedding_wgrad_compute", "the head computes the output layer's gradient itself"
     ),
+    Refusal(
+        "ckpt_format",
+        "a run goes on only from such a checkpoint",
+        "torch_dist",
+        lambda name: name != "torch_dist",
+    ),
     Refusal("tensor_parallel_num_weight_shards", "weights are sharded by tensor parallelism alone"),
 )
 WITHOUT_TRANSFORMER_ENGINE = (

@@ -69,4 +69,8 @@ def test_the_first_row_that_applies_is_named():
         refuse(
             Namespace(max_mitigation_kl=1.0), WITHOUT_UNLEARNING, where="needs --forget-data-path"
         )
+    with pytest.raises(
+        ConfigError, match=r"^--ckpt-format: expected torch_dist, found torch; a run"
+    ):
+        refuse(Namespace(ckpt_format="torch"), NEVER, where="")
     refuse(Namespace(num_experts=None, dataloader_type="single"), ROWS, where="")
