@@ -7,6 +7,7 @@ reference, the checks and the load all mean the same checkpoint.
 from __future__ import annotations
 
 import logging
+import math
 from argparse import Namespace
 from dataclasses import dataclass
 from pathlib import Path
@@ -172,6 +173,7 @@ def find_reference(args: Namespace, config: UnlearnConfig, start: Start) -> Refe
 
     Raises:
         CheckpointError: the checkpoint is missing, unreadable or of another model.
+        ConfigError: the run would overwrite it.
     """
     flag = "--reference-load"
     recorded = start.reference
@@ -195,4 +197,28 @@ def find_reference(args: Namespace, config: UnlearnConfig, start: Start) -> Refe
         assert start.checkpoint is not None
         source = ReferenceSource(start.checkpoint, None)
     check_architecture(source.checkpoint, args, flag=flag)
+    check_kept(args, start, source.checkpoint)
     return source
+
+
+def check_kept(args: Namespace, start: Start, reference: Checkpoint) -> None:
+    """A checkpoint of the run must not take the place of its reference, which each resume needs.
+
+    Args:
+        args: Megatron's validated arguments.
+        start: where the run begins.
+        reference: the reference's checkpoint.
+
+    Raises:
+        ConfigError: both have one folder, which the run has still to write.
+    """
+    if not args.save or args.skip_train or reference.path.name == "release":
+        return
+    resumed = start.checkpoint.iteration if start.checkpoint is not None and start.resumed else 0
+    last = args.train_iters or math.inf  # not known yet with --train-samples
+    same = (Path(args.save) / reference.path.name).resolve() == reference.path.resolve()
+    if same and resumed < reference.iteration <= last:
+        raise ConfigError(
+            f"--save: expected another directory than {args.save}, found the reference's: iteration "
+            f"{reference.iteration} of this run would overwrite {reference.path}"
+        )

@@ -7,9 +7,9 @@ import pytest
 import torch.distributed.checkpoint as dcp
 
 from megatron_ext.checkpoint.inspect import Checkpoint
-from megatron_ext.checkpoint.source import Start, find_reference
+from megatron_ext.checkpoint.source import Start, check_kept, find_reference
 from megatron_ext.config import UnlearnConfig
-from megatron_ext.exceptions import CheckpointError
+from megatron_ext.exceptions import CheckpointError, ConfigError
 from tests.helpers.entry import ROOT, Launch
 from tests.helpers.tiny import ITERATIONS
 from tests.integration.conftest import STEPS
@@ -72,3 +72,25 @@ def test_a_recorded_reference_that_was_moved_is_asked_for(tmp_path):
     args, config = Namespace(load="runs/a"), UnlearnConfig(forget_data_path=["a"])
     with pytest.raises(CheckpointError, match=f"--reference-load: .* runs/a .* nothing at {gone}"):
         find_reference(args, config, resumed)
+
+
+@pytest.mark.parametrize(
+    ("resumed", "train_iters", "refused"),
+    [(0, 300, True), (0, 299, False), (299, 300, True), (300, 400, False), (0, None, True)],
+)
+def test_a_run_that_would_overwrite_its_reference_is_refused(
+    tmp_path, resumed, train_iters, refused
+):
+    save, elsewhere = tmp_path / "save", tmp_path / "elsewhere"
+    (save / "iter_0000300").mkdir(parents=True)
+    elsewhere.symlink_to(save)  # another name of the same directory
+    reference = Checkpoint(elsewhere, 300, elsewhere / "iter_0000300", Namespace())
+    start = Start(Checkpoint(save, resumed or 300, save, Namespace()), "--load", resumed > 0)
+    args = Namespace(save=str(save), skip_train=False, train_iters=train_iters)
+    if refused:
+        with pytest.raises(ConfigError, match=f"--save: .* {save}, .* iteration 300 of this run"):
+            check_kept(args, start, reference)
+    else:
+        check_kept(args, start, reference)
+    for harmless in ({"save": str(tmp_path / "new")}, {"save": None}, {"skip_train": True}):
+        check_kept(Namespace(**(vars(args) | harmless)), start, reference)
