@@ -73,12 +73,14 @@ class Checkpoint:
         iteration: the iteration, 0 for a release.
         path: the folder that holds the tensors.
         args: the arguments of the run that wrote it.
+        schedule: the state of its learning rate schedule, if it has one.
     """
 
     directory: Path
     iteration: int
     path: Path
     args: Namespace
+    schedule: dict[str, Any] | None = None
 
 
 def has_checkpoint(directory: str | Path | None) -> bool:
@@ -120,14 +122,22 @@ def open_checkpoint(
     args = common.get("args") if isinstance(common, dict) else None
     if args is None:
         raise CheckpointError(f"{flag}: expected the arguments of its run in {path}, found none")
-    return Checkpoint(directory=directory, iteration=number, path=path, args=args)
+    schedule = common.get("opt_param_scheduler")
+    return Checkpoint(
+        directory=directory, iteration=number, path=path, args=args, schedule=schedule
+    )
 
 
 def _latest(directory: Path, flag: str) -> str:
     """The folder that the tracker file names."""
     tracker = directory / TRACKER
     if not tracker.is_file():
-        raise CheckpointError(f"{flag}: expected a finished checkpoint, found no {tracker}")
+        hint = (
+            f"; name the folder above, {directory.parent}"
+            if has_checkpoint(directory.parent)
+            else ""
+        )
+        raise CheckpointError(f"{flag}: expected a finished checkpoint, found no {tracker}{hint}")
     text = tracker.read_text(errors="replace").strip()
     if not text.isdecimal() and text != "release":
         raise CheckpointError(

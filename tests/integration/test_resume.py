@@ -2,6 +2,8 @@
 
 import pytest
 
+from megatron_ext.checkpoint.inspect import open_checkpoint
+from megatron_ext.checkpoint.resumable import schedule_of
 from tests.helpers.entry import METRICS
 from tests.integration.conftest import HALF, STEPS
 from tools.compare_losses import compare
@@ -48,3 +50,9 @@ def test_leaving_early_is_no_failure(resumed):
 
 def test_the_recorded_reference_is_taken_and_not_the_student(straight, resumed):
     assert {run.digest() for run in resumed.values()} == {straight.digest()}
+
+
+def test_the_schedule_that_is_compared_is_what_megatron_saves(straight, halfway):
+    opened = open_checkpoint(halfway, flag="--load")
+    assert {**opened.schedule, **schedule_of(opened.args)} == opened.schedule
+    assert len(opened.schedule) == len(schedule_of(opened.args)) + 1  # and the steps done

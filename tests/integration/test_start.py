@@ -97,3 +97,11 @@ def test_going_on_from_another_kind_of_run_is_refused(tiny, server, runs):
     error = error_of(server.run(Launch(flags), directory / "tensorboard" / "other kind"))
     assert f"--load {tiny.base}" in error
     assert "--pretrained-checkpoint" in error
+
+
+def test_a_longer_run_is_refused_unless_it_says_which_schedule_counts(tiny, server, runs):
+    error = error_of(resume(tiny, server, runs, "release", "--train-iters", 4))
+    assert "--train-iters" in error
+    assert "--override-opt-param-scheduler" in error
+    longer = ("--train-iters", 4, "--override-opt-param-scheduler")
+    assert max(succeed(resume(tiny, server, runs, "release", *longer)).scalars["replay loss"]) == 4

@@ -101,3 +101,10 @@ def test_a_folder_can_be_named(tmp_path):
     (tmp_path / TRACKER).write_text("7")
     with pytest.raises(CheckpointError, match=r"torch_dist checkpoint at .*/release, found none"):
         open_checkpoint(tmp_path, flag="--reference-load", folder="release")
+
+
+def test_the_folder_of_an_iteration_is_told_from_that_of_the_run(tmp_path):
+    (tmp_path / TRACKER).write_text("5")
+    (tmp_path / "iter_0000005").mkdir()
+    with pytest.raises(CheckpointError, match=f"name the folder above, {tmp_path}$"):
+        open_checkpoint(tmp_path / "iter_0000005", flag="--load")

@@ -1,0 +1,122 @@
+"""Whether optimizer and schedule of a checkpoint fit the run that would go on with them.
+
+Megatron finds out while it loads, after the model is built, and ends every rank with a traceback: a bare
+``KeyError``, an assertion that names no flag, or the advice to save with a flag that is on anyway.
+"""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from typing import Any
+
+from megatron_ext.checkpoint.inspect import Checkpoint
+from megatron_ext.exceptions import ConfigError
+
+# By the scheduler's own name, the flag that a value follows from. Those with None are lengths, in samples.
+_SCHEDULE = {
+    "max_lr": "--lr",
+    "min_lr": "--min-lr",
+    "lr_decay_style": "--lr-decay-style",
+    "lr_warmup_steps": None,
+    "lr_decay_steps": None,
+    "start_wd": "--weight-decay",
+    "end_wd": "--weight-decay",
+    "wd_incr_style": "--weight-decay-incr-style",
+    "wd_incr_steps": None,
+}
+
+
+def check_resumable(checkpoint: Checkpoint, args: Namespace) -> None:
+    """Refuse what Megatron's optimizer or schedule could not go on from.
+
+    Args:
+        checkpoint: the run's own checkpoint, at ``--load`` and without ``--finetune``.
+        args: Megatron's validated arguments of this run.
+
+    Raises:
+        ConfigError: names the flag and the ways out.
+    """
+    saved = checkpoint.args
+    lacks_optimizer = checkpoint.path.name == "release" or getattr(saved, "no_save_optim", False)
+    if args.no_load_optim or lacks_optimizer:
+        return
+    _check_distributed_optimizer(checkpoint, args)
+    skips = args.override_opt_param_scheduler or args.use_checkpoint_opt_param_scheduler
+    if checkpoint.schedule is not None and not skips:
+        _check_schedule(checkpoint, args)
+
+
+def _check_distributed_optimizer(checkpoint: Checkpoint, args: Namespace) -> None:
+    saved = checkpoint.args
+    distributed = getattr(saved, "use_distributed_optimizer", args.use_distributed_optimizer)
+    if distributed != args.use_distributed_optimizer:
+        here, there = (
+            ("with it", "without") if args.use_distributed_optimizer else ("without it", "with")
+        )
+        raise ConfigError(
+            f"--use-distributed-optimizer: expected as in {checkpoint.path}, which was saved {there}, found "
+            f"a run {here}; --no-load-optim goes on with the weights and an optimizer that starts anew"
+        )
+    if not distributed or getattr(saved, "dist_ckpt_optim_fully_reshardable", True):
+        return
+    for name in ("tensor_model_parallel_size", "pipeline_model_parallel_size"):
+        expected, found = getattr(saved, name), getattr(args, name)
+        if expected != found:
+            raise ConfigError(
+                f"--{name.replace('_', '-')}: expected {expected}, as in {checkpoint.path}, whose "
+                "distributed optimizer was saved without --dist-ckpt-optim-fully-reshardable, found "
+                f"{found}; go on at the old layout and save once with that flag, or give --no-load-optim for "
+                "an optimizer that starts anew"
+            )
+
+
+def _check_schedule(checkpoint: Checkpoint, args: Namespace) -> None:
+    assert checkpoint.schedule is not None
+    for name, found in schedule_of(args).items():
+        expected = checkpoint.schedule.get(name, found)
+        if expected == found:
+            continue
+        flag = _SCHEDULE[name]
+        if flag is None:
+            flag = _length_flag(name, args)
+            expected, found = (f"{steps:g} samples" for steps in (expected, found))
+        raise ConfigError(
+            f"{flag}: expected {expected}, the schedule of {checkpoint.path}, found {found}; "
+            "--override-opt-param-scheduler goes on with the schedule of these flags, "
+            "--use-checkpoint-opt-param-scheduler with that of the checkpoint"
+        )
+
+
+def schedule_of(args: Namespace) -> dict[str, Any]:
+    """What Megatron's ``get_optimizer_param_scheduler`` makes of the flags, by the scheduler's names."""
+    if args.train_iters:
+        batch = args.global_batch_size
+        decay = (args.lr_decay_iters or args.train_iters) * batch
+        warmup, total = args.lr_warmup_iters * batch, args.train_iters * batch
+    else:
+        decay = args.lr_decay_samples or args.train_samples
+        warmup, total = args.lr_warmup_samples, args.train_samples
+    if args.lr_warmup_fraction is not None:
+        warmup = args.lr_warmup_fraction * decay
+    return {
+        "max_lr": args.lr,
+        "min_lr": args.min_lr,
+        "lr_warmup_steps": warmup,
+        "lr_decay_steps": decay,
+        "lr_decay_style": args.lr_decay_style,
+        "start_wd": args.start_weight_decay,
+        "end_wd": args.end_weight_decay,
+        "wd_incr_style": args.weight_decay_incr_style,
+        "wd_incr_steps": total,
+    }
+
+
+def _length_flag(name: str, args: Namespace) -> str:
+    unit = "iters" if args.train_iters else "samples"
+    if name == "lr_warmup_steps" and args.lr_warmup_fraction is not None:
+        return "--lr-warmup-fraction"
+    given = {"lr_warmup_steps": "lr_warmup", "lr_decay_steps": "lr_decay"}.get(name, "train")
+    if not getattr(args, f"{given}_{unit}"):
+        given = "train"
+    flag = f"--{given}-{unit}".replace("_", "-")
+    return f"{flag} x --global-batch-size" if args.train_iters else flag

@@ -1,0 +1,117 @@
+"""A run that cannot go on from a checkpoint's optimizer or schedule is refused by the flag's name."""
+
+from argparse import Namespace
+from pathlib import Path
+
+import pytest
+
+from megatron_ext.checkpoint.inspect import Checkpoint
+from megatron_ext.checkpoint.resumable import check_resumable, schedule_of
+from megatron_ext.exceptions import ConfigError
+
+RUN = {
+    "no_load_optim": False,
+    "override_opt_param_scheduler": False,
+    "use_checkpoint_opt_param_scheduler": False,
+    "use_distributed_optimizer": True,
+    "dist_ckpt_optim_fully_reshardable": False,
+    "tensor_model_parallel_size": 2,
+    "pipeline_model_parallel_size": 1,
+    "train_iters": 6,
+    "train_samples": None,
+    "global_batch_size": 16,
+    "lr": 1e-4,
+    "min_lr": 0.0,
+    "lr_decay_style": "cosine",
+    "lr_decay_iters": None,
+    "lr_decay_samples": None,
+    "lr_warmup_iters": 0,
+    "lr_warmup_samples": 0,
+    "lr_warmup_fraction": None,
+    "start_weight_decay": 0.01,
+    "end_weight_decay": 0.01,
+    "weight_decay_incr_style": "constant",
+}
+SAMPLES = {"train_iters": None, "train_samples": 96}
+
+
+def check(now, saved=None, folder="iter_0000005"):
+    saved = Namespace(**RUN | (saved or {}))
+    checkpoint = Checkpoint(Path("ckpt"), 5, Path("ckpt") / folder, saved, schedule_of(saved))
+    check_resumable(checkpoint, Namespace(**RUN | now))
+
+
+@pytest.mark.parametrize(
+    ("now", "saved"),
+    [
+        ({}, {}),
+        # Lengths count in samples, as the scheduler does.
+        ({"train_iters": 3, "global_batch_size": 32}, {}),
+        (SAMPLES, {}),
+        ({"lr_warmup_fraction": 0.5}, {"lr_warmup_iters": 3}),
+        ({"train_iters": 8, "override_opt_param_scheduler": True}, {}),
+        ({"train_iters": 8, "use_checkpoint_opt_param_scheduler": True}, {}),
+        ({"train_iters": 8, "no_load_optim": True, "use_distributed_optimizer": False}, {}),
+        ({"train_iters": 8, "tensor_model_parallel_size": 1}, {"no_save_optim": True}),
+        ({"tensor_model_parallel_size": 1}, {"dist_ckpt_optim_fully_reshardable": True}),
+        (
+            {"tensor_model_parallel_size": 1, "use_distributed_optimizer": False},
+            {"use_distributed_optimizer": False},
+        ),
+    ],
+)
+def test_what_megatron_goes_on_with_passes(now, saved):
+    check(now, saved)
+
+
+def test_a_release_has_no_optimizer_to_go_on_with():
+    check({"train_iters": 8, "use_distributed_optimizer": False}, folder="release")
+
+
+@pytest.mark.parametrize(
+    ("now", "saved", "message"),
+    [
+        (
+            {"train_iters": 8},
+            {},
+            "--train-iters x --global-batch-size: expected 96 samples, .*iter_0000005, found 128 samples; "
+            "--override-opt-param-scheduler goes on",
+        ),
+        (
+            {"train_iters": 8, "lr_decay_iters": 8},
+            {},
+            "--lr-decay-iters x --global-batch-size: expected 96",
+        ),
+        # The decay is the same, but Megatron's weight decay counts up to the end of the run.
+        (
+            {"train_iters": 8, "lr_decay_iters": 6},
+            {},
+            "--train-iters x --global-batch-size: expected 96",
+        ),
+        ({"train_samples": 97, "train_iters": None}, SAMPLES, "--train-samples: expected 96"),
+        ({"lr_warmup_iters": 1}, {}, "--lr-warmup-iters x .*: expected 0 samples, .*found 16"),
+        ({"lr_warmup_fraction": 0.5}, {}, "--lr-warmup-fraction: expected 0 samples, .*found 48"),
+        ({"lr": 2e-4}, {}, "--lr: expected 0.0001, .* found 0.0002"),
+        ({"lr_decay_style": "constant"}, {}, "--lr-decay-style: expected cosine, .*found constant"),
+        ({"end_weight_decay": 0.1}, {}, "--weight-decay: expected 0.01, .*found 0.1"),
+        (
+            {"use_distributed_optimizer": False},
+            {},
+            "--use-distributed-optimizer: expected .*saved with, found a run without it; --no-load-optim",
+        ),
+        (
+            {},
+            {"use_distributed_optimizer": False},
+            "--use-distributed-optimizer: expected .*saved without, found a run with it",
+        ),
+        (
+            {"tensor_model_parallel_size": 1},
+            {},
+            "--tensor-model-parallel-size: expected 2, .*without --dist-ckpt-optim-fully-reshardable, found 1",
+        ),
+        ({"pipeline_model_parallel_size": 2}, {}, "--pipeline-model-parallel-size: expected 1,"),
+    ],
+)
+def test_what_megatron_would_fail_on_is_refused(now, saved, message):
+    with pytest.raises(ConfigError, match=message):
+        check(now, saved)
