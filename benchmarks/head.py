@@ -1,8 +1,10 @@
 """Time and memory of the unlearning head, forward and backward, against its peers in one run.
 
     python -m benchmarks.head [--device cuda|cpu] [--out FOLDER]
+    python -m benchmarks.head --size 8192 4096 128256 --peers ours naive     # a shape of your own
 
-Prints a table, writes `head-<device>.json` and `head-<device>.png`. A peer that cannot run is
+Prints a table, writes `head-<device>.json` and `head-<device>.png`, for shapes of your own with the first
+of them in the name. A peer that cannot run is
 listed with the reason. On a GPU: median of CUDA events, and the allocator's peak above the inputs.
 On a CPU: each measurement in a process of its own, its peak of resident memory above the inputs.
 """
@@ -16,7 +18,7 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -104,12 +106,14 @@ def measure(device: str, peer: str, size: tuple[int, int, int], reference: str) 
     return row
 
 
-def measure_all(device: str, seconds: float) -> list[dict[str, Any]]:
-    """Every peer at every size, largest first, until the time is up."""
+def measure_all(
+    device: str, seconds: float, sizes: Sequence[tuple[int, int, int]], peers: Iterable[str]
+) -> list[dict[str, Any]]:
+    """Every peer at every size, in this order, until the time is up."""
     started, rows = time.monotonic(), []
-    for size in SIZES[device]:
+    for size in sizes:
         for reference in reversed(REFERENCES):
-            for peer in PEERS:
+            for peer in peers:
                 if device == "cpu" and peer in ("ours-halves", "ours-lean", "ours-candidate"):
                     continue  # theirs is a GPU
                 if time.monotonic() - started > seconds:
@@ -227,6 +231,15 @@ def main() -> None:
     parser.add_argument("--device", choices=("cuda", "cpu"))
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     parser.add_argument("--seconds", type=float, default=180, help="start no cell after this long")
+    parser.add_argument(
+        "--size",
+        type=int,
+        nargs=3,
+        action="append",
+        metavar=("TOKENS", "HIDDEN", "VOCABULARY"),
+        help="instead of the table's shapes; may be given several times",
+    )
+    parser.add_argument("--peers", nargs="+", choices=PEERS, default=list(PEERS), metavar="PEER")
     parser.add_argument("--cell", help=argparse.SUPPRESS)
     args = parser.parse_args()
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -238,12 +251,14 @@ def main() -> None:
 
     errors = head_accuracy.accuracy(device)
     head_accuracy.show(errors)
-    rows = measure_all(device, args.seconds)
+    sizes = [tuple(size) for size in args.size or SIZES[device]]
+    rows = measure_all(device, args.seconds, sizes, args.peers)
     lines = summary(rows)
     print("\n".join(["", *lines]))
     args.out.mkdir(parents=True, exist_ok=True)
     result = {"environment": environment(device), "cells": rows, "summary": lines, "errors": errors}
-    path = args.out / f"head-{device}.json"
+    shape = "-{}x{}x{}".format(*sizes[0]) if args.size else ""
+    path = args.out / f"head-{device}{shape}.json"
     path.write_text(json.dumps(result, indent=1) + "\n")
     try:
         plot(rows, path.with_suffix(".png"))
