@@ -167,7 +167,9 @@ class Trainer:
         self.run_schedule = get_forward_backward_func()
         self.forward_step: Callable[..., Any] = self._plain_forward_step
         if self.variant.unlearn:
-            reference = _gpt(self.config, self.shape, self.variant.native)
+            frozen = copy.copy(self.config)  # no gradients, as the product builds it
+            frozen.gradient_accumulation_fusion = False
+            reference = _gpt(frozen, self.shape, self.variant.native)
             unlearn = unlearn_step(self.shape, self.variant, reference)
             self.forward_step = unlearn.forward_step
             self.run_schedule = partial(unlearn.forward_backward, self.run_schedule)
