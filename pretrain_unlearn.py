@@ -17,7 +17,6 @@ import logging  # noqa: E402
 import multiprocessing  # noqa: E402
 import os  # noqa: E402
 import sys  # noqa: E402
-import warnings  # noqa: E402
 
 from megatron_ext.exceptions import MegatronExtError  # noqa: E402
 
@@ -33,9 +32,9 @@ if __name__ == "__mp_main__":
 
 def main() -> None:
     """Parse, check, build and train."""
-    warnings.filterwarnings("ignore", message=".*(Transformer Engine|Apex|transformer-engine).*")
-    from megatron_ext.runtime import compat, cpu, optimizer
+    from megatron_ext.runtime import compat, console, cpu, optimizer
 
+    console.quiet()
     cpu.enable()  # before anything of Megatron is imported; does nothing where a CUDA device exists
 
     import torch

@@ -44,6 +44,8 @@ def add_arguments(parser: ArgumentParser) -> ArgumentParser:
     ArgumentGroupFactory(UnlearnConfig).build_group(parser, "unlearning (arXiv 2406.12397)")
     compat.repair_help(parser)
     parser.set_defaults(**machine_defaults())
+    # A mistyped flag printed the 750 lines of all of Megatron's before the error, on every rank.
+    parser.usage = "%(prog)s FLAGS (--help lists them; those of this program are at its end)"
     return parser
 
 
@@ -56,6 +58,8 @@ def machine_defaults() -> dict[str, Any]:
         "eval_interval": 1000,
         "rerun_mode": "disabled",  # see finite.py
     }
+    if not _installed("one_logger"):
+        defaults |= {"enable_one_logger": False}  # a warning asks for this package of NVIDIA's own
     if not _installed("transformer_engine"):
         defaults |= {"transformer_impl": "local"}
     if not _installed("apex"):

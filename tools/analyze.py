@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Look at text, and at what a model makes of it.
+r"""Look at text, and at what a model makes of it.
 
     python tools/analyze.py tokens --data real=data/real_text_document pairs=data/pairs_text_document \
         --tokenizer-model tokenizer.model --output tokens.json
@@ -21,7 +21,6 @@ import argparse
 import json
 import logging
 import sys
-import warnings
 from argparse import ArgumentParser, Namespace
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, redirect_stdout
@@ -29,7 +28,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-warnings.filterwarnings("ignore", message=".*(Transformer Engine|Apex).*")
+from megatron_ext.runtime import console
+
+console.quiet()
 
 from megatron_ext.analysis.samples import describe_dataset, parse_sets  # noqa: E402
 from megatron_ext.data.atomic import AtomicFiles  # noqa: E402

@@ -8,11 +8,13 @@ from types import FrameType
 from typing import NoReturn
 
 from megatron_ext.exceptions import MegatronExtError
+from megatron_ext.runtime import console
 
 
 def run_tool(main: Callable[[], None]) -> NoReturn:
     """Runs a tool: log lines to standard error, a user's error as one line and exit code 2."""
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    console.quiet()
     signal.signal(signal.SIGTERM, _interrupt)
     name = sys.argv[0].rpartition("/")[2]
     try:

@@ -14,12 +14,12 @@ from __future__ import annotations
 
 import argparse
 import sys
-import warnings
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-warnings.filterwarnings("ignore", message=".*(Transformer Engine|Apex|transformer-engine).*")
-warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+from megatron_ext.runtime import console
+
+console.quiet()
 
 from megatron_ext.runtime import compat, cpu  # noqa: E402
 

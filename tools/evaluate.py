@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""How good a model is: benchmarks, beside the numbers of arXiv 2406.12397.
+r"""How good a model is: benchmarks, beside the numbers of arXiv 2406.12397.
 
     python tools/evaluate.py harness --model ckpt/base --name mine --data-dir data --output scores.json \
         --tasks mmlu cmmlu ceval-valid gsm8k ifeval humaneval mbpp --allow-code-execution
@@ -19,11 +19,12 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-import warnings
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-warnings.filterwarnings("ignore", message=".*(Transformer Engine|Apex).*")
+from megatron_ext.runtime import console
+
+console.quiet()
 
 from megatron_ext.runtime import cpu  # noqa: E402
 

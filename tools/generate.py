@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Let a model continue prompts, or answer conversations.
+r"""Let a model continue prompts, or answer conversations.
 
     torchrun --nproc-per-node 2 tools/generate.py --model ckpt/unlearn --input prompts.jsonl \
         --output completions.jsonl --tensor-model-parallel-size 2
@@ -14,13 +14,14 @@ from __future__ import annotations
 
 import argparse
 import sys
-import warnings
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-warnings.filterwarnings("ignore", message=".*(Transformer Engine|Apex).*")
+from megatron_ext.runtime import console
+
+console.quiet()
 
 from megatron_ext.runtime import cpu  # noqa: E402
 

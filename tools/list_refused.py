@@ -3,12 +3,13 @@
 
 import argparse
 import sys
-import warnings
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-warnings.filterwarnings("ignore", message=".*(Transformer Engine|Apex|transformer-engine).*")
+from megatron_ext.runtime import console  # noqa: E402
+
+console.quiet()
 
 from megatron_ext.data.atomic import write_atomically  # noqa: E402
 from megatron_ext.refusals import render  # noqa: E402

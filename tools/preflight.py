@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Check the nodes of a run before it starts: one rank a GPU, on all nodes, as the run will have them.
+r"""Check the nodes of a run before it starts: one rank a GPU, on all nodes, as the run will have them.
 
     torchrun --nnodes 2 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HEAD:PORT tools/preflight.py \
         --shared /ckpt --checkpoint-bytes 30e9 --data /data/web_text_document \

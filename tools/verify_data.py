@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Check tokenised data sets in full; training itself checks only what is cheap.
+r"""Check tokenised data sets in full; training itself checks only what is cheap.
 
     python tools/verify_data.py data/web_text_document data/qa_text_document \
         --tokenizer-type SentencePieceTokenizer --tokenizer-model tok.model

@@ -10,7 +10,7 @@ from importlib.metadata import version
 from typing import Any
 
 from megatron_ext.exceptions import ConfigError
-from megatron_ext.runtime import resume, safe_load
+from megatron_ext.runtime import console, resume, safe_load
 
 logger = logging.getLogger(__name__)
 
@@ -69,57 +69,6 @@ def be_the_only_process() -> None:
     os.environ |= single | {"MASTER_ADDR": "localhost", "MASTER_PORT": "0"}
 
 
-def print_negative_losses() -> None:
-    """Print the averages that Megatron's console leaves out because they are below zero.
-
-    With gradient ascent the forgetting loss, and in the end the whole objective, is negative;
-    ``training_log`` prints no such average. They follow on a line of their own.
-    """
-    import megatron.training.training as loop
-
-    training_log = loop.training_log
-
-    def log_all(
-        loss_dict: dict[str, Any],
-        total_loss_dict: dict[str, Any],
-        learning_rate: float | None,
-        iteration: int,
-        loss_scale: float,
-        report_memory_flag: bool,
-        skipped_iter: int,
-        *args: Any,
-        is_first_iteration: bool = False,
-        **kwargs: Any,
-    ) -> bool:
-        averages: dict[str, float] = {}
-        if iteration % loop.get_args().log_interval == 0 or is_first_iteration:
-            # Megatron clears the totals once they are printed, so the averages are taken before.
-            new = {} if skipped_iter else loss_dict
-            steps = total_loss_dict.get("advanced iterations", 0) + (0 if skipped_iter else 1)
-            averages = {
-                key: float(total_loss_dict.get(key, 0.0) + new.get(key, 0.0)) / max(1, steps)
-                for key in loss_dict
-            }
-        result: bool = training_log(
-            loss_dict,
-            total_loss_dict,
-            learning_rate,
-            iteration,
-            loss_scale,
-            report_memory_flag,
-            skipped_iter,
-            *args,
-            is_first_iteration=is_first_iteration,
-            **kwargs,
-        )
-        texts = [f" {key}: {value:.6E} |" for key, value in averages.items() if value < 0]
-        if texts:
-            loop.print_rank_last(f" iteration {iteration:8d} |{''.join(texts)}")
-        return result
-
-    loop.training_log = log_all
-
-
 def skip_on_every_layout() -> None:
     """Let ``--iterations-to-skip`` read on in the data, and do nothing else.
 
@@ -148,6 +97,6 @@ def apply() -> None:
     safe_load.enable()
     skip_helper_compilation()
     be_the_only_process()
-    print_negative_losses()
+    console.apply()
     skip_on_every_layout()
     resume.apply()

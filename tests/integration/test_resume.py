@@ -56,3 +56,13 @@ def test_the_schedule_that_is_compared_is_what_megatron_saves(straight, halfway)
     opened = open_checkpoint(halfway, flag="--load")
     assert {**opened.schedule, **schedule_of(opened.args)} == opened.schedule
     assert len(opened.schedule) == len(schedule_of(opened.args)) + 1  # and the steps done
+
+
+def test_the_log_holds_no_wall_of_remarks(straight):
+    remarks = [
+        line for line in straight.output.splitlines() if "Warning:" in line or "DEPREC" in line
+    ]
+    assert remarks == []
+    # Of every line of the console, because the weights came from a later iteration than any of these.
+    assert straight.output.count("Theoretical memory") == 2
+    assert " PPL:" not in straight.output

@@ -107,7 +107,7 @@ def test_a_release_has_no_optimizer_to_go_on_with():
         (
             {"tensor_model_parallel_size": 1},
             {},
-            "--tensor-model-parallel-size: expected 2, .*without --dist-ckpt-optim-fully-reshardable, found 1",
+            "--tensor-model-parallel-size: expected 2, .* --dist-ckpt-optim-fully-reshardable, found 1",
         ),
         ({"pipeline_model_parallel_size": 2}, {}, "--pipeline-model-parallel-size: expected 1,"),
     ],

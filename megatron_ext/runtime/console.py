@@ -1,0 +1,121 @@
+"""What reaches the terminal: nothing that the user can do nothing about, and no number without a meaning."""
+
+from __future__ import annotations
+
+import logging
+import re
+import warnings
+from typing import Any
+
+# Beginnings of warnings that Megatron-Core and torch, both pinned, cause between themselves, on every rank.
+_WARNINGS = (
+    ".*(Transformer Engine|Apex|transformer-engine)",  # the entry point says which layers are used
+    "torch.distributed is disabled",  # a checkpoint's arguments are read before there are process groups
+    "The argument order of load has been changed",
+    "Please use DTensor instead and we are deprecating ShardedTensor",
+    ".*all_gather_into_tensor. is deprecated",
+    ".* is experimental and still under active development",  # imported by Megatron, used by nobody
+    "'pin_memory' argument is set as true but no accelerator is found",
+)
+_LOGS: dict[str, tuple[str, ...]] = {
+    "megatron.core.models.gpt.gpt_model": ("GPTModel IS DEPRECATED",),
+    "megatron.core.dist_checkpointing.strategies.torch": ("MCore's async save is deprecated",),
+    "megatron.core.rerun_state_machine": (
+        "RerunStateMachine initialized",
+        "Setting RerunStateMachine",
+    ),
+}
+_PERPLEXITY = re.compile(r"\| ([^|]+) PPL: \S+ (?=\|)")
+
+
+def quiet() -> None:
+    """Leave out what a library says of itself; call it before anything of ``megatron`` is imported."""
+    for message in _WARNINGS:
+        warnings.filterwarnings("ignore", message=message)
+
+    def is_news(record: logging.LogRecord) -> bool:
+        return not record.getMessage().startswith(_LOGS[record.name])
+
+    for name in _LOGS:
+        logging.getLogger(name).addFilter(is_news)
+
+
+def repair_training_log() -> None:
+    """Print the averages that Megatron leaves out because they are below zero, and memory only twice.
+
+    With gradient ascent the forgetting loss, and in the end the whole objective, is negative;
+    ``training_log`` prints no such average. They follow on a line of their own.
+
+    Megatron reports memory until two steps after the iteration that was loaded, and takes that of
+    ``--pretrained-checkpoint`` for it: a run from iteration 70,000 printed eleven lines more at each of its
+    first 70,000 steps.
+    """
+    import megatron.training.training as loop
+
+    training_log = loop.training_log
+
+    def log_all(
+        loss_dict: dict[str, Any],
+        total_loss_dict: dict[str, Any],
+        learning_rate: float | None,
+        iteration: int,
+        loss_scale: float,
+        report_memory_flag: bool,
+        skipped_iter: int,
+        *args: Any,
+        is_first_iteration: bool = False,
+        **kwargs: Any,
+    ) -> bool:
+        averages: dict[str, float] = {}
+        is_printed = iteration % loop.get_args().log_interval == 0 or is_first_iteration
+        if is_printed:
+            # Megatron clears the totals once they are printed, so the averages are taken before.
+            new = {} if skipped_iter else loss_dict
+            steps = total_loss_dict.get("advanced iterations", 0) + (0 if skipped_iter else 1)
+            averages = {
+                key: float(total_loss_dict.get(key, 0.0) + new.get(key, 0.0)) / max(1, steps)
+                for key in loss_dict
+            }
+        result: bool = training_log(
+            loss_dict,
+            total_loss_dict,
+            learning_rate,
+            iteration,
+            loss_scale,
+            report_memory_flag,
+            skipped_iter,
+            *args,
+            is_first_iteration=is_first_iteration,
+            **kwargs,
+        )
+        texts = [f" {key}: {value:.6E} |" for key, value in averages.items() if value < 0]
+        if texts:
+            loop.print_rank_last(f" iteration {iteration:8d} |{''.join(texts)}")
+        return result and (is_first_iteration or not is_printed)
+
+    loop.training_log = log_all
+
+
+def repair_validation_log() -> None:
+    """Leave "PPL", the exponential, out of Megatron's line of validation for all but a mean cross-entropy.
+
+    It prints one for every value: of probabilities, of the KL, of the perplexity itself.
+    """
+    import megatron.training.training as loop
+
+    print_rank_last = loop.print_rank_last
+
+    def print_line(message: str) -> None:
+        if message.startswith(" validation"):
+            message = _PERPLEXITY.sub(
+                lambda found: found[0] if found[1] == "lm loss" else "", message
+            )
+        print_rank_last(message)
+
+    loop.print_rank_last = print_line
+
+
+def apply() -> None:
+    """Repair what Megatron's loop prints."""
+    repair_training_log()
+    repair_validation_log()

@@ -1,0 +1,72 @@
+"""What the terminal shows: news, and numbers with a meaning."""
+
+import argparse
+import logging
+import warnings
+from types import SimpleNamespace
+
+import megatron.training.training as loop
+import pytest
+
+from megatron_ext.arguments import add_arguments
+from megatron_ext.runtime import console
+
+
+@pytest.fixture
+def lines(monkeypatch):
+    """What Megatron's last rank prints."""
+    printed = []
+    monkeypatch.setattr(loop, "print_rank_last", printed.append)
+    return printed
+
+
+def test_validation_shows_the_perplexity_of_cross_entropies_alone(lines):
+    console.repair_validation_log()
+    loop.print_rank_last(
+        " validation loss at iteration 3 | lm loss value: 1.000000E+00 | lm loss PPL: 2.718282E+00 | "
+        "mitigation kl value: 0.000000E+00 | mitigation kl PPL: 1.000000E+00 | "
+        "replay perplexity value: 7.000000E+00 | replay perplexity PPL: 1.096633E+03 | "
+    )
+    loop.print_rank_last(" iteration 3 | x PPL: 1 | ")
+    assert lines == [
+        " validation loss at iteration 3 | lm loss value: 1.000000E+00 | lm loss PPL: 2.718282E+00 | "
+        "mitigation kl value: 0.000000E+00 | replay perplexity value: 7.000000E+00 | ",
+        " iteration 3 | x PPL: 1 | ",
+    ]
+
+
+def test_memory_is_reported_at_the_first_two_lines_of_a_run(monkeypatch, lines):
+    monkeypatch.setattr(loop, "get_args", lambda: SimpleNamespace(log_interval=2))
+    # As Megatron answers in a run that began with the weights of iteration 70,000.
+    monkeypatch.setattr(loop, "training_log", lambda *_, **__: True)
+    console.repair_training_log()
+
+    def report_again(iteration):
+        first = iteration == 1
+        return loop.training_log({}, {}, 0.1, iteration, 1.0, True, 0, is_first_iteration=first)
+
+    assert [report_again(iteration) for iteration in (1, 2)] == [True, False]
+    monkeypatch.setattr(loop, "get_args", lambda: SimpleNamespace(log_interval=3))
+    assert [report_again(iteration) for iteration in (1, 2, 3)] == [True, True, False]
+
+
+def test_known_remarks_of_libraries_are_left_out_and_others_are_not(caplog):
+    model = logging.getLogger("megatron.core.models.gpt.gpt_model")
+    with warnings.catch_warnings(record=True) as seen, caplog.at_level(logging.WARNING):
+        warnings.simplefilter("always")
+        console.quiet()
+        warnings.warn("torch.distributed is disabled, unavailable or uninitialized", stacklevel=1)
+        warnings.warn("news of torch.distributed", stacklevel=1)
+        model.warning("GPTModel IS DEPRECATED. GPTModel is only")
+        model.warning("news of the model")
+    assert [str(warning.message) for warning in seen] == ["news of torch.distributed"]
+    assert caplog.messages == ["news of the model"]
+
+
+def test_a_mistyped_flag_is_answered_in_two_lines(capsys):
+    parser = add_arguments(argparse.ArgumentParser(prog="pretrain_unlearn.py"))
+    with pytest.raises(SystemExit):
+        parser.parse_args(["--forget-weigth", "1"])
+    usage, error = capsys.readouterr().err.splitlines()
+    assert "--help" in usage
+    assert "--forget-weigth" in error
