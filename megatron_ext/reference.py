@@ -18,9 +18,11 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
-from megatron.core import dist_checkpointing
+from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
+from megatron.core.dist_checkpointing.strategies import fully_parallel
+from megatron.core.dist_checkpointing.strategies.torch import TorchDistLoadShardedStrategy
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.utils import unwrap_model
@@ -59,6 +61,7 @@ class FrozenReference:
     ) -> None:
         self.source = source
         self._vocab_size: int = args.unpadded_vocab_size
+        self._strategy = _load_strategy(args)
         self.chunks = self._build(model_config)
         self._load()
         self.digest = self.compute_digest()
@@ -100,9 +103,8 @@ class FrozenReference:
         transformer.perform_initialization = False
         transformer.recompute_granularity = None
         transformer.gradient_accumulation_fusion = False
-        # Both keep what they recorded of the student's forward passes where any model's finds it: a graph is
-        # recorded in training alone and asked for in each later pass, and the first pass of a run, which
-        # is the reference's, decides what is offloaded.
+        # Graphs are recorded in training alone and asked for in every later pass; and the first pass of
+        # a run, which is the reference's, would decide what is offloaded.
         transformer.cuda_graph_impl = "none"
         transformer.fine_grained_activation_offloading = False
         reference_config = dataclasses.replace(
@@ -131,7 +133,7 @@ class FrozenReference:
     def _load(self) -> None:
         path = str(self.source.checkpoint.path)
         self._check_keys(path)
-        loaded = dist_checkpointing.load(self._sharded_state(), path)
+        loaded = dist_checkpointing.load(self._sharded_state(), path, self._strategy)
         for i, chunk in enumerate(unwrap_model(self.chunks)):
             chunk.load_state_dict(loaded[f"model{i}"], strict=True)
 
@@ -284,3 +286,14 @@ class FrozenReference:
                 chunk.config.microbatch_group_size_per_vp_stage = count
         padded = [[*chunk, *[chunk[-1]] * (count - len(chunk))] for chunk in batches]
         return [iter(chunk) for chunk in padded], count
+
+
+def _load_strategy(args: Namespace) -> Any:
+    """As for the student: by ``--ckpt-fully-parallel-load`` data-parallel ranks read a part each."""
+    if not args.ckpt_fully_parallel_load:
+        return None
+    return fully_parallel.FullyParallelLoadStrategyWrapper(
+        TorchDistLoadShardedStrategy(),
+        parallel_state.get_data_parallel_group(with_context_parallel=True),
+        exchange_algo=args.ckpt_fully_parallel_load_exchange_algo,
+    )

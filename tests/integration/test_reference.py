@@ -40,10 +40,12 @@ def test_default_reference_is_the_start_and_no_mitigation_means_none(
     launches = {
         "default": Launch(tiny.objective(*start)),
         "none": Launch(tiny.objective(*start, "--mitigation-weight", 0)),
+        "read in parts": Launch(tiny.objective(*start, "--ckpt-fully-parallel-load"), ranks=2),
     }
     runs = server.run_all(launches, runs_directory / "reference")
     assert str(tiny.base) in runs["default"].line("reference:")
     assert runs["default"].digest() != straight.digest()
+    assert runs["read in parts"].digest() == runs["default"].digest()
     # Student and reference are the same at first, so their KL is 0 but for rounding.
     assert runs["default"].scalars["mitigation kl"][1] < 1e-6
     assert "reference:" not in runs["none"].output

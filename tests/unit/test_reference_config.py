@@ -1,5 +1,6 @@
-"""What the frozen reference does not take over from the student's config."""
+"""What the frozen reference takes over from the student, and what not."""
 
+from argparse import Namespace
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
@@ -63,3 +64,18 @@ def test_nothing_of_the_reference_is_recorded_offloaded_or_trained(monkeypatch, 
     assert not chunk.training
     assert not any(parameter.requires_grad for parameter in chunk.parameters())
     assert vars(student.transformer) == before
+
+
+def test_it_is_read_in_parts_as_the_student_is(monkeypatch):
+    group = SimpleNamespace(size=lambda: 2)
+    monkeypatch.setattr(
+        reference.parallel_state, "get_data_parallel_group", lambda with_context_parallel: group
+    )
+    args = Namespace(
+        ckpt_fully_parallel_load=True, ckpt_fully_parallel_load_exchange_algo="gather_object"
+    )
+    strategy = reference._load_strategy(args)
+    assert strategy.parallelization_group is group
+    assert strategy.exchange_algo == "gather_object"
+    args.ckpt_fully_parallel_load = False
+    assert reference._load_strategy(args) is None
