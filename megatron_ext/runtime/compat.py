@@ -57,16 +57,33 @@ def repair_help(parser: ArgumentParser) -> None:
             action.help = str(action.help).replace("%", "%%")
 
 
-def be_the_only_process() -> None:
-    """Fill in what a launcher would set, so that one process runs without ``torchrun``.
+def find_ranks() -> None:
+    """Fill in what torchrun would set: of a task of ``srun``, or of a process that runs alone.
 
     Megatron takes a missing rank for rank 0 of 1 but has no address to meet at. Port 0 lets the system
-    choose a free one.
+    choose a free one. Each of many tasks that took itself for the only one would run on its own, and
+    all of them would write the same checkpoints.
+
+    Raises:
+        ConfigError: there are other tasks, and nothing says where to meet them.
     """
     if "RANK" in os.environ:
         return
-    single = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
-    os.environ |= single | {"MASTER_ADDR": "localhost", "MASTER_PORT": "0"}
+    tasks = int(os.environ.get("SLURM_STEP_NUM_TASKS", "1"))
+    others = max(tasks, int(os.environ.get("OMPI_COMM_WORLD_SIZE", "1")))
+    if others == 1:
+        single = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
+        os.environ |= single | {"MASTER_ADDR": "localhost", "MASTER_PORT": "0"}
+        return
+    if tasks == 1 or not {"MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
+        raise ConfigError(
+            f"RANK: expected a start by torchrun, or by srun with MASTER_ADDR and MASTER_PORT, found one of "
+            f"{others} tasks without it"
+        )
+    slurm = {"RANK": "SLURM_PROCID", "LOCAL_RANK": "SLURM_LOCALID"}
+    per_node = os.environ.get("SLURM_STEP_TASKS_PER_NODE", "1").split("(")[0].split(",")[0]
+    os.environ |= {name: os.environ[other] for name, other in slurm.items()}
+    os.environ |= {"WORLD_SIZE": str(tasks), "LOCAL_WORLD_SIZE": per_node}
 
 
 def skip_on_every_layout() -> None:
@@ -96,7 +113,7 @@ def apply() -> None:
     check_megatron_version()
     safe_load.enable()
     skip_helper_compilation()
-    be_the_only_process()
+    find_ranks()
     console.apply()
     skip_on_every_layout()
     resume.apply()

@@ -29,12 +29,36 @@ def test_help_with_a_bare_per_cent_sign_is_repaired_and_others_are_left():
 
 def test_a_lone_process_meets_itself_and_a_launched_one_is_left_alone():
     with mock.patch.dict(os.environ, {"RANK": "3", "WORLD_SIZE": "8"}, clear=True):
-        compat.be_the_only_process()
+        compat.find_ranks()
         assert dict(os.environ) == {"RANK": "3", "WORLD_SIZE": "8"}
     with mock.patch.dict(os.environ, {}, clear=True):
-        compat.be_the_only_process()
+        compat.find_ranks()
         assert os.environ["WORLD_SIZE"] == "1"
         assert os.environ["MASTER_PORT"] == "0"
+
+
+def test_tasks_of_srun_are_the_ranks_of_one_run():
+    task = {"SLURM_STEP_NUM_TASKS": "16", "SLURM_PROCID": "11", "SLURM_LOCALID": "3"}
+    task |= {"SLURM_STEP_TASKS_PER_NODE": "8(x2)", "SLURM_NTASKS": "64"}
+    meet = {"MASTER_ADDR": "node0", "MASTER_PORT": "6000"}
+    with mock.patch.dict(os.environ, task | meet, clear=True):
+        compat.find_ranks()
+        found = {name: os.environ[name] for name in ("RANK", "WORLD_SIZE", *meet)}
+        assert found == {"RANK": "11", "WORLD_SIZE": "16"} | meet
+        assert (os.environ["LOCAL_RANK"], os.environ["LOCAL_WORLD_SIZE"]) == ("3", "8")
+    # A batch script is alone, though its allocation has tasks.
+    with mock.patch.dict(os.environ, {"SLURM_NTASKS": "64", "SLURM_PROCID": "0"}, clear=True):
+        compat.find_ranks()
+        assert os.environ["WORLD_SIZE"] == "1"
+
+
+@pytest.mark.parametrize("many", [{"SLURM_STEP_NUM_TASKS": "16"}, {"OMPI_COMM_WORLD_SIZE": "16"}])
+def test_one_of_many_tasks_does_not_take_itself_for_the_only_one(many):
+    with (
+        mock.patch.dict(os.environ, many, clear=True),
+        pytest.raises(ConfigError, match=r"RANK: expected .* torchrun.*, found one of 16 tasks"),
+    ):
+        compat.find_ranks()
 
 
 @pytest.mark.parametrize(
