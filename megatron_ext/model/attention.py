@@ -7,7 +7,8 @@ each layer and sample.
 Shapes: s sequence, b batch, h query heads and g key heads on this rank, d head size.
 """
 
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
+from functools import cache
 from typing import Any
 
 import torch
@@ -23,12 +24,24 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from megatron_ext.model.rope import cos_sin, rotate, split_rotate
 
-# Without MATH: it forms [s, s]. cuDNN first: it is the faster one on Hopper.
-_GPU_BACKENDS = [
-    SDPBackend.CUDNN_ATTENTION,
-    SDPBackend.FLASH_ATTENTION,
-    SDPBackend.EFFICIENT_ATTENTION,
-]
+# cuDNN up to this version may read beyond sequences whose length is no multiple of 128; 9.15.1 mended it.
+# torch's own order does not prefer such a one either.
+_UNSOUND_CUDNN = 91500
+# Largest head of flash and of cuDNN.
+_FLASH_HEAD = 256
+
+
+@cache
+def _gpu_backends(device: torch.device) -> list[SDPBackend]:
+    """What torch may choose from, in order of preference, but MATH, which forms `[s, s]`.
+
+    cuDNN's is the fastest one on Hopper; elsewhere it was not measured.
+    """
+    others = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION]
+    hopper = torch.cuda.get_device_capability(device)[0] == 9
+    if hopper and (torch.backends.cudnn.version() or 0) > _UNSOUND_CUDNN:
+        return [SDPBackend.CUDNN_ATTENTION, *others]
+    return others
 
 
 class SdpaCoreAttention(MegatronModule):
@@ -99,10 +112,13 @@ class SdpaCoreAttention(MegatronModule):
         dropout = self.dropout if self.training else 0.0
         # Under sequence parallelism the whole block already runs in the forked random state.
         forked = dropout > 0 and not self.config.sequence_parallel
-        kernels = sdpa_kernel(_GPU_BACKENDS, set_priority=True) if query.is_cuda else nullcontext()
+        kernels: AbstractContextManager[None] = nullcontext()
+        if query.is_cuda:
+            kernels = sdpa_kernel(_gpu_backends(query.device), set_priority=True)
         grouped = query.shape[2] != key.shape[2]
-        if grouped and query.is_cuda and query.dtype == torch.float32:
-            # torch's one fp32 kernel without [s, s] refuses grouped heads, and none is left then.
+        alone = query.dtype == torch.float32 or query.shape[3] > _FLASH_HEAD
+        if grouped and query.is_cuda and alone:
+            # torch's one kernel for these without [s, s] refuses grouped heads, and none is left then.
             repeats = query.shape[2] // key.shape[2]
             key, value = (t.repeat_interleave(repeats, dim=2) for t in (key, value))
             grouped = False
