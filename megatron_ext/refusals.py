@@ -59,6 +59,11 @@ NEVER: tuple[Refusal, ...] = (
     Refusal(
         "defer_embedding_wgrad_compute", "the head computes the output layer's gradient itself"
     ),
+    # These four do nothing here, or only in Megatron-LM's pretrain_gpt.py; that must not go unsaid.
+    Refusal("check_for_spiky_loss", "losses are checked for NaN and inf alone"),
+    Refusal("inprocess_restart", "a run that fails is started again by torchrun or its job"),
+    Refusal("logits_save_dir", "the head never holds the logits of all tokens"),
+    Refusal("logits_load_dir", "the loss of distillation is not computed here"),
     Refusal(
         "ckpt_format",
         "a run goes on only from such a checkpoint",

@@ -73,4 +73,6 @@ def test_the_first_row_that_applies_is_named():
         ConfigError, match=r"^--ckpt-format: expected torch_dist, found torch; a run"
     ):
         refuse(Namespace(ckpt_format="torch"), NEVER, where="")
+    with pytest.raises(ConfigError, match=r"^--logits-load-dir is not supported: the loss of dist"):
+        refuse(Namespace(logits_load_dir="a"), NEVER, where="is not supported")
     refuse(Namespace(num_experts=None, dataloader_type="single"), ROWS, where="")
