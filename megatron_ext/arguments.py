@@ -40,8 +40,13 @@ logger = logging.getLogger(__name__)
 
 def add_arguments(parser: ArgumentParser) -> ArgumentParser:
     """Add the product's flags and this machine's defaults to Megatron's parser."""
-    ArgumentGroupFactory(ChatConfig).build_group(parser, "chat tuning")
-    ArgumentGroupFactory(UnlearnConfig).build_group(parser, "unlearning (arXiv 2406.12397)")
+    chat = ArgumentGroupFactory(ChatConfig).build_group(parser, "chat tuning")
+    unlearning = ArgumentGroupFactory(UnlearnConfig).build_group(
+        parser, "unlearning (arXiv 2406.12397)"
+    )
+    for action in (*chat._group_actions, *unlearning._group_actions):
+        if action.default:  # those with another meaning say it themselves
+            action.help = f"{action.help} Default: {action.default}."
     compat.repair_help(parser)
     parser.set_defaults(**machine_defaults())
     # A mistyped flag printed the 750 lines of all of Megatron's before the error, on every rank.

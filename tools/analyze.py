@@ -17,7 +17,6 @@ Models run distributed, also without torchrun as one process; the architecture i
 
 from __future__ import annotations
 
-import argparse
 import json
 import logging
 import sys
@@ -35,7 +34,7 @@ console.quiet()
 from megatron_ext.analysis.samples import describe_dataset, parse_sets  # noqa: E402
 from megatron_ext.data.atomic import AtomicFiles  # noqa: E402
 from megatron_ext.exceptions import ConfigError  # noqa: E402
-from tools.common import run_tool  # noqa: E402
+from tools.common import ToolParser, run_tool  # noqa: E402
 from tools.compare_losses import read_scalars  # noqa: E402
 
 if TYPE_CHECKING:
@@ -45,9 +44,7 @@ if TYPE_CHECKING:
 
 def main() -> None:
     """Parse the command line and run a verb."""
-    parser = ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = ToolParser(description=__doc__)
     verbs = parser.add_subparsers(dest="verb", required=True)
     tokens = verbs.add_parser("tokens", help="structural tokens of sets of text; needs no model")
     _add_data(tokens)

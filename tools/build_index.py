@@ -26,7 +26,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from megatron_ext.exceptions import ConfigError
-from tools.common import run_tool
+from tools.common import ToolParser, run_tool
 
 # By these flags the ranks of a run are split; the least number of them can be told from the rest.
 _LAYOUT = ("tensor-model-parallel-size", "pipeline-model-parallel-size", "context-parallel-size")
@@ -55,10 +55,10 @@ def run_flags(argv: Sequence[str]) -> list[str]:
     Raises:
         ConfigError: there are none, or the index would depend on what they do not say.
     """
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    parser = ToolParser(description=__doc__, usage="%(prog)s [-h] -- FLAGS")
+    parser.add_argument(
+        "flags", nargs="+", metavar="FLAGS", help="of pretrain_unlearn.py, after --"
     )
-    parser.add_argument("flags", nargs="+", metavar="-- FLAGS", help="of pretrain_unlearn.py")
     flags: list[str] = parser.parse_args(argv).flags
     names = {word.partition("=")[0] for word in flags}
     if "--data-cache-path" not in names:
@@ -118,7 +118,6 @@ def parse(flags: Sequence[str]) -> tuple[Namespace, Callable[[], object]]:
 def main() -> None:
     """Build, and print what there is now."""
     flags = run_flags(sys.argv[1:])
-    logging.getLogger("megatron").setLevel(logging.WARNING)
     start = time.perf_counter()
     with redirect_stdout(sys.stderr):
         args, build = parse(flags)

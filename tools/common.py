@@ -1,19 +1,38 @@
 """What all tools share: how they log, and how they end."""
 
+import argparse
 import logging
 import signal
 import sys
 from collections.abc import Callable
 from types import FrameType
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from megatron_ext.exceptions import MegatronExtError
 from megatron_ext.runtime import console
 
 
+class ToolParser(argparse.ArgumentParser):
+    """Shows the tool's docstring as it is written, and the default of each flag; so do those of its verbs."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**{"formatter_class": _HelpFormatter} | settings)
+
+
+class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    def _format_action(self, action: argparse.Action) -> str:
+        default, text = action.default, action.help or ""
+        takes_value = bool(action.option_strings) and action.nargs not in (0, "?")
+        is_told = "default" in text or str(default) in text.split()
+        if takes_value and isinstance(default, str | int | float) and not is_told:
+            action.help = f"{text}, default {default}".removeprefix(", ")
+        return super()._format_action(action)
+
+
 def run_tool(main: Callable[[], None]) -> NoReturn:
     """Runs a tool: log lines to standard error, a user's error as one line and exit code 2."""
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    logging.getLogger("megatron").setLevel(logging.WARNING)
     console.quiet()
     signal.signal(signal.SIGTERM, _interrupt)
     name = sys.argv[0].rpartition("/")[2]

@@ -8,7 +8,6 @@ Each side is a TensorBoard directory or a text file as `--write` makes it. Exit 
 differs by more than the tolerance, or is missing on one side.
 """
 
-import argparse
 import math
 import sys
 from collections.abc import Mapping, Sequence
@@ -17,7 +16,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from megatron_ext.exceptions import DataError
-from tools.common import run_tool
+from tools.common import ToolParser, run_tool
 
 Scalars = Mapping[str, Mapping[int, float]]
 
@@ -111,9 +110,7 @@ def compare(expected: Scalars, found: Scalars, *, tags: Sequence[str]) -> dict[s
 
 def main() -> None:
     """Parses the command line and compares."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = ToolParser(description=__doc__)
     parser.add_argument("expected", type=Path, help="TensorBoard directory or text file")
     parser.add_argument("found", type=Path, nargs="?", help="the other run")
     parser.add_argument("--tags", nargs="+", help="by default the losses that either side has")
@@ -122,6 +119,11 @@ def main() -> None:
     args = parser.parse_args()
     expected = read_scalars(args.expected)
     found = {} if args.found is None else read_scalars(args.found)
+    for side, scalars in ((args.expected, expected), (args.found, found)):
+        if side is not None and not scalars:
+            raise DataError(
+                f"{side}: expected a folder with TensorBoard's event files, found none in it"
+            )
     tags = args.tags or [tag for tag in _LOSS_TAGS if tag in expected or tag in found]
     missing = [tag for tag in tags if tag not in expected and tag not in found]
     if missing or not tags:

@@ -25,14 +25,12 @@ from megatron_ext.runtime import compat, cpu  # noqa: E402
 
 cpu.enable()
 
-from tools.common import run_tool  # noqa: E402
+from tools.common import ToolParser, run_tool  # noqa: E402
 
 
 def parse_args() -> argparse.Namespace:
     """Parse the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = ToolParser(description=__doc__)
     verbs = parser.add_subparsers(dest="verb", required=True)
     to_megatron = verbs.add_parser("import", help="Hugging Face folder to Megatron checkpoint")
     to_megatron.add_argument("--source", type=Path, required=True, help="folder of the model")

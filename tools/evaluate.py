@@ -16,7 +16,6 @@ between them are the projects' own. A Megatron checkpoint runs at any layout, un
 
 from __future__ import annotations
 
-import argparse
 import os
 import sys
 from pathlib import Path
@@ -30,16 +29,14 @@ from megatron_ext.runtime import cpu  # noqa: E402
 
 cpu.enable()
 
-from tools.common import run_tool  # noqa: E402
+from tools.common import ToolParser, run_tool  # noqa: E402
 
 
 def main() -> None:
     """Parse the command line and run a verb."""
     from megatron_ext.evaluation import followbench_run, harness, mtbench_run
 
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = ToolParser(description=__doc__)
     verbs = parser.add_subparsers(dest="verb", required=True)
     followbench = verbs.add_parser("followbench", help="SSR, HSR and CSL of a chat model")
     followbench_run.add_arguments(followbench)

@@ -12,7 +12,6 @@ chat template that is stored with the model. The output has the same lines with 
 
 from __future__ import annotations
 
-import argparse
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -27,7 +26,7 @@ from megatron_ext.runtime import cpu  # noqa: E402
 
 cpu.enable()
 
-from tools.common import run_tool  # noqa: E402
+from tools.common import ToolParser, run_tool  # noqa: E402
 
 
 def main() -> None:
@@ -47,9 +46,7 @@ def main() -> None:
         write_records,
     )
 
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = ToolParser(description=__doc__)
     parser.add_argument("--input", type=Path, required=True, help="JSON lines")
     parser.add_argument("--output", type=Path, required=True, help="JSON lines")
     parser.add_argument("--overwrite", action="store_true", help="replace the output")

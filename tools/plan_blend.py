@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from megatron_ext.data.blend import Part, Source, bare_prefix, plan_blend
 from megatron_ext.exceptions import ConfigError
-from tools.common import run_tool
+from tools.common import ToolParser, run_tool
 
 MOST_EPOCHS = 4
 _ROLES = {"learn": "--data-path", "forget": "--forget-data-path", "replay": "--data-path"}
@@ -38,11 +38,7 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     Raises:
         ConfigError: flags are missing or do not go together.
     """
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = ToolParser(description=__doc__, allow_abbrev=False)
     add = parser.add_argument
     source: dict[str, Any] = {"action": "append", "nargs": "+", "metavar": "SHARE PREFIX"}
     add("--dataset", **source, help="a source: its share and its data sets; may be repeated")

@@ -11,7 +11,6 @@ the meta device, as the entry point would, and compares. See docs/planning.md.
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from argparse import Namespace
@@ -26,14 +25,12 @@ from megatron_ext.planning.flags import entry_flags
 from megatron_ext.planning.gpus import GPUS, Cluster
 from megatron_ext.planning.plan import plan
 from megatron_ext.planning.report import render
-from tools.common import run_tool
+from tools.common import ToolParser, run_tool
 
 
 def parse_options(words: Sequence[str]) -> Namespace:
     """The tool's own flags."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = ToolParser(description=__doc__)
     add = parser.add_argument
     add("--gpus", type=int, required=True, help="ranks of the run, all nodes")
     add("--gpu-type", choices=(*GPUS, "CPU"), default="H100", help="default %(default)s")

@@ -29,16 +29,12 @@ from megatron_ext.exceptions import ConfigError
 from megatron_ext.preflight.ranks import connect
 from megatron_ext.preflight.run import Options, run
 from megatron_ext.preflight.verdict import FAIL, Row, format_table
-from tools.common import run_tool
+from tools.common import ToolParser, run_tool
 
 
 def parse_args() -> argparse.Namespace:
     """Parse the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = ToolParser(description=__doc__, allow_abbrev=False)
     add = parser.add_argument
     add(
         "--shared", type=Path, metavar="DIR", help="folder that all nodes must see, for checkpoints"

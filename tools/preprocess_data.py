@@ -20,16 +20,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from megatron_ext.data.preprocess import PreprocessConfig, PreprocessResult, preprocess
 from megatron_ext.data.tokenizers import TOKENIZER_TYPES, TokenizerSpec
-from tools.common import run_tool
+from tools.common import ToolParser, run_tool
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Parses the command line; names are Megatron-LM's where it has them."""
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = ToolParser(description=__doc__, allow_abbrev=False)
     group = parser.add_argument_group("input")
     group.add_argument(
         "--input", nargs="+", required=True, help="files, directories or quoted globs"

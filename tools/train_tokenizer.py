@@ -15,16 +15,12 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from megatron_ext.data.train_tokenizer import TrainTokenizerConfig, train_tokenizer
-from tools.common import run_tool
+from tools.common import ToolParser, run_tool
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Parses the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = ToolParser(description=__doc__, allow_abbrev=False)
     parser.add_argument(
         "--input", nargs="+", required=True, help="files, directories, quoted globs"
     )

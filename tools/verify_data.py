@@ -29,16 +29,12 @@ from megatron_ext.data.tokenizers import (
 )
 from megatron_ext.data.verify import find_overlap, verify
 from megatron_ext.exceptions import ConfigError, DataError
-from tools.common import run_tool
+from tools.common import ToolParser, run_tool
 
 
 def parse_args() -> argparse.Namespace:
     """Parse the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = ToolParser(description=__doc__, allow_abbrev=False)
     parser.add_argument("prefix", nargs="+", help="data sets, as --data-path names them")
     parser.add_argument("--tokenizer-type", choices=TOKENIZER_TYPES)
     parser.add_argument("--tokenizer-model", help="without it, ids are held against the manifest")

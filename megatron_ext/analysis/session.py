@@ -31,6 +31,7 @@ from megatron_ext.data.manifest import check_prefix
 from megatron_ext.exceptions import ConfigError
 from megatron_ext.model.model_config import model_config_from_args
 from megatron_ext.reference import FrozenReference
+from megatron_ext.runtime import console
 
 # Besides the architecture, what a checkpoint's arguments say of how to run its model.
 _RUN = (
@@ -117,7 +118,8 @@ class Session:
         checkpoint = open_checkpoint(directory, flag="--checkpoint")
         check_architecture(checkpoint, self.args, flag="--checkpoint")
         source = ReferenceSource(checkpoint, recorded_digest=None)
-        model = FrozenReference(self.model_config, args=self.args, source=source)
+        with console.hidden():
+            model = FrozenReference(self.model_config, args=self.args, source=source)
         names = dict(
             zip(self.options.checkpoint, short_names(self.options.checkpoint), strict=True)
         )
@@ -163,15 +165,16 @@ def open_session(options: Namespace, *, length: int | None = None) -> Iterator[S
     os.environ.setdefault("MASTER_ADDR", "localhost")
     os.environ.setdefault("MASTER_PORT", "0" if "RANK" not in os.environ else "29500")
     checkpoint = open_checkpoint(options.checkpoint[0], flag="--checkpoint")
-    args = _arguments(options, checkpoint, length)
-    try:
-        set_global_variables(args)
-    except (OSError, RuntimeError, ValueError) as error:
-        raise ConfigError(
-            f"--tokenizer-model {options.tokenizer_model} cannot be loaded: {error}"
-        ) from error
-    record_tokenizer(args)
-    loop.initialize_megatron()
+    with console.hidden():
+        args = _arguments(options, checkpoint, length)
+        try:
+            set_global_variables(args)
+        except (OSError, RuntimeError, ValueError) as error:
+            raise ConfigError(
+                f"--tokenizer-model {options.tokenizer_model} cannot be loaded: {error}"
+            ) from error
+        record_tokenizer(args)
+        loop.initialize_megatron()
     model_config = model_config_from_args(args)
     try:
         yield Session(args, options, model_config, eod=get_tokenizer().eod)

@@ -115,7 +115,7 @@ def _megatron(options: Namespace, template: Path | None) -> Iterator[tuple[Gener
     from megatron_ext.checkpoint.source import ReferenceSource
     from megatron_ext.evaluation.megatron_generator import MegatronGenerator
     from megatron_ext.reference import FrozenReference
-    from megatron_ext.runtime import compat
+    from megatron_ext.runtime import compat, console
 
     compat.apply()
     checkpoint = open_checkpoint(options.model, flag="--model")
@@ -140,9 +140,10 @@ def _megatron(options: Namespace, template: Path | None) -> Iterator[tuple[Gener
     )
     with open_session(wanted) as session:
         check_architecture(checkpoint, session.args, flag="--model")
-        model = FrozenReference(
-            session.model_config, args=session.args, source=ReferenceSource(checkpoint, None)
-        )
+        with console.hidden():
+            model = FrozenReference(
+                session.model_config, args=session.args, source=ReferenceSource(checkpoint, None)
+            )
         yield MegatronGenerator(model, args=session.args), codec
 
 

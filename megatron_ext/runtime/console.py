@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import logging
 import re
 import warnings
@@ -38,6 +40,11 @@ def quiet() -> None:
 
     for name in _LOGS:
         logging.getLogger(name).addFilter(is_news)
+
+
+def hidden() -> contextlib.AbstractContextManager[object]:
+    """Hides what Megatron prints where no run is started: its 600 arguments, and each step of its start."""
+    return contextlib.redirect_stdout(io.StringIO())
 
 
 def repair_training_log() -> None:

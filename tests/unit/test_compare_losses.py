@@ -58,3 +58,14 @@ def test_the_command_line(tmp_path):
     assert missing.returncode == 2
     assert "none" in missing.stderr
     assert "Traceback" not in missing.stderr
+
+
+def test_a_folder_without_event_files_is_named(tmp_path):
+    one = tmp_path / "one.txt"
+    one.write_text(format_scalars(SCALARS, tags=("a",)))
+    (tmp_path / "empty").mkdir()
+    result = tool(one, tmp_path / "empty", "--tags", "a")
+    assert result.returncode == 2
+    assert (
+        f"{tmp_path / 'empty'}: expected a folder with TensorBoard's event files" in result.stderr
+    )

@@ -70,3 +70,12 @@ def test_a_mistyped_flag_is_answered_in_two_lines(capsys):
     usage, error = capsys.readouterr().err.splitlines()
     assert "--help" in usage
     assert "--forget-weigth" in error
+
+
+def test_help_names_the_defaults_of_unlearning():
+    text = " ".join(add_arguments(argparse.ArgumentParser()).format_help().split())
+    text = text[text.index("unlearning (arXiv") :]
+    for default in ("bounded", "0.01", "1.0"):
+        assert f"Default: {default}." in text
+    assert "Default: None" not in text
+    assert "Default: False" not in text
