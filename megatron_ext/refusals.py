@@ -59,6 +59,7 @@ NEVER: tuple[Refusal, ...] = (
     Refusal(
         "defer_embedding_wgrad_compute", "the head computes the output layer's gradient itself"
     ),
+    Refusal("use_cpu_initialization", "Megatron-Core leaves such a model off the GPU"),
     # These four do nothing here, or only in Megatron-LM's pretrain_gpt.py; that must not go unsaid.
     Refusal("check_for_spiky_loss", "losses are checked for NaN and inf alone"),
     Refusal("inprocess_restart", "a run that fails is started again by torchrun or its job"),
@@ -79,6 +80,10 @@ WITHOUT_TRANSFORMER_ENGINE = (
         "installed",
         "1",
         lambda size: size > 1,
+    ),
+    Refusal(
+        "use_precision_aware_optimizer",
+        "its optimizer comes with Transformer Engine, which is not installed",
     ),
 )
 WITH_UNLEARNING: tuple[Refusal, ...] = (
