@@ -15,7 +15,8 @@ from megatron_ext.losses.head_candidate_joins import combine_kernel, finish_kern
 from megatron_ext.losses.head_candidate_kernels import WIDTH, divergence_kernel, margin_kernel
 from megatron_ext.losses.vocab_parallel import RowStatistics
 
-# Warps of a program, and loads (of a thread's `WIDTH` columns, a matrix) under way at a time.
+# Warps of a program, and loads (of a thread's `WIDTH` columns, a matrix) under way at a time. Margins of fp32
+# logits take half as many, the same bytes: with 4, Triton 3.7 spills registers on sm_80.
 MARGIN_WARPS, MARGIN_LOADS = 4, 4
 DIVERGENCE_WARPS, DIVERGENCE_LOADS = 4, 2
 # Columns of a program's tile, its warps, and its tiles.
@@ -39,6 +40,7 @@ def shard_statistics(
         return logits.new_empty(2 if reference_logits is None else 5, 0, dtype=torch.float64)
     if reference_logits is None:
         stats = logits.new_empty(2, tokens, dtype=torch.float64)
+        margin_loads = max(1, MARGIN_LOADS * 2 // logits.element_size())
         margin_kernel[(tokens,)](
             logits,
             labels,
@@ -48,7 +50,7 @@ def shard_statistics(
             vocab_start,
             valid_columns,
             LANES=32 * MARGIN_WARPS,
-            LOADS=_loads(valid_columns, MARGIN_WARPS, MARGIN_LOADS),
+            LOADS=_loads(valid_columns, MARGIN_WARPS, margin_loads),
             num_warps=MARGIN_WARPS,
         )
         return stats
