@@ -55,7 +55,7 @@ def _check_distributed_optimizer(checkpoint: Checkpoint, args: Namespace) -> Non
         )
         raise ConfigError(
             f"--use-distributed-optimizer: expected as in {checkpoint.path}, which was saved {there}, found "
-            f"a run {here}; --no-load-optim goes on with the weights and an optimizer that starts anew"
+            f"a run {here}; --no-load-optim starts optimizer and learning rate schedule anew"
         )
     if not distributed or getattr(saved, "dist_ckpt_optim_fully_reshardable", True):
         return
@@ -65,8 +65,8 @@ def _check_distributed_optimizer(checkpoint: Checkpoint, args: Namespace) -> Non
             raise ConfigError(
                 f"--{name.replace('_', '-')}: expected {expected}, as in {checkpoint.path}, whose "
                 "distributed optimizer was saved without --dist-ckpt-optim-fully-reshardable, found "
-                f"{found}; go on at the old layout and save once with that flag, or give --no-load-optim for "
-                "an optimizer that starts anew"
+                f"{found}; go on at the old layout and save once with that flag, or with --no-load-optim, "
+                "which starts optimizer and learning rate schedule anew"
             )
 
 
