@@ -9,6 +9,8 @@ from argparse import ArgumentParser
 from importlib.metadata import version
 from typing import Any
 
+from packaging.version import Version
+
 from megatron_ext.exceptions import ConfigError
 from megatron_ext.runtime import console, resume, safe_load
 
@@ -17,6 +19,7 @@ logger = logging.getLogger(__name__)
 # The seams used here (the schedule getter of the loop, output_processor, post_wrap_hooks) were read in
 # this version; another one may have moved them, and a moved seam would silently train something else.
 MEGATRON_VERSION = "0.19.2"
+TORCH_VERSION = (2, 11)
 
 
 def check_megatron_version() -> None:
@@ -29,6 +32,23 @@ def check_megatron_version() -> None:
     if found != MEGATRON_VERSION:
         raise ConfigError(
             f"megatron-core: expected version {MEGATRON_VERSION} (requirements.txt), found {found}"
+        )
+
+
+def check_torch_version() -> None:
+    """Refuse a torch that fails only where the first gradients are summed on a GPU.
+
+    An older ``addmm`` does not add a product of bf16 to an fp32 buffer. 2.11 is the oldest one that was
+    run; its pre-releases, of NVIDIA's containers, count as 2.11.
+
+    Raises:
+        ConfigError: torch is older than :data:`TORCH_VERSION`.
+    """
+    found = version("torch")
+    if Version(found).release[:2] < TORCH_VERSION:
+        expected = ".".join(map(str, TORCH_VERSION))
+        raise ConfigError(
+            f"torch: expected version {expected} or newer (requirements.txt), found {found}"
         )
 
 
@@ -111,6 +131,7 @@ def skip_on_every_layout() -> None:
 def apply() -> None:
     """Apply all of the above that is no matter of flags; called once by the entry point before training."""
     check_megatron_version()
+    check_torch_version()
     safe_load.enable()
     skip_helper_compilation()
     find_ranks()

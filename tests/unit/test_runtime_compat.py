@@ -17,6 +17,21 @@ def test_another_megatron_core_is_refused():
         compat.check_megatron_version()
 
 
+@pytest.mark.parametrize("found", ["2.9.1", "2.10.0+cu128", "1.13.1"])
+def test_a_torch_that_is_too_old_is_refused(found):
+    with (
+        mock.patch.object(compat, "version", return_value=found),
+        pytest.raises(ConfigError, match=r"torch: expected version 2\.11 or newer .*, found "),
+    ):
+        compat.check_torch_version()
+
+
+@pytest.mark.parametrize("found", ["2.11.0", "2.11.0a0+a1b2c3.nv26.2", "2.13.0+cu130", "3.0.0"])
+def test_a_newer_torch_is_taken(found):
+    with mock.patch.object(compat, "version", return_value=found):
+        compat.check_torch_version()
+
+
 def test_help_with_a_bare_per_cent_sign_is_repaired_and_others_are_left():
     parser = argparse.ArgumentParser()
     parser.add_argument("--good", default=3, help="50%% by default, %(default)s")
