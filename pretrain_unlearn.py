@@ -64,7 +64,7 @@ def main() -> None:
     args, config, chat = arguments.parse()
     if args.rank == 0:
         print(arguments.describe_runtime(), flush=True)
-    if chat is None:
+    if chat is None and arguments.checks_files():
         check_datasets(args, config)
     start = arguments.check_checkpoints(args, config)
     if chat is not None and args.rank == 0:
@@ -74,7 +74,8 @@ def main() -> None:
         if args.rank == 0:
             print(reason, flush=True)
         return
-    check_overlap(args, config)
+    if arguments.checks_files():
+        check_overlap(args, config)
     source = find_reference(args, config, start) if config.needs_reference else None
 
     model_config = model_config_from_args(args)

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+import os
 import traceback
 from argparse import ArgumentParser, Namespace
+from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -96,6 +98,7 @@ def parse() -> tuple[Namespace, UnlearnConfig, ChatRun | None]:
     if chat_config.enabled:
         _check_start(raw, flag="--chat-data-path")
         chat = chat_run(raw, chat_config)
+    check_required(raw, supplied={} if chat is None else chat.defaults)
 
     def add_all(parser: ArgumentParser) -> ArgumentParser:
         add_arguments(parser).set_defaults(**({} if chat is None else chat.defaults))
@@ -192,6 +195,29 @@ def check_before_megatron(args: Namespace, config: UnlearnConfig) -> None:
         refuse(args, WITHOUT_UNLEARNING, where="needs --forget-data-path, found none")
 
 
+def check_required(args: Namespace, *, supplied: Mapping[str, Any]) -> None:
+    """Name the flags that no run can do without; Megatron misses two of them only once the model is built.
+
+    Args:
+        args: what was typed.
+        supplied: arguments that are set for the user.
+
+    Raises:
+        ConfigError: names all that are missing.
+    """
+    required: list[tuple[str, ...]] = [("micro_batch_size",), ("tokenizer_type",)]
+    if not args.use_checkpoint_args:
+        required += [(name,) for name in ("num_layers", "hidden_size", "num_attention_heads")]
+        required += [("seq_length", "encoder_seq_length"), ("max_position_embeddings",)]
+    if not args.skip_train:
+        required += [("lr",), ("train_iters", "train_samples")]
+    found = {**vars(args), **supplied}
+    missing = [names for names in required if all(found[name] is None for name in names)]
+    if missing:
+        flags = (" or ".join(f"--{n.replace('_', '-')}" for n in names) for names in missing)
+        raise ConfigError(f"{', '.join(flags)}: expected a value, found none")
+
+
 def _check_start(args: Namespace, *, flag: str) -> None:
     """Unlearning and chat tuning start from a trained model, and a reference is one."""
     for name in ("load", "pretrained_checkpoint", "reference_load"):
@@ -234,6 +260,15 @@ def check_after_megatron(args: Namespace, config: UnlearnConfig) -> None:
                 f"{flag}: expected a multiple of {unit} forgotten samples (micro-batch size {micro} x "
                 f"data-parallel size {args.data_parallel_size}), found {forget} of {batch}"
             )
+
+
+def checks_files() -> bool:
+    """Whether this rank looks at the files of the data before the start.
+
+    One rank of a node does, where torchrun ends the others if it fails: a file server has less to do, and the
+    user one line a node to read. Without torchrun nobody would end them.
+    """
+    return "TORCHELASTIC_RUN_ID" not in os.environ or os.environ.get("LOCAL_RANK") == "0"
 
 
 def describe_runtime() -> str:

@@ -45,7 +45,8 @@ def main() -> None:
     tasks = verbs.add_parser("harness", help="tasks of lm-evaluation-harness")
     harness.add_arguments(tasks)
     options = parser.parse_args()
-    options.is_writer = os.environ.get("RANK", "0") == "0"
+    # torchrun names a rank so; a task of srun alone has only Slurm's name.
+    options.is_writer = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0"
     runs = {"followbench": followbench_run.run, "mt-bench": mtbench_run.run, "harness": harness.run}
     runs[options.verb](options)
 

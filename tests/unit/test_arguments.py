@@ -94,3 +94,59 @@ def test_compositions_that_do_not_divide_are_refused(forget, changes, message):
         check_after_megatron(arguments(**changes), config)
     check_after_megatron(arguments(**changes), UnlearnConfig())
     check_after_megatron(arguments(), UnlearnConfig(forget_data_path=["a"]))
+
+
+@pytest.mark.parametrize(
+    ("environment", "expected"),
+    [
+        ({}, True),
+        ({"RANK": "3", "LOCAL_RANK": "3"}, True),  # srun: nobody would end the others
+        ({"TORCHELASTIC_RUN_ID": "job", "RANK": "8", "LOCAL_RANK": "0"}, True),
+        ({"TORCHELASTIC_RUN_ID": "job", "RANK": "9", "LOCAL_RANK": "1"}, False),
+    ],
+)
+def test_under_torchrun_one_rank_of_a_node_looks_at_the_files(environment, expected, monkeypatch):
+    for name in ("TORCHELASTIC_RUN_ID", "RANK", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    from megatron_ext.arguments import checks_files
+
+    assert checks_files() is expected
+
+
+REQUIRED = {
+    **{
+        "micro_batch_size": 1,
+        "tokenizer_type": "SentencePieceTokenizer",
+        "num_layers": 2,
+        "lr": 1.0,
+    },
+    **{"hidden_size": 8, "num_attention_heads": 2, "max_position_embeddings": 8},
+    **{"seq_length": None, "encoder_seq_length": 8, "train_iters": None, "train_samples": 16},
+    **{"use_checkpoint_args": False, "skip_train": False},
+}
+
+
+@pytest.mark.parametrize(
+    ("changes", "supplied", "missing"),
+    [
+        ({}, {}, None),
+        ({"lr": None, "train_samples": None}, {}, "--lr, --train-iters or --train-samples: "),
+        ({"train_samples": None}, {"train_iters": 7}, None),
+        ({"train_samples": None, "lr": None, "skip_train": True}, {}, None),
+        ({"num_layers": None, "encoder_seq_length": None, "use_checkpoint_args": True}, {}, None),
+        ({"encoder_seq_length": None}, {}, "--seq-length or --encoder-seq-length: "),
+        ({"micro_batch_size": None, "use_checkpoint_args": True}, {}, "--micro-batch-size: "),
+    ],
+)
+def test_every_flag_that_is_missing_is_named(changes, supplied, missing):
+    from megatron_ext.arguments import check_required
+    from megatron_ext.exceptions import ConfigError
+
+    args = Namespace(**(REQUIRED | changes))
+    if missing is None:
+        check_required(args, supplied=supplied)
+    else:
+        with pytest.raises(ConfigError, match=f"^{missing}expected a value, found none"):
+            check_required(args, supplied=supplied)
