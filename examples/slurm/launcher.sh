@@ -15,7 +15,9 @@ slurm_launcher() {
     here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
     root=$(cd "$here/../.." && pwd)
     head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
-    LAUNCHER=(srun --nodes "$NODES" --ntasks "$NODES" --ntasks-per-node 1 --kill-on-bad-exit=1)
+    # The one task of a node is all of its ranks. Slurm takes it for the work of one core, and holds it there where
+    # tasks are bound by default (TaskPluginParam).
+    LAUNCHER=(srun --nodes "$NODES" --ntasks "$NODES" --ntasks-per-node 1 --kill-on-bad-exit=1 --cpu-bind=none)
     if [[ -n ${CONTAINER_IMAGE:-} ]]; then
         local mounts=$root:$root${CONTAINER_MOUNTS:+,$CONTAINER_MOUNTS}
         case ${CONTAINER_RUNTIME:-pyxis} in

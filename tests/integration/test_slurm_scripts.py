@@ -56,6 +56,15 @@ def test_preflight_takes_the_settings_of_a_run(programs):
     ]
 
 
+def test_a_job_has_all_memory_and_all_cores_of_its_nodes(programs):
+    scripts = [*SLURM.glob("*.sbatch"), ROOT / "examples" / "paper" / "job.sbatch"]
+    assert len(scripts) == 3
+    for script in scripts:
+        assert "\n#SBATCH --exclusive\n#SBATCH --mem=0\n" in script.read_text(), script
+    words = preflight(programs, OUT="/ckpt").stdout.splitlines()
+    assert "--cpu-bind=none" in words[: words.index("bash")]
+
+
 def test_pyxis_gets_image_mounts_and_folder(programs):
     container = {
         "CONTAINER_IMAGE": "/images/torch.sqsh",
