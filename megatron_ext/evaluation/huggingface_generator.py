@@ -49,6 +49,9 @@ class HuggingFaceGenerator:
         except Exception as error:  # whatever transformers raises, the user needs the folder
             raise CheckpointError(f"{folder} cannot be loaded: {error}") from error
         self._model = model.to(device).eval()
+        # `generate` takes what a request leaves open from the model's generation_config.json: a penalty on
+        # repetition, say, would change the logits here and not under the other backend.
+        self._model.generation_config = GenerationConfig()
         self._vocab_size = vocab_size
         self.batch_size = batch_size
         self.identity = _identity(folder)

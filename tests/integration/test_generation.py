@@ -1,6 +1,7 @@
 """Generation: the key-value cache, parallel layouts and `transformers` all give the same tokens."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -88,6 +89,17 @@ def test_the_cache_and_both_backends(world, found, model, tokenizer, expected):
             assert total == pytest.approx(wanted.item(), abs=1e-4)
             assert greedy
         assert not scores[-1][1]
+
+
+def test_settings_stored_with_a_model_change_nothing(world, expected, tmp_path):
+    """Both backends choose by the command line alone."""
+    shutil.copytree(world / "hf", tmp_path / "hf")
+    stored = {"repetition_penalty": 1.8, "no_repeat_ngram_size": 2, "do_sample": True, "top_k": 1}
+    (tmp_path / "hf" / "generation_config.json").write_text(json.dumps(stored))
+    sampling = generate_all.SETTINGS["greedy"]
+    with open_generator(generate_all.options(tmp_path / "hf", "huggingface")) as (model, codec):
+        requests = [codec.prompt(f"{i}", text, sampling) for i, text in enumerate(PROMPTS[:2])]
+        assert model.complete(requests) == expected[:2]
 
 
 @pytest.mark.parametrize("layout", ["TP 2", "PP 2", "DP 2"])
