@@ -55,6 +55,16 @@ def test_programs_are_judged_by_their_tests():
     assert scores == {"pass@1": pytest.approx(0.25), "pass@2": pytest.approx(0.5)}
 
 
+def test_programs_are_no_scripts():
+    """As in `code_eval`, which runs them by `exec` under no name of their own."""
+    assert runs(
+        "def one(): return 1\nif __name__ == '__main__':\n    one(input())\nassert one() == 1"
+    )
+    assert runs(
+        "from __future__ import annotations\ndef f(n): return n and f(n - 1)\nassert f(3) == 0"
+    )
+
+
 def test_programs_see_no_secrets_and_end(monkeypatch):
     from megatron_ext.evaluation import code_execution
 
