@@ -25,7 +25,8 @@ def read_records(path: Path) -> list[Record]:
     """
     records: list[Record] = []
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        # Not `splitlines`: JSON writes U+2028 and its like as they are, in the middle of a line.
+        lines = path.read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path} cannot be read: {error}") from error
     for number, line in enumerate(lines, start=1):
@@ -81,7 +82,7 @@ def requests_of(records: Sequence[Record], codec: Codec, sampling: Sampling) -> 
     requests = []
     for number, record in enumerate(records, start=1):
         try:
-            if "prompt" in record:
+            if record.get("prompt") is not None:
                 requests.append(codec.prompt(str(number), record["prompt"], sampling))
             else:
                 requests.append(codec.chat(str(number), record["messages"], sampling))

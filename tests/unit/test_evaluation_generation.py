@@ -10,7 +10,12 @@ from megatron_ext.checkpoint.huggingface import tokenizer_spec
 from megatron_ext.data.tokenizers import TokenizerSpec
 from megatron_ext.evaluation.completion import Codec, complete_all
 from megatron_ext.evaluation.journal import Journal
-from megatron_ext.evaluation.records import read_prompts
+from megatron_ext.evaluation.records import (
+    read_prompts,
+    read_records,
+    requests_of,
+    write_records,
+)
 from megatron_ext.evaluation.sampling import Chooser, Request, Sampling, sample
 from megatron_ext.exceptions import ConfigError, DataError
 from tests.helpers import llama
@@ -164,6 +169,20 @@ def test_bad_prompts_are_named(tmp_path, line, message):
     path.write_text(json.dumps({"prompt": "fine"}) + "\n" + line + "\n")
     with pytest.raises(DataError, match=message):
         read_prompts(path)
+
+
+def test_lines_end_at_newlines_alone(tmp_path):
+    records = [{"completion": "one\u2028two\x85three\nfour"}, {"completion": ""}]
+    write_records(tmp_path / "out.jsonl", records, overwrite=False)
+    assert read_records(tmp_path / "out.jsonl") == records
+
+
+def test_a_prompt_of_null_is_none(tmp_path, codec):
+    messages = [{"role": "user", "content": "the fox"}]
+    path = tmp_path / "prompts.jsonl"
+    path.write_text(json.dumps({"prompt": None, "messages": messages}) + "\n")
+    (found,) = requests_of(read_prompts(path), codec, Sampling())
+    assert found == codec.chat("1", messages, Sampling())
 
 
 @pytest.mark.parametrize(
