@@ -19,6 +19,7 @@ from typing import Any
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 from lm_eval.models.utils import normalize_gen_kwargs
+from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
 
 from megatron_ext.evaluation.completion import Codec, Generator
@@ -48,8 +49,13 @@ class HarnessModel(TemplateLM):
 
     @property
     def eot_token_id(self) -> int:
-        """The token before a text that has no context."""
+        """The token that ends a document."""
         return self._codec.eod
+
+    @property
+    def prefix_token_id(self) -> int:
+        """The token before a text without a context: what the tokenizer begins one with, if anything."""
+        return next(iter(self._codec.encode("")), self._codec.eod)
 
     @property
     def tokenizer_name(self) -> str:
@@ -89,7 +95,7 @@ class HarnessModel(TemplateLM):
     ) -> list[tuple[float, bool]]:
         scored = []
         for _texts, context, continuation in requests:
-            tokens = [*(context or [self.eot_token_id]), *continuation]
+            tokens = [*(context or [self.prefix_token_id]), *continuation]
             room = self._generator.context_length + 1
             self.truncated += len(tokens) > room
             tokens = tokens[-room:]
@@ -99,13 +105,17 @@ class HarnessModel(TemplateLM):
     def loglikelihood_rolling(
         self, requests: list[Instance], disable_tqdm: bool = False
     ) -> list[float]:
-        """Log-probability of whole texts, in windows that each begin where the one before ended."""
+        """Log-probability of whole texts, in the harness's windows: the last one reaches back to be full."""
         scored, owners = [], []
         for number, request in enumerate(requests):
-            tokens = [self.eot_token_id, *self.tok_encode(request.args[0])]
-            size = self._generator.context_length
-            for start in range(0, len(tokens) - 1, size):
-                scored.append(Scored(tokens=tokens[start : start + size + 1], start=1))
+            tokens = self.tok_encode(request.args[0])
+            if tokens[:1] == [self.prefix_token_id]:
+                tokens = tokens[1:]  # it begins the document and is none of its text
+            for window in get_rolling_token_windows(
+                tokens, self.prefix_token_id, self._generator.context_length, context_len=1
+            ):
+                context, continuation = make_disjoint_window(window)
+                scored.append(Scored(tokens=[*context, *continuation], start=len(context)))
                 owners.append(number)
         totals = [0.0] * len(requests)
         for owner, (total, _greedy) in zip(
@@ -145,7 +155,7 @@ class HarnessModel(TemplateLM):
         settings = normalize_gen_kwargs(settings, _MAX_NEW_TOKENS)
         words = _stop_words(settings)
         limit = min(int(settings["max_gen_toks"]), self._generator.context_length - 1)
-        tokens = self.tok_encode(context) or [self.eot_token_id]
+        tokens = self.tok_encode(context) or [self.prefix_token_id]
         room = self._generator.context_length - limit
         self.truncated += len(tokens) > room
         sampling = Sampling(

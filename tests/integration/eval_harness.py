@@ -8,9 +8,14 @@ from argparse import ArgumentParser
 
 import pytest
 import torch
+from lm_eval.api.instance import Instance
+from tokenizers import processors
 from transformers import AutoModelForCausalLM
 
+from megatron_ext.checkpoint.huggingface import tokenizer_spec
 from megatron_ext.evaluation import harness
+from megatron_ext.evaluation.completion import Codec
+from megatron_ext.evaluation.harness_model import HarnessModel
 from megatron_ext.exceptions import ConfigError, DataError
 from tests.helpers import llama
 from tests.helpers.entry import ROOT, Launch
@@ -141,6 +146,40 @@ def test_own_tasks_are_scored_as_transformers_scores_them(world, tmp_path):
             log_p = model(torch.tensor([ids])).logits[0].log_softmax(-1)
         wanted = sum(log_p[i - 1, ids[i]].item() for i in range(len(context), len(ids)))
         assert float(found[0]) == pytest.approx(wanted, abs=1e-4)
+
+
+class Recorder:
+    """A model that keeps what it is asked to score."""
+
+    is_writer, batch_size, context_length, identity = True, 4, 8, "recorder"
+
+    def score(self, sequences):
+        self.asked = [(list(s.tokens), s.start) for s in sequences]
+        return [(-float(len(s.tokens) - s.start), True) for s in sequences]
+
+
+@pytest.mark.parametrize("begins", [False, True])
+def test_windows_are_those_of_the_harness(tmp_path, begins):
+    """As its own model makes them, but that a token which begins the document is not scored as text."""
+    fast = llama.tokenizer()
+    if begins:
+        fast.backend_tokenizer.post_processor = processors.TemplateProcessing(
+            single="<s> $A", special_tokens=[("<s>", 0)]
+        )
+    fast.save_pretrained(tmp_path)
+    text = "the License and the Work of the License"
+    ids = llama.tokenizer()(text).input_ids
+    assert 8 < len(ids) < 16
+    first = 0 if begins else 1
+    model = HarnessModel(Recorder(), Codec(tokenizer_spec(tmp_path)))
+    request = Instance("loglikelihood_rolling", {}, (text,), 0)
+    assert model.loglikelihood_rolling([request], disable_tqdm=True) == [-len(ids)]
+    windows = [([first, *ids[:8]], 1), (ids[-9:], 17 - len(ids))]
+    assert sorted(model._generator.asked) == sorted(windows)
+    model.loglikelihood([Instance("loglikelihood", {}, ("", text), 0)], disable_tqdm=True)
+    assert model._generator.asked == [(ids[-9:], 1)]  # of a text that is too long the end
+    model.loglikelihood([Instance("loglikelihood", {}, ("", "the"), 0)], disable_tqdm=True)
+    assert model._generator.asked[0][0][0] == first
 
 
 def test_a_chat_model_is_asked_as_a_user(world, tmp_path):
