@@ -25,6 +25,9 @@ MODEL = {
     "unpadded_vocab_size": 500,
     "padded_vocab_size": 512,
     "tokenizer_digest": "abc",
+    # YaRN's, which the names of the others do not cover.
+    "rotary_scaling_factor": 4.0,
+    "yarn_original_max_position_embeddings": 4096,
 }
 
 
@@ -58,6 +61,11 @@ def test_the_same_model_passes(tmp_path):
         ),
         ({"num_query_groups": 4}, "--load: expected --num-query-groups 4, .* found 2"),
         ({"group_query_attention": False}, "--load: expected --num-query-groups 4, .* found 2"),
+        ({"rotary_scaling_factor": 8.0}, "--rotary-scaling-factor 8.0, .* found 4.0"),
+        (
+            {"yarn_original_max_position_embeddings": 2048},
+            "--yarn-original-max-position-embeddings 2048, .* found 4096",
+        ),
         ({"seq_length": 128}, "--seq-length: expected at most 64, .*found 128"),
         ({"unpadded_vocab_size": 501}, "--tokenizer-model: .* 500.*, found .* 501"),
         ({"tokenizer_digest": "xyz"}, "--tokenizer-model: .* abc.*, found .* xyz"),
