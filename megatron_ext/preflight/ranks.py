@@ -28,7 +28,6 @@ class Ranks:
         rank: global.
         world: ranks in all.
         local_rank: on its node; rank 0 of each node answers for the node.
-        local_world: ranks a node.
         node: its node's name.
         timeout: seconds that ranks wait for each other.
     """
@@ -37,7 +36,6 @@ class Ranks:
     rank: int
     world: int
     local_rank: int
-    local_world: int
     node: str
     timeout: float
 
@@ -126,8 +124,8 @@ def connect(environment: Mapping[str, str], *, timeout: float) -> Ranks:
     """Join the ranks that torchrun, or srun with one task a GPU, has started.
 
     Args:
-        environment: torchrun's RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE or Slurm's numbers, and
-            MASTER_ADDR and MASTER_PORT.
+        environment: torchrun's RANK, WORLD_SIZE and LOCAL_RANK or Slurm's numbers, and MASTER_ADDR and
+            MASTER_PORT.
         timeout: seconds to wait for rank 0's store, and at each point of the preflight.
 
     Raises:
@@ -157,9 +155,5 @@ def connect(environment: Mapping[str, str], *, timeout: float) -> Ranks:
             f"{address}:{port}: expected the store of rank 0, found nothing within "
             f"{time.monotonic() - begin:.0f} s"
         ) from error
-    tasks = environment.get("SLURM_NTASKS_PER_NODE") or environment.get(
-        "SLURM_STEP_TASKS_PER_NODE", ""
-    )
-    per_node = environment.get("LOCAL_WORLD_SIZE") or tasks.split("(")[0] or "1"
     node = environment.get("SLURMD_NODENAME") or socket.gethostname()
-    return Ranks(store, rank, world, local, int(per_node), node, timeout)
+    return Ranks(store, rank, world, local, node, timeout)

@@ -9,6 +9,7 @@ from argparse import ArgumentParser
 from importlib.metadata import version
 from typing import Any
 
+import torch
 from packaging.version import Version
 
 from megatron_ext.exceptions import ConfigError
@@ -85,7 +86,8 @@ def find_ranks() -> None:
     all of them would write the same checkpoints.
 
     Raises:
-        ConfigError: there are other tasks, and nothing says where to meet them.
+        ConfigError: there are other tasks and nothing says where to meet them, or Slurm has hidden the
+            GPUs of a node from each other.
     """
     if "RANK" in os.environ:
         return
@@ -101,9 +103,23 @@ def find_ranks() -> None:
             f"{others} tasks without it"
         )
     slurm = {"RANK": "SLURM_PROCID", "LOCAL_RANK": "SLURM_LOCALID"}
-    per_node = os.environ.get("SLURM_STEP_TASKS_PER_NODE", "1").split("(")[0].split(",")[0]
     os.environ |= {name: os.environ[other] for name, other in slurm.items()}
-    os.environ |= {"WORLD_SIZE": str(tasks), "LOCAL_WORLD_SIZE": per_node}
+    here, gpus = _tasks_of_node(), torch.cuda.device_count()
+    os.environ |= {"WORLD_SIZE": str(tasks), "LOCAL_WORLD_SIZE": str(here)}
+    if 0 < gpus < here:
+        raise ConfigError(
+            f"CUDA_VISIBLE_DEVICES: expected the GPUs of all {here} tasks of a node (--gpus-per-node, or "
+            f"--gpu-bind=none beside --gpus-per-task), found {gpus}"
+        )
+
+
+def _tasks_of_node() -> int:
+    """Tasks of this step on this node, from Slurm's `8(x3),7`: 8 on each of three nodes, 7 on the last."""
+    counts: list[int] = []
+    for part in os.environ.get("SLURM_STEP_TASKS_PER_NODE", "1").split(","):
+        count, _, nodes = part.rstrip(")").partition("(x")
+        counts += [int(count)] * int(nodes or 1)
+    return counts[int(os.environ.get("SLURM_NODEID", "0"))]
 
 
 def skip_on_every_layout() -> None:

@@ -81,7 +81,7 @@ def _rank(rank: int, port: int, directory: Path) -> None:
     for name, (options, differences) in CASES.items():
         timeout = TIMEOUTS.get(name, 60.0)
         own = dist.PrefixStore(name, store)
-        ranks = Ranks(own, rank, 2, 0, 1, f"node{rank}", timeout)
+        ranks = Ranks(own, rank, 2, 0, f"node{rank}", timeout)
         with ExitStack() as stack:
             for difference in differences if rank else ():
                 stack.enter_context(difference)
@@ -202,14 +202,14 @@ def test_a_rank_that_does_not_come_is_named(tables, case, point):
 
 def test_a_collective_that_never_ends_is_given_up(monkeypatch):
     monkeypatch.setattr(network, "_measure", lambda *_: threading.Event().wait())
-    ranks = Ranks(dist.HashStore(), 0, 2, 0, 1, "n", 0.5)
+    ranks = Ranks(dist.HashStore(), 0, 2, 0, "n", 0.5)
     found = network.measure(ranks, sizes=(4,), link_bytes=4)
     assert found == {"error": "collectives did not end within 0.4 s"}
 
 
 def test_missing_ranks_are_listed_in_ranges_and_rank_0_is_missed_too():
     store = dist.HashStore()
-    ranks = Ranks(store, 0, 9, 0, 1, "n", 0.1)
+    ranks = Ranks(store, 0, 9, 0, "n", 0.1)
     for rank in (1, 5):
         store.set(f"preflight/start/{rank}", "1")
     with pytest.raises(MissingRanksError, match=r"^start: ranks 2-4, 6-8 of 9 did not arrive"):
@@ -288,3 +288,12 @@ def test_a_start_without_a_launcher_is_refused():
         ConfigError, match=r"^RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT: "
     ):
         connect({}, timeout=1)
+
+
+def test_tasks_of_srun_are_ranks_on_nodes_that_have_unequal_numbers_of_them():
+    served = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    task = {"SLURM_PROCID": "8", "SLURM_NTASKS": "15", "SLURM_LOCALID": "0"}
+    task |= {"SLURMD_NODENAME": "node1", "SLURM_STEP_TASKS_PER_NODE": "8,7"}
+    task |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(served.port)}
+    ranks = connect(task, timeout=10)
+    assert (ranks.rank, ranks.world, ranks.leads_node, ranks.node) == (8, 15, True, "node1")

@@ -4,6 +4,7 @@ from types import SimpleNamespace
 from unittest import mock
 
 import pytest
+import torch
 
 from megatron_ext.exceptions import ConfigError
 from megatron_ext.runtime import compat
@@ -65,6 +66,30 @@ def test_tasks_of_srun_are_the_ranks_of_one_run():
     with mock.patch.dict(os.environ, {"SLURM_NTASKS": "64", "SLURM_PROCID": "0"}, clear=True):
         compat.find_ranks()
         assert os.environ["WORLD_SIZE"] == "1"
+
+
+@pytest.mark.parametrize(
+    ("form", "node", "tasks"),
+    [("8(x64)", 63, 8), ("8,7", 0, 8), ("8,7", 1, 7), ("8(x3),7,6(x2)", 3, 7), ("4", 0, 4)],
+)
+def test_tasks_of_a_node_are_read_from_all_forms_of_slurm(form, node, tasks):
+    task = {"SLURM_STEP_NUM_TASKS": "16", "SLURM_PROCID": "11", "SLURM_LOCALID": "3"}
+    task |= {"SLURM_STEP_TASKS_PER_NODE": form, "SLURM_NODEID": str(node)}
+    task |= {"MASTER_ADDR": "node0", "MASTER_PORT": "6000"}
+    with mock.patch.dict(os.environ, task, clear=True):
+        compat.find_ranks()
+        assert os.environ["LOCAL_WORLD_SIZE"] == str(tasks)
+
+
+def test_tasks_that_see_one_gpu_of_their_node_each_are_refused():
+    task = {"SLURM_STEP_NUM_TASKS": "16", "SLURM_PROCID": "8", "SLURM_LOCALID": "0"}
+    task |= {"MASTER_ADDR": "node0", "MASTER_PORT": "6000", "SLURM_STEP_TASKS_PER_NODE": "8(x2)"}
+    with (
+        mock.patch.dict(os.environ, task, clear=True),
+        mock.patch.object(torch.cuda, "device_count", return_value=1),
+        pytest.raises(ConfigError, match=r"CUDA_VISIBLE_DEVICES: .* all 8 tasks .*, found 1"),
+    ):
+        compat.find_ranks()
 
 
 @pytest.mark.parametrize("many", [{"SLURM_STEP_NUM_TASKS": "16"}, {"OMPI_COMM_WORLD_SIZE": "16"}])
