@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import GenerationConfig, LlamaConfig
 
 from megatron_ext.checkpoint import torch_dist
+from megatron_ext.checkpoint.chat_files import ChatFiles
 from megatron_ext.checkpoint.folder import new_folder
 from megatron_ext.checkpoint.huggingface import (
     CONFIG,
@@ -64,11 +65,13 @@ def export_model(
 
     Raises:
         CheckpointError: the checkpoint is unreadable or no Llama; names the flag, or the tensor.
-        ConfigError: the tokenizer is missing or another one, or the output exists.
+        ConfigError: the tokenizer is missing, another one, or does not fit the chat template; or the output
+            exists.
     """
     checkpoint = open_checkpoint(source, flag="--checkpoint", iteration=iteration)
     kept = tokenizer or _kept(checkpoint)
     tokens = _check_tokenizer(kept, checkpoint)
+    chat = ChatFiles.of_run(checkpoint.args, tokenizer=kept)
     template = read_config(kept) if (kept / CONFIG).is_file() else None
     reader = torch_dist.Reader(checkpoint.path)
     (rows, *_), stored = reader.describe("embedding.word_embeddings.weight")
@@ -87,6 +90,8 @@ def export_model(
         )
         copy_files(kept, folder, (GENERATION, *TOKENIZER_FILES))
         _write_config(folder, model, kept=kept, template=template, dtype=dtype)
+        if chat is not None:
+            chat.write(folder)
     return Converted(output, parameters(model), dtype)
 
 
