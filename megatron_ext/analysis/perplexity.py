@@ -44,7 +44,8 @@ class SampleScores:
     @property
     def corpus_perplexity(self) -> float:
         """Perplexity of the set as one text: every token counts once."""
-        return float(np.exp(np.average(self.loss, weights=self.tokens)))
+        # Beyond 300 nats, where gradient ascent may end, it would soon be no number that JSON can hold.
+        return float(np.exp(min(np.average(self.loss, weights=self.tokens), 300.0)))
 
 
 def score_samples(

@@ -28,7 +28,7 @@ from megatron_ext.checkpoint.inspect import (
 )
 from megatron_ext.checkpoint.source import ReferenceSource
 from megatron_ext.data.manifest import check_prefix
-from megatron_ext.exceptions import ConfigError
+from megatron_ext.exceptions import CheckpointError, ConfigError
 from megatron_ext.model.model_config import model_config_from_args
 from megatron_ext.reference import FrozenReference
 from megatron_ext.runtime import console
@@ -82,6 +82,7 @@ class Session:
         for name, samples in drawn.items():
             scores = score_samples(model, samples, args=self.args, eod=self.eod)
             if scores is not None:
+                _check_finite(scores.loss, directory, name)
                 report["sets"][name] = {
                     "loss": scores.loss.tolist(),
                     "probability": scores.probability.tolist(),
@@ -143,6 +144,16 @@ class Session:
             name: read_samples(prefix, count=count, length=length, seed=seed)
             for name, prefix in sets.items()
         }
+
+
+def _check_finite(loss: np.ndarray, directory: str, name: str) -> None:
+    """Refuse what no mean, no interval and no JSON file could hold, before more sets are scored."""
+    broken = np.count_nonzero(~np.isfinite(loss))
+    if broken:
+        raise CheckpointError(
+            f"--checkpoint {directory}: expected finite losses, found {broken} of {len(loss)} samples of "
+            f"{name} that are not"
+        )
 
 
 @contextlib.contextmanager

@@ -6,11 +6,14 @@ import numpy as np
 import pytest
 
 from megatron_ext.analysis.figures import colour, line, marker, render
+from megatron_ext.analysis.perplexity import SampleScores
 from megatron_ext.analysis.perplexity_report import (
     add_shifts,
     perplexity_panels,
     perplexity_table,
 )
+from megatron_ext.analysis.session import _check_finite
+from megatron_ext.exceptions import CheckpointError
 
 N = 400
 
@@ -81,6 +84,19 @@ def test_a_model_that_ran_away(losses):
     json.dumps(report, allow_nan=False)
     assert "+900.000" in perplexity_table(report)
     assert render(perplexity_panels(report)).startswith(b"\x89PNG")
+
+
+def test_the_perplexity_of_a_model_that_ran_away_can_be_written():
+    far = SampleScores(np.array([900.0, 800.0]), np.zeros(2), np.array([3, 4]))
+    json.dumps(far.corpus_perplexity, allow_nan=False)
+    near = SampleScores(np.array([2.0, 4.0]), np.zeros(2), np.array([1, 3]))
+    assert near.corpus_perplexity == pytest.approx(np.exp(3.5))
+
+
+def test_losses_that_are_no_numbers_are_named():
+    _check_finite(np.array([1.0, 900.0]), "runs/ga", "real")
+    with pytest.raises(CheckpointError, match="runs/ga: .* 2 of 3 samples of real"):
+        _check_finite(np.array([1.0, np.nan, np.inf]), "runs/ga", "real")
 
 
 def test_samples_that_are_all_alike():
