@@ -6,6 +6,7 @@ import argparse
 from argparse import Namespace
 from collections.abc import Sequence
 
+from megatron_ext.config import ChatConfig
 from megatron_ext.data.tokenizers import TokenizerSpec, build_reference
 from megatron_ext.exceptions import ConfigError
 from megatron_ext.planning.architecture import Architecture
@@ -81,22 +82,32 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--max-replay-increase", type=float)
     parser.add_argument("--split", default="969,30,1")  # Megatron's
     parser.add_argument("--chat-data-path", nargs="+")
-    parser.add_argument("--chat-epochs", type=float)
+    parser.add_argument("--chat-epochs", type=int, default=ChatConfig.chat_epochs)
     for name in _NOT_PLANNED:
         parser.add_argument(f"--{name}", nargs="*")
     return parser
 
 
 def architecture(flags: Namespace) -> Architecture:
-    """The model of these flags; the vocabulary is the tokenizer's unless --vocab-size is given."""
+    """The model of these flags; --vocab-size stands in for a tokenizer that is not there yet.
+
+    Raises:
+        ConfigError: there is neither, or both differ; the run would take the tokenizer's.
+    """
     vocab_size = flags.vocab_size
-    if vocab_size is None:
-        if flags.tokenizer_model is None:
-            raise ConfigError("--tokenizer-model or --vocab-size: expected one, found none")
+    if flags.tokenizer_model is not None:
         spec = TokenizerSpec(
             tokenizer_type=flags.tokenizer_type, tokenizer_model=flags.tokenizer_model
         )
-        vocab_size = build_reference(spec).vocab_size
+        found = build_reference(spec).vocab_size
+        if vocab_size not in (None, found):
+            raise ConfigError(
+                f"--vocab-size: expected {found}, that of {flags.tokenizer_model}, which the run takes, "
+                f"found {vocab_size}"
+            )
+        vocab_size = found
+    if vocab_size is None:
+        raise ConfigError("--tokenizer-model or --vocab-size: expected one, found none")
     grouped = flags.group_query_attention and flags.num_query_groups  # Megatron wants both
     return Architecture(
         layers=flags.num_layers,

@@ -161,6 +161,12 @@ def check(arch: Architecture, layout: Layout, unlearning: Unlearning | None = No
             f"--num-attention-heads, --ffn-hidden-size: expected multiples of TP {layout.tp}, "
             f"found {arch.heads} and {arch.ffn}"
         )
+    # With fewer groups than TP every rank gathers and keeps the whole projection.
+    if arch.query_groups % layout.tp:
+        raise ConfigError(
+            f"--num-query-groups: expected a multiple of TP {layout.tp}, for which this plan is, found "
+            f"{arch.query_groups}"
+        )
     unit = layout.micro_batch * layout.data_parallel
     if unlearning is not None and unlearning.forget_batch % unit:
         raise ConfigError(

@@ -49,10 +49,9 @@ def _data(n: dict[str, Any]) -> Iterator[str]:
         text = f"tokens        {tokens['learn']:,} {kind}"
         yield text + (f", {tokens['forget']:,} forgotten" if tokens["forget"] else "")
     else:
-        yield (
-            f"iterations    set by the data: {n['chat_epochs'] or 1:g} epochs, "
-            f"{n['tokens_per_step']:,} tokens a step"
-        )
+        epochs = n["chat_epochs"]
+        count = f"set by the data: {epochs} epochs" if epochs else "not given"
+        yield f"iterations    {count}, {n['tokens_per_step']:,} tokens a step"
     for use in n["data"]:
         yield (
             f"data          {use['role']} {use['share']:.2%} {use['prefix']}: {use['used']:,.0f} of "

@@ -11,8 +11,9 @@ The model is arithmetic; nothing of it was measured. Its parts and where they co
 - Every microbatch adds its gradients to the sum: read and written, in fp32 8 bytes a parameter.
 - The pipeline: the slowest stage works `m` times and waits `(p - 1) / v` times more (2104.04473,
   section 2.2), and each chunk's output and its gradient cross the network.
-- Data parallelism: gradients are reduced and weights gathered once a step through the network; with
-  overlap behind the compute of one microbatch.
+- Data parallelism: gradients are reduced and weights gathered once a step, over the links of a node or
+  through the adapters of all of the group's GPUs in it, for a ring leaves a node once; with overlap behind
+  the compute of one microbatch.
 - The reference's forward passes over the replay microbatches are a pipeline of their own.
 
 Left out: kernels become less efficient with small microbatches and large TP, memory traffic of the
@@ -102,7 +103,9 @@ def model_step(
         tensor_parallel=m * tensor,
         bubble=(p - 1) / v * (slowest + tensor),
         pipeline=m * sent,
-        data_parallel=_data_parallel(arch, layout, far, hidden=slowest + tensor),
+        data_parallel=_data_parallel(
+            arch, layout, _data_link(layout, gpu, gpus_per_node), hidden=slowest + tensor
+        ),
         reference=_reference(arch, layout, unlearning, rate, forward_only),
     )
 
@@ -142,6 +145,17 @@ def _reduction(arch: Architecture, layout: Layout, gpu: Gpu) -> float:
     """Seconds of one all-reduce of a microbatch's residual stream over a ring of TP ranks."""
     moved = 2 * (layout.tp - 1) / layout.tp * layout.tokens * arch.hidden * layout.element
     return moved / gpu.link
+
+
+def _data_link(layout: Layout, gpu: Gpu, gpus_per_node: int) -> float:
+    """Bytes a second of a ring of data-parallel ranks: TP varies fastest, so neighbours share a node.
+
+    NCCL makes as many rings as there are adapters, and each crosses to the next node by another one.
+    """
+    together = max(1, gpus_per_node // layout.tp)
+    if layout.data_parallel <= together:
+        return gpu.link
+    return min(gpu.link, together * gpu.network)
 
 
 def _data_parallel(arch: Architecture, layout: Layout, bandwidth: float, *, hidden: float) -> float:

@@ -234,6 +234,7 @@ def test_layouts_that_do_not_divide_are_refused(changes, message):
         ({"gpus": 3, "pp": 3}, "--num-layers: expected a multiple of PP 3, found 4"),
         ({"gpus": 2, "pp": 2, "vpp": 4}, "--num-layers: expected a multiple of PP 2 x 4 chunks"),
         ({"gpus": 8, "tp": 8}, "--num-attention-heads"),
+        ({"gpus": 4, "tp": 4}, "--num-query-groups: expected a multiple of TP 4, .* found 2"),
         ({"micro_batch": 4}, "--forget-batch-size: expected a multiple of 4"),
     ],
 )

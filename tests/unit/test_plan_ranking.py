@@ -55,10 +55,24 @@ def test_data_parallel_ranks_reduce_once_a_step_and_hide_what_overlaps():
     assert step(layout, gpu=slow).data_parallel == pytest.approx((4 + 2) * count / 2 / 0.5)
     hidden = replace(layout, overlap_gradients=True, overlap_parameters=True)
     assert step(hidden, gpu=slow).data_parallel == 0
-    # The network counts once the GPUs fill more than a node.
+    # The network counts once a group fills more than a node, which has eight adapters.
+    slow = replace(GPU, network=0.5)
     far = replace(layout, gpus=16, micro_batch=1, global_batch=16)
-    time = step(far, gpu=replace(GPU, network=0.5))
-    assert time.data_parallel == pytest.approx((4 + 2) * count * 15 / 16 / 0.5)
+    total = (4 + 2) * count * 15 / 16
+    assert step(far, gpu=slow).data_parallel == pytest.approx(total / (8 * 0.5))
+    assert step(far, gpu=replace(slow, link=1.5)).data_parallel == pytest.approx(total / 1.5)
+
+
+def test_data_parallel_ranks_of_one_node_do_not_use_the_network():
+    slow = replace(GPU, network=0.5)
+    layout = replace(ONE, half=True, distributed_optimizer=True, micro_batch=1, global_batch=32)
+    inside = replace(layout, gpus=16, tp=2, pp=4)  # two in a group
+    assert step(inside, gpu=slow).data_parallel < 1e-9
+    # With TP 8 a node has one rank of each group.
+    arch = replace(DEEP, heads=8, query_groups=8)
+    count = arch.stage_parameters(0, tp=8, pp=1)
+    time = step(replace(layout, gpus=16, tp=8), arch=arch, gpu=slow)
+    assert time.data_parallel == pytest.approx((4 + 2) * count / 2 / 0.5)
 
 
 def test_the_reference_is_a_forward_pass_of_the_replayed_tokens():

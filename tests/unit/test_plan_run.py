@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 
@@ -90,6 +91,25 @@ def test_refusals_are_one_line(words, message):
     assert (result.returncode, result.stdout) == (2, "")
     assert result.stderr.startswith(f"plan_run.py: error: {message}")
     assert result.stderr.count("\n") == 1
+
+
+def test_epochs_of_conversations_are_those_of_a_run():
+    result = run("--gpus", 1, "--", *MODEL, "--chat-data-path", "chat.jsonl")
+    assert "iterations    set by the data: 2 epochs, 1,048,576 tokens a step" in result.stdout
+    result = run("--gpus", 1, "--", *MODEL)
+    assert "iterations    not given, 1,048,576 tokens a step" in result.stdout
+
+
+def test_the_vocabulary_is_that_of_the_tokenizer_as_in_a_run(monkeypatch):
+    from megatron_ext.planning import flags as planned
+
+    tokenizer = SimpleNamespace(vocab_size=125_696)
+    monkeypatch.setattr(planned, "build_reference", lambda _: tokenizer)
+    words = [*MODEL, "--tokenizer-model", "tok.model"]
+    assert architecture(entry_flags(words)).vocab_size == 125_696
+    tokenizer.vocab_size = 64_000
+    with pytest.raises(ConfigError, match=r"--vocab-size: expected 64000, .* found 125696"):
+        architecture(entry_flags(words))
 
 
 def test_flags_are_read_as_the_entry_point_reads_them():
