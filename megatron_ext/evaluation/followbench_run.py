@@ -79,6 +79,7 @@ def _answer(options: Namespace, questions: Mapping[str, list[Question]]) -> None
     with open_generator(options) as (generator, codec):
         asked = [question for kind in wanted for question in questions[kind]]
         settings: dict[str, Any] = {"model": generator.identity, "sampling": vars(sampling)}
+        settings["template"] = codec.template.source
         settings["questions"] = [question.instruction for question in asked]
         place = options.output_dir / f"followbench-{options.name}"
         with open_journal(generator, place, settings) as journal:
@@ -121,7 +122,7 @@ def _judge(
         "summary": bench.summarise(kinds),
     }
     text = json.dumps(results, indent=1, ensure_ascii=False)
-    file = _results_file(options)
+    file = output / f"followbench-{name}.json"
     write_atomically(file, text.encode(), overwrite=True)
     print(report(results))
     print(f"\n{file}")
@@ -130,14 +131,15 @@ def _judge(
 def _verdict_texts(
     options: Namespace, judge: Judge, prompts: Mapping[str, Mapping[str, list[Message]]]
 ) -> dict[str, dict[str, str]]:
-    """The judge's texts by constraint type and question; asked again only where the prompt is new."""
+    """The judge's texts by constraint type and question; asked again where prompt or judge is another."""
     judged = [kind for kind in prompts if prompts[kind]]  # rules check all examples
     files = {kind: bench.verdict_file(options.output_dir, options.name, kind) for kind in judged}
     known = {
         line["prompt_new"]: line["choices"][0]["message"]["content"]
         for file in files.values()
-        if file.exists() and _judge_of(_results_file(options)) == judge.model
+        if file.exists()
         for line in read_records(file)
+        if line.get("judge") == judge.model
     }
     flat = {key: messages for kind in prompts.values() for key, messages in kind.items()}
     todo = {key: m for key, m in flat.items() if m[0]["content"] not in known}
@@ -155,22 +157,12 @@ def _verdict_texts(
         }
         for kind, file in files.items():
             lines = [
-                bench.record(messages[0]["content"], texts[kind][key])
+                bench.record(messages[0]["content"], texts[kind][key]) | {"judge": judge.model}
                 for key, messages in prompts[kind].items()
             ]
             write_records(file, lines, overwrite=True)
         kept.remove()
     return texts
-
-
-def _results_file(options: Namespace) -> Path:
-    place: Path = options.output_dir / f"followbench-{options.name}.json"
-    return place
-
-
-def _judge_of(results: Path) -> str | None:
-    """Whose verdicts the project's files hold: they do not say so themselves."""
-    return json.loads(results.read_text())["judge"]["model"] if results.exists() else None
 
 
 def report(results: Mapping[str, Any]) -> str:

@@ -92,6 +92,7 @@ def _answer(options: Namespace, questions: Sequence[bench.Question], file: Path)
     )
     with open_generator(options) as (generator, codec):
         settings: dict[str, Any] = {"model": generator.identity, "sampling": vars(sampling)}
+        settings["template"] = codec.template.source
         settings["questions"] = [[q.id, *q.turns] for q in questions]
         with open_journal(generator, file, settings) as journal:
             answers = _two_turns(generator, codec, questions, sampling, journal)

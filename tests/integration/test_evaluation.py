@@ -122,14 +122,8 @@ def follow_verdict(messages):
 
 
 def test_followbench(world, tmp_path, capsys):
-    common = (
-        "--followbench",
-        world / "bench",
-        "--constraint-types",
-        "content",
-        "format",
-        "example",
-    )
+    common = ("--followbench", world / "bench", "--constraint-types")
+    common += ("content", "format", "example")
     with stub_judge(follow_verdict) as stub:
         run(followbench_run, *common, *answering(world, tmp_path), *judging(stub))
         assert len(stub.requests) == 10  # the rest is for rules
@@ -138,6 +132,15 @@ def test_followbench(world, tmp_path, capsys):
         run(followbench_run, *common, "--name", "mine", "--output-dir", tmp_path, *judging(stub))
         assert len(stub.requests) == 10
     assert json.loads((tmp_path / "followbench-mine.json").read_text()) == results
+    with stub_judge(lambda messages: "NO") as other:
+        # Another one rates a type, and then both: no verdict of the first is taken for its own.
+        name = ("--name", "mine", "--output-dir", tmp_path, "--judge-url", other.url)
+        for kinds in (["content"], ["content", "format"]):
+            types = ("--constraint-types", *kinds)
+            run(followbench_run, *common[:2], *types, *name, "--judge-model", "other")
+        assert len(other.requests) == 10
+    scores = json.loads((tmp_path / "followbench-mine.json").read_text())
+    assert scores["constraint_types"]["format"]["unparsable"] == 4
 
     lines = (tmp_path / "api_output" / "mine" / "content_constraint.jsonl").read_text().splitlines()
     answers = [json.loads(line) for line in lines]
@@ -237,6 +240,28 @@ def test_the_second_turn_sees_the_first_answer(world):
     text = tokenizer.decode(found[0].tokens)
     assert text == "Write.</s>An answer.</s>Again, {question}!</s>"
     assert [request.sampling.temperature for request in found] == [0.7, 0.0]
+
+
+def test_answers_under_another_template_are_not_gone_on_with(world, tmp_path, monkeypatch):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    (tmp_path / "other.jinja").write_text(
+        "{% for message in messages %}{{ message.role }}: {{ message.content }}</s>{% endfor %}"
+    )
+    other = ("--chat-template", tmp_path / "other.jinja")
+    bench = ("--followbench", world / "bench", "--constraint-types", "content")
+    questions = ("--questions", world / "question.jsonl")
+    for verb, arguments in (
+        (followbench_run, (*bench, *answering(world, tmp_path))),
+        (mtbench_run, (*questions, *answering(world, tmp_path))),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(verb, "complete_all", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                run(verb, *arguments)
+        with pytest.raises(ConfigError, match="expected the settings of the run"):
+            run(verb, *arguments, *other)
 
 
 def test_what_is_missing_is_named(world, tmp_path):

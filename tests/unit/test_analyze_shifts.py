@@ -95,7 +95,7 @@ def test_the_perplexity_of_a_model_that_ran_away_can_be_written():
 
 def test_losses_that_are_no_numbers_are_named():
     _check_finite(np.array([1.0, 900.0]), "runs/ga", "real")
-    with pytest.raises(CheckpointError, match="runs/ga: .* 2 of 3 samples of real"):
+    with pytest.raises(CheckpointError, match=r"runs/ga: .* 2 of 3 samples of real"):
         _check_finite(np.array([1.0, np.nan, np.inf]), "runs/ga", "real")
 
 
