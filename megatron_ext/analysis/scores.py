@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
@@ -24,7 +24,7 @@ _NAMES = {
     "mbpp": "MBPP",
     "gsm8k": "GSM8K",
 }
-# Their parts, such as mmlu_anatomy, are in their own scores.
+# Their parts, such as mmlu_anatomy, are in their own scores; so told in files that do not say what is a part.
 _GROUPS = tuple(f"{name}_" for name in ("mmlu", "cmmlu", "ceval-valid"))
 # What is taken of a task that has several metrics; otherwise its first.
 _METRICS = ("acc", "exact_match", "pass@1", "pass_at_1", "prompt_level_strict_acc")
@@ -79,11 +79,12 @@ def _read(content: Any) -> dict[str, Score]:
         total = content["scores"]["all"]
         found = {"MT-Bench": (total["mean"], total["unparsable"])}
     else:
-        tasks = content["results"].items()
+        tasks = content["results"]
+        parts = _parts(tasks, content.get("group_subtasks"))
         scores = {
             _NAMES.get(task, task): _task_score(metrics)
-            for task, metrics in tasks
-            if not task.startswith(_GROUPS)
+            for task, metrics in tasks.items()
+            if task not in parts
         }
         return {task: score for task, score in scores.items() if score is not None}
     return {
@@ -91,6 +92,16 @@ def _read(content: Any) -> dict[str, Score]:
         for column, (mean, unparsable) in found.items()
         if mean is not None
     }
+
+
+def _parts(
+    tasks: Mapping[str, Any], children: Mapping[str, Sequence[str]] | None
+) -> frozenset[str]:
+    """Tasks that are in the score of a group."""
+    if children is None:
+        return frozenset(task for task in tasks if task.startswith(_GROUPS))
+    scored = (group for group in children if _task_score(tasks.get(group, {})) is not None)
+    return frozenset(task for group in scored for task in children[group])
 
 
 def _task_score(found: Mapping[str, Any]) -> Score | None:

@@ -34,7 +34,15 @@ COLUMNS = {
     "MBPP": ("mbpp", "pass_at_1,none"),
     "GSM8K": ("gsm8k", "exact_match,strict-match"),
 }
-_KEPT = ("results", "groups", "versions", "n-shot", "n-samples", "higher_is_better")
+_KEPT = (
+    "results",
+    "groups",
+    "group_subtasks",
+    "versions",
+    "n-shot",
+    "n-samples",
+    "higher_is_better",
+)
 
 
 def add_arguments(parser: ArgumentParser) -> None:

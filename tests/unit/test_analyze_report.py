@@ -232,6 +232,12 @@ def test_scores():
     assert found["GSM8K"].value == pytest.approx(60)
     assert found["my task"] == Score(25.0)
     assert "mmlu_anatomy" not in found
+    results["mmlu_pro"] = {"exact_match,custom-extract": 0.1}
+    results |= {"mmlu_pro_law": {"exact_match,custom-extract": 0.2}, "loose": {"alias": "loose"}}
+    parts = {"mmlu": ["mmlu_anatomy"], "mmlu_pro": ["mmlu_pro_law"], "loose": ["gsm8k"]}
+    more = read_scores({"results": results, "group_subtasks": parts}, name="x")
+    assert more.keys() - found.keys() == {"mmlu_pro"}
+    assert found.keys() - more.keys() == {"average"}
     for wrong in (
         [],
         {},
