@@ -7,6 +7,9 @@ from typing import Any, BinaryIO, cast
 
 COMPRESSIONS = (".gz", ".zst")
 _READ_BYTES = 1 << 17
+# What `zstd --long=31` may ask for, as large public corpora do; the default refuses more than 2^27.
+# Taken only for frames that need it.
+_ZSTD_WINDOW_BYTES = 1 << 31
 
 
 def open_stream(path: Path) -> tuple[BinaryIO, BinaryIO]:
@@ -14,8 +17,14 @@ def open_stream(path: Path) -> tuple[BinaryIO, BinaryIO]:
 
     Returns:
         The stream of its content, and the file itself, whose position tells the progress.
+
+    Raises:
+        EOFError: a compressed file has no bytes; even one of an empty text has some.
     """
     raw = path.open("rb")
+    if path.suffix in COMPRESSIONS and not path.stat().st_size:
+        raw.close()
+        raise EOFError("expected compressed data, found an empty file")
     if path.suffix == ".gz":
         return cast(BinaryIO, gzip.GzipFile(fileobj=raw)), raw
     if path.suffix == ".zst":
@@ -34,7 +43,7 @@ class _ZstdStream(io.RawIOBase):
 
         self._raw, self._path = raw, path
         self._error = zstandard.ZstdError
-        self._decompressor = zstandard.ZstdDecompressor()
+        self._decompressor = zstandard.ZstdDecompressor(max_window_size=_ZSTD_WINDOW_BYTES)
         self._frame: Any = None
         self._input = b""
         self._output = memoryview(b"")

@@ -5,7 +5,6 @@ Reading is split in two, so that the reader never becomes the bottleneck of many
 records in a worker. Order is that of the inputs throughout.
 """
 
-import glob
 import json
 import zlib
 from collections.abc import Iterator, Sequence
@@ -13,21 +12,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
-from megatron_ext.data.compression import COMPRESSIONS, open_stream
-from megatron_ext.exceptions import ConfigError, DataError
+from megatron_ext.data.compression import open_stream
+from megatron_ext.data.inputs import InputFormat, format_of
+from megatron_ext.exceptions import DataError
 
-InputFormat = Literal["auto", "jsonl", "parquet", "text"]
 TextUnit = Literal["file", "line", "paragraph"]
 
-FORMATS: dict[str, InputFormat] = {
-    ".jsonl": "jsonl",
-    ".ndjson": "jsonl",
-    ".json": "jsonl",
-    ".parquet": "parquet",
-    ".txt": "text",
-    ".text": "text",
-    ".md": "text",
-}
 # Raw bytes of a block: some 20 ms of a worker, against well under one for handing it over.
 BLOCK_BYTES = 1 << 20
 _PARQUET_ROWS = 512
@@ -70,50 +60,6 @@ class BadRecord:
 
 # A good record: for each key the sequences of the document, most often one.
 Record = list[list[str]]
-
-
-def find_inputs(patterns: Sequence[str], *, input_format: InputFormat = "auto") -> list[Path]:
-    """Resolves files, globs and directories to files, in the order given, sorted within each.
-
-    Raises:
-        ConfigError: Nothing matches, a file is named twice, or its format is not known by its name.
-    """
-    found: list[Path] = []
-    for pattern in patterns:
-        path = Path(pattern)
-        if path.is_dir():
-            matches = [p for p in sorted(path.rglob("*")) if p.is_file() and _known(p)]
-            if not matches:
-                raise ConfigError(f"--input {pattern}: no {_expected()} file in this directory")
-        elif path.exists():
-            matches = [path]
-        else:
-            matches = sorted(filter(Path.is_file, map(Path, glob.glob(pattern, recursive=True))))
-            if not matches:
-                raise ConfigError(f"--input {pattern}: no such file")
-        found.extend(matches)
-    seen: set[Path] = set()
-    for path in found:
-        if path.resolve() in seen:
-            raise ConfigError(f"--input names {path} twice")
-        seen.add(path.resolve())
-        if not path.is_file():
-            raise ConfigError(
-                f"--input {path}: expected a regular file, for its start is read twice"
-            )
-        if input_format == "auto" and not _known(path):
-            raise ConfigError(
-                f"{path}: expected {_expected()}; give --input-format for another name"
-            )
-    return found
-
-
-def format_of(path: Path, *, input_format: InputFormat = "auto") -> InputFormat:
-    """The format of a file, by its name unless told."""
-    if input_format != "auto":
-        return input_format
-    name = path.with_suffix("") if path.suffix in COMPRESSIONS else path
-    return FORMATS.get(name.suffix, "auto")
 
 
 def read_blocks(
@@ -202,12 +148,26 @@ def _parquet_blocks(path: Path, keys: Sequence[str]) -> Iterator[Block]:
                     raise DataError(f"{path}: expected a column {key!r}, found {', '.join(names)}")
             rows, first = max(table.metadata.num_rows, 1), 1
             for batch in table.iter_batches(
-                batch_size=_PARQUET_ROWS, columns=list(keys), use_threads=False
+                batch_size=_rows_of_block(table.metadata, keys),
+                columns=list(keys),
+                use_threads=False,
             ):
                 yield Block(str(path), "parquet", batch, first, size * batch.num_rows // rows)
                 first += batch.num_rows
     except pa.ArrowException as error:
         raise DataError(f"{path} cannot be read as Parquet: {error}") from error
+
+
+def _rows_of_block(metadata: Any, keys: Sequence[str]) -> int:
+    """Rows that hold about `BLOCK_BYTES` of text: books take a thousand times the room of web pages."""
+    groups = [metadata.row_group(i) for i in range(metadata.num_row_groups)]
+    size = sum(
+        column.total_uncompressed_size
+        for group in groups
+        for column in map(group.column, range(group.num_columns))
+        if column.path_in_schema.partition(".")[0] in keys or column.path_in_schema in keys
+    )
+    return min(_PARQUET_ROWS, max(1, BLOCK_BYTES * metadata.num_rows // max(1, size)))
 
 
 def _text_blocks(path: Path, unit: TextUnit) -> Iterator[Block]:
@@ -290,11 +250,3 @@ def _take(value: dict[str, Any], where: str, keys: Sequence[str]) -> Record | Ba
 
 def _excerpt(text: str) -> str:
     return repr(text[:60]) + ("..." if len(text) > 60 else "")
-
-
-def _known(path: Path) -> bool:
-    return format_of(path) != "auto"
-
-
-def _expected() -> str:
-    return f"{', '.join(FORMATS)} (also with {', '.join(COMPRESSIONS)})"

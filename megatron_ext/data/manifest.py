@@ -74,7 +74,9 @@ class Manifest:
 
     def to_json(self) -> bytes:
         """The content of the file."""
-        return (json.dumps(dataclasses.asdict(self), indent=2, ensure_ascii=False) + "\n").encode()
+        text = json.dumps(dataclasses.asdict(self), indent=2, ensure_ascii=False) + "\n"
+        # File names need not be UTF-8: Python's stand-ins for such bytes are written as JSON's escapes.
+        return text.encode(errors="backslashreplace")
 
 
 def manifest_path(prefix: str | Path) -> Path:

@@ -17,15 +17,13 @@ from megatron_ext.data.atomic import AtomicFiles
 from megatron_ext.data.document_digests import DocumentSample
 from megatron_ext.data.documents import (
     Block,
-    InputFormat,
     TextUnit,
-    find_inputs,
-    format_of,
     read_blocks,
 )
 from megatron_ext.data.encode import BackendMismatchError, EncodedKey, parse_texts
 from megatron_ext.data.fast_tokenizer import Backend, choose_tokenizer
 from megatron_ext.data.indexed import IndexedWriter, bin_path, idx_path, token_dtype
+from megatron_ext.data.inputs import InputFormat, find_inputs, format_of
 from megatron_ext.data.manifest import Manifest, Source, manifest_path
 from megatron_ext.data.progress import Progress
 from megatron_ext.data.tokenizers import Tokenizer, TokenizerSpec, build_reference, tokenizer_digest
@@ -125,14 +123,27 @@ def preprocess(config: PreprocessConfig) -> PreprocessResult:
         logger.info("%s", message)
         if config.append_eod and tokenizer.eod_id is None:
             raise ConfigError("--append-eod: the tokenizer has no end-of-document (EOS) piece")
+        origin = _Origin(
+            tokenizer_digest(config.tokenizer),
+            [Source(path=str(path), bytes=path.stat().st_size) for path in paths],
+        )
         try:
-            return _run(config, paths, prefixes, files, tokenizer)
+            return _run(config, paths, prefixes, files, tokenizer, origin)
         except BackendMismatchError as error:
             if config.backend == "gigatoken":
                 raise DataError(f"--tokenizer-backend gigatoken: {error}") from error
             logger.warning("%s; starting over with the reference tokenizer", error)
             files.restart()
-            return _run(config, paths, prefixes, files, build_reference(config.tokenizer))
+            exact = build_reference(config.tokenizer)
+            return _run(config, paths, prefixes, files, exact, origin)
+
+
+@dataclass(frozen=True)
+class _Origin:
+    """What the manifests name, looked up before the run: hours later it may be gone."""
+
+    tokenizer_digest: str
+    sources: list[Source]
 
 
 @dataclass
@@ -174,6 +185,7 @@ def _run(
     prefixes: list[str],
     files: AtomicFiles,
     tokenizer: Tokenizer,
+    origin: _Origin,
 ) -> PreprocessResult:
     """Encodes everything with one tokenizer and publishes the files."""
     start = time.monotonic()
@@ -192,7 +204,7 @@ def _run(
         append_eod=config.append_eod,
         workers=config.workers,
     )
-    with Progress(sum(path.stat().st_size for path in paths), config.log_interval) as progress:
+    with Progress(sum(source.bytes for source in origin.sources), config.log_interval) as progress:
         for block in encoded:
             if block.bad and config.on_error == "fail":
                 raise DataError(f"{block.bad[0]}; --on-error skip leaves such records out")
@@ -207,7 +219,7 @@ def _run(
             progress.update(block.consumed, first.documents, first.tokens)
     for data_set in data_sets:
         data_set.finish(skipped)
-    manifests = [_manifest(config, paths, tokenizer, data_set, skipped) for data_set in data_sets]
+    manifests = [_manifest(config, origin, tokenizer, data_set, skipped) for data_set in data_sets]
     for prefix, manifest in zip(prefixes, manifests, strict=True):
         files[manifest_path(prefix)].write(manifest.to_json())
     files.commit()
@@ -246,7 +258,7 @@ def _sample(blocks: Iterable[Block], keys: list[str]) -> list[str]:
 
 def _manifest(
     config: PreprocessConfig,
-    paths: list[Path],
+    origin: _Origin,
     tokenizer: Tokenizer,
     data_set: _DataSet,
     skipped: Counter[str],
@@ -255,7 +267,7 @@ def _manifest(
     return Manifest(
         tokenizer_type=config.tokenizer.tokenizer_type,
         tokenizer_model=Path(config.tokenizer.tokenizer_model).name,
-        tokenizer_digest=tokenizer_digest(config.tokenizer),
+        tokenizer_digest=origin.tokenizer_digest,
         vocab_size=tokenizer.vocab_size,
         eod_id=tokenizer.eod_id,
         append_eod=config.append_eod,
@@ -266,7 +278,7 @@ def _manifest(
         max_token_id=data_set.largest,
         skipped=dict(skipped),
         backend=tokenizer.backend_name,
-        sources=[Source(path=str(path), bytes=path.stat().st_size) for path in paths],
+        sources=origin.sources,
         content_digest=writer.content_digest,
         document_sample=[digest.to_bytes(8).hex() for digest in data_set.sample.smallest],
     )

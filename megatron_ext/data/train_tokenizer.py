@@ -13,11 +13,10 @@ from tqdm import tqdm
 from megatron_ext.data.atomic import AtomicFiles
 from megatron_ext.data.documents import (
     BadRecord,
-    InputFormat,
-    find_inputs,
     parse_block,
     read_blocks,
 )
+from megatron_ext.data.inputs import InputFormat, find_inputs
 from megatron_ext.exceptions import ConfigError, DataError
 
 logger = logging.getLogger(__name__)

@@ -4,9 +4,14 @@ import gzip
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
+import zstandard
 
 from megatron_ext.data import documents
+from megatron_ext.data.inputs import find_inputs
+from megatron_ext.exceptions import ConfigError
 from tests.helpers.preprocess import run, write_as
 from tests.helpers.text import (
     make_texts,
@@ -116,6 +121,46 @@ def test_many_inputs_keep_their_order(tmp_path, model, monkeypatch):
     assert [Path(s.path).name for s in result.manifests[0].sources] == [
         *("z.jsonl", "b.jsonl", "c.parquet", last.name),
     ]
+
+
+def test_directories_are_read_behind_links_and_without_what_is_hidden(tmp_path):
+    folder, elsewhere = tmp_path / "in", tmp_path / "elsewhere"
+    for name in ("in/a.jsonl", "in/.b.jsonl", "in/.cache/c.jsonl", "elsewhere/d.jsonl"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("{}")
+    (folder / "link").symlink_to(elsewhere)
+    for name in ("circle", "again"):
+        (elsewhere / name).symlink_to(folder)
+    assert find_inputs([str(folder)]) == [folder / "a.jsonl", folder / "link" / "d.jsonl"]
+
+
+def test_a_directory_with_a_note_beside_its_records_is_refused(tmp_path):
+    (tmp_path / "a.jsonl").write_text("{}")
+    (tmp_path / "README.md").write_text("no data")
+    with pytest.raises(ConfigError, match=r"expected records or plain text .*README\.md"):
+        find_inputs([str(tmp_path)])
+    assert find_inputs([f"{tmp_path}/*.jsonl"]) == [tmp_path / "a.jsonl"]
+
+
+def test_zstandard_frames_of_any_window_and_frames_to_be_skipped(tmp_path):
+    """As ``zstd --long=31`` and parallel compressors write them."""
+    lines = b'{"text": "a"}\n' * 100
+    window = zstandard.ZstdCompressionParameters(window_log=31, enable_ldm=True)
+    compress = zstandard.ZstdCompressor(compression_params=window).compressobj()
+    skipped = b"\x50\x2a\x4d\x18\x03\x00\x00\x00abc"
+    path = tmp_path / "a.jsonl.zst"
+    path.write_bytes(skipped + compress.compress(lines) + compress.flush() + skipped)
+    (block,) = documents.read_blocks([path], keys=["text"])
+    assert block.payload == lines[:-1]
+
+
+def test_blocks_of_parquet_are_bounded_by_their_text(tmp_path):
+    table = pa.table({"text": ["x" * 200_000] * 60, "more": ["y" * 900_000] * 60})
+    pq.write_table(table, tmp_path / "a.parquet", use_dictionary=False)
+    blocks = list(documents.read_blocks([tmp_path / "a.parquet"], keys=["text"]))
+    assert sum(block.payload.num_rows for block in blocks) == 60
+    assert max(block.payload.nbytes for block in blocks) <= documents.BLOCK_BYTES
+    assert len(blocks) == 12
 
 
 def test_megatron_reads_the_output(tmp_path, model):

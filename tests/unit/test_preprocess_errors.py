@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from megatron_ext.data import documents, encode, fast_tokenizer
+from megatron_ext.data import documents, encode, fast_tokenizer, preprocess
 from megatron_ext.data.manifest import read_manifest
 from megatron_ext.exceptions import ConfigError, DataError
 from tests.helpers.preprocess import run, tool, write_as
@@ -89,6 +89,43 @@ def test_truncated_file_is_an_error_in_both_modes(tmp_path, model, name, on_erro
     with pytest.raises(DataError, match=f"{name} cannot be read"):
         run(model, [path], tmp_path / "o", on_error=on_error)
     assert [p.name for p in tmp_path.iterdir()] == [name]
+
+
+@pytest.mark.parametrize("name", ["a.jsonl.gz", "a.jsonl.zst"])
+def test_a_compressed_file_of_no_bytes_is_an_error(tmp_path, model, name):
+    good = write_as(tmp_path / "good.jsonl", ["text"])
+    (tmp_path / name).write_bytes(b"")
+    with pytest.raises(DataError, match=f"{name} cannot be read: .*found an empty file"):
+        run(model, [good, tmp_path / name], tmp_path / "o")
+
+
+def test_what_the_manifest_names_is_looked_up_before_the_run(tmp_path, model, monkeypatch):
+    """Not after hours, when an input may be gone; and a tokenizer without a digest is refused at once."""
+    source = write_as(tmp_path / "a.jsonl", make_texts(5))
+    size, encode_in_order = source.stat().st_size, preprocess.encode_in_order
+
+    def encode_and_remove(*args, **options):
+        yield from encode_in_order(*args, **options)
+        source.unlink()
+
+    monkeypatch.setattr(preprocess, "encode_in_order", encode_and_remove)
+    (found,) = run(model, [source], tmp_path / "o").manifests[0].sources
+    assert (found.path, found.bytes) == (str(source), size)
+
+    def no_digest(spec):
+        raise ConfigError("no vocabulary file")
+
+    monkeypatch.setattr(preprocess, "tokenizer_digest", no_digest)
+    write_as(source, make_texts(5))
+    with pytest.raises(ConfigError, match="no vocabulary file"):
+        run(model, [source], tmp_path / "p")
+    assert source.exists()
+
+
+def test_a_file_name_need_not_be_utf8(tmp_path, model):
+    source = write_as(tmp_path / os.fsdecode(b"caf\xe9.jsonl"), ["text"])
+    (prefix,) = run(model, [source], tmp_path / "o").prefixes
+    assert [found.path for found in read_manifest(prefix).sources] == [str(source)]
 
 
 def test_no_tokens_is_an_error(tmp_path, model):
