@@ -19,10 +19,9 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import jinja2
-import jinja2.ext
-import jinja2.sandbox
 
 from megatron_ext.data.chat import Message
+from megatron_ext.data.chat_environment import environment
 from megatron_ext.data.tokenizers import (
     SENTENCEPIECE_TYPES,
     HuggingFaceReference,
@@ -57,8 +56,8 @@ class ChatTemplate:
     """A Jinja chat template and the tokenizer that its text is for.
 
     Args:
-        source: the template; it sees ``messages``, ``add_generation_prompt``, ``bos_token`` and
-            ``eos_token`` as in ``transformers``, but no clock, so that text does not change with the day.
+        source: the template; it sees what it sees in ``transformers`` (of a SentencePiece model, the special
+            tokens BOS and EOS), but no clock, so that text does not change with the day.
         tokenizer: type and model of the tokenizer.
 
     Raises:
@@ -69,7 +68,7 @@ class ChatTemplate:
         self.source = source
         self._text = _special_text(tokenizer)
         try:
-            self._template = _environment().from_string(source)
+            self._template = environment().from_string(source)
             self.encode(_PROBE)
         except (jinja2.TemplateError, DataError) as error:
             raise ConfigError(f"--chat-template: {error}") from error
@@ -78,6 +77,11 @@ class ChatTemplate:
     def eod_id(self) -> int:
         """The token that ends a document."""
         return self._text.eod_id
+
+    @property
+    def special_tokens(self) -> dict[str, Any]:
+        """What the template calls the special tokens; not all of it is in the tokenizer's digest."""
+        return self._text.tokens
 
     def render(self, messages: Sequence[Message], *, add_generation_prompt: bool = False) -> str:
         """The text of a conversation, for people and for engines that tokenise by themselves.
@@ -141,8 +145,9 @@ class ChatTemplate:
             return self._template.render(
                 messages=messages,
                 add_generation_prompt=add_generation_prompt,
-                bos_token=self._text.bos_token,
-                eos_token=self._text.eos_token,
+                tools=None,
+                documents=None,
+                **self._text.tokens,
             )
         except (jinja2.TemplateError, TypeError, ValueError, KeyError) as error:
             raise DataError(f"expected turns that the chat template renders, {error}") from error
@@ -152,6 +157,8 @@ class ChatTemplate:
         # Templates may trim a text and put something before it; the text may happen to occur in that.
         text = content.strip()
         starts = [found.start() for found in re.finditer(f"(?={re.escape(text)})", turn)]
+        inside = {i for token in self._text.special.finditer(turn) for i in range(*token.span())}
+        starts = [start for start in starts if start not in inside]
         if not starts:
             raise DataError("expected a chat template that leaves the assistant's text as it is")
         ends = [self._text.special.search(turn, start + len(text)) for start in starts]
@@ -192,8 +199,7 @@ def load_template(tokenizer: TokenizerSpec, *, path: str | Path | None = None) -
 class _SpecialText(Protocol):
     """A tokenizer of text in which some strings are special tokens."""
 
-    bos_token: str
-    eos_token: str
+    tokens: dict[str, Any]  # what a template calls the special tokens: ``eos_token`` and others
     eod_id: int
     special: re.Pattern[str]
     visible: dict[str, str]
@@ -215,7 +221,10 @@ class _SentencePieceText:
         self._ids = {_EOS: self.eod_id}
         if (bos := int(self._processor.bos_id())) >= 0:
             self._ids[_BOS] = bos
-        self.eos_token, self.bos_token = _EOS, _BOS if _BOS in self._ids else ""
+        self.tokens: dict[str, Any] = {
+            "eos_token": _EOS,
+            "bos_token": _BOS if _BOS in self._ids else "",
+        }
         self.special = re.compile(f"({_BOS}|{_EOS})")
         self.visible = {
             marker: str(self._processor.id_to_piece(token)) for marker, token in self._ids.items()
@@ -236,8 +245,8 @@ class _HuggingFaceText:
         if reference.eod_id is None:
             raise ConfigError("--tokenizer-model: expected an end-of-sequence token, found none")
         self.eod_id = reference.eod_id
-        self.bos_token = tokenizer.bos_token or ""
-        self.eos_token = tokenizer.eos_token or tokenizer.sep_token
+        names = {"bos_token": "", "eos_token": tokenizer.sep_token}
+        self.tokens: dict[str, Any] = names | tokenizer.special_tokens_map
         added = [t.content for t in tokenizer.added_tokens_decoder.values() if t.special]
         # Longest first: one special token may be the start of another.
         tokens = sorted({*tokenizer.all_special_tokens, *added}, key=len, reverse=True)
@@ -269,17 +278,3 @@ def _after(start: str, text: str) -> str:
             "at inference must be what was trained on); this one rewrites earlier turns"
         )
     return text[len(start) :]
-
-
-@functools.cache
-def _environment() -> jinja2.Environment:
-    """As in ``transformers``: sandboxed, block lines trimmed, ``raise_exception`` for the template's use."""
-
-    def raise_exception(message: str) -> Any:
-        raise jinja2.TemplateError(message)
-
-    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[jinja2.ext.loopcontrols]
-    )
-    environment.globals["raise_exception"] = raise_exception
-    return environment

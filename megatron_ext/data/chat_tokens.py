@@ -25,7 +25,7 @@ from megatron_ext.data.documents import BadRecord
 from megatron_ext.exceptions import DataError
 
 # Of what is written to the cache; another number makes older files be ignored.
-_FORMAT = 1
+_FORMAT = 2
 _SHOWN = 5
 
 
@@ -85,9 +85,8 @@ def load_tokens(
     Raises:
         DataError: a file cannot be read, a record is no conversation, or there is none.
     """
-    digest = hashlib.sha256(
-        json.dumps([_FORMAT, limit, template.source, tokenizer_digest]).encode()
-    )
+    settings = [_FORMAT, limit, template.source, template.special_tokens, tokenizer_digest]
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
     for path in paths:
         digest.update(_file_digest(path))
     key = digest.hexdigest()

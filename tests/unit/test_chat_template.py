@@ -128,11 +128,21 @@ def test_the_tokenizers_own_template_counts_no_newline_behind_the_turn(huggingfa
     ]
 
 
-@pytest.mark.parametrize("source", [BUILT_IN, CHATML, GLUED])
+# What templates take for granted: that there are no tools, the filter, the tag, and all special tokens.
+DETAILS = (
+    "{{ bos_token }}{% if tools is not none or documents is not none %}tools{% endif %}"
+    "{% for m in messages %}{% if m['role'] == 'assistant' %}\n"
+    "    {% generation %}\n{{ m['content'] }}{{ eos_token }}{% endgeneration %}\n"
+    "{% else %}{{ m['content'] | tojson }}{{ unk_token }}{% endif %}{% endfor %}"
+)
+
+
+@pytest.mark.parametrize("source", [BUILT_IN, CHATML, GLUED, DETAILS])
 def test_rendered_text_is_that_of_transformers(huggingface_spec, source):
     tokenizer = PreTrainedTokenizerFast.from_pretrained(huggingface_spec.tokenizer_model)
     template = ChatTemplate(source, huggingface_spec)
-    for turns, prompt in ((TURNS, False), (TURNS[:2], True), (TURNS[:4], True)):
+    quoted = [{"role": "user", "content": "'and' <two> & \u00e9"}]
+    for turns, prompt in ((TURNS, False), (TURNS[:2], True), (TURNS[:4], True), (quoted, True)):
         expected = tokenizer.apply_chat_template(
             turns, chat_template=source, tokenize=False, add_generation_prompt=prompt
         )
@@ -217,6 +227,14 @@ def test_the_answer_may_occur_in_the_template_itself(huggingface_spec):
     )
     template = ChatTemplate(source, huggingface_spec)
     for answer in ("final", "im_end", "assistant"):
+        turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": answer}]
+        assert (1, f"{answer}<|im_end|>") in spans(huggingface_spec, template, turns)
+
+
+def test_the_answer_may_occur_in_the_tokens_that_end_a_turn(huggingface_spec):
+    """Only the first of them is the model's to write, whatever the answer."""
+    template = ChatTemplate(CHATML.replace("<|im_end|>", "<|im_end|></s>"), huggingface_spec)
+    for answer in ("end", "four", "s"):
         turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": answer}]
         assert (1, f"{answer}<|im_end|>") in spans(huggingface_spec, template, turns)
 
