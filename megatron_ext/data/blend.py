@@ -128,7 +128,9 @@ def parse_shares(texts: Sequence[str], tokens: int, flag: str) -> list[float]:
         raise ConfigError(
             f"{flag}: expected shares of 100% together, or less and one {REST}, found {' '.join(texts)}"
         )
-    return [1 - known if part is None else part for part in shares]
+    # What rounded percentages lack would be samples that no data set is asked for.
+    whole = 1.0 if missing else known
+    return [1 - known if part is None else part / whole for part in shares]
 
 
 def training_tokens(prefix: str, split: str) -> int:

@@ -5,7 +5,7 @@ files exist. A job that is killed in the last write leaves files that every late
 one that shares the folder fails on what is still being written, and one that builds the same index
 cuts the files under the feet of those that have mapped them, which kills them (SIGBUS). Here an index
 is built in a folder of its own, flushed, and renamed file by file. Two jobs that build the same index
-at once write the same bytes, and each rename leaves whole files.
+at once write the same bytes: the files of the first stay.
 
 Rank 0 builds, the others wait at Megatron's barrier, at most for ``--distributed-timeout-minutes``.
 """
@@ -13,6 +13,7 @@ Rank 0 builds, the others wait at Megatron's barrier, at most for ``--distribute
 from __future__ import annotations
 
 import contextlib
+import filecmp
 import functools
 import logging
 import os
@@ -134,7 +135,9 @@ def _build_whole(
         for file in written[:-1]:
             fsync(file)  # a name must not outlive a power cut that the content did not
         for source, file in zip(written, files, strict=True):
-            os.replace(source, file)
+            # Over NFS a file that is replaced is pulled from under those who have mapped it elsewhere.
+            if not (file.is_file() and filecmp.cmp(source, file, shallow=False)):
+                os.replace(source, file)
     except OSError as error:
         free = shutil.disk_usage(folder).free / 2**20 if folder.is_dir() else 0.0
         raise DataError(

@@ -207,7 +207,7 @@ def find_overlap(
 ) -> Overlap:
     """Find the documents that two data sets share.
 
-    The digests of the first are held in parts that fit the memory; the second is read once for each.
+    The digests of the first are held in parts that fit the memory; both are read once for each.
 
     Args:
         first: Prefix; better the one with fewer documents.
@@ -216,11 +216,15 @@ def find_overlap(
         advance: Called with the bytes of the second that were read since the last call.
     """
     documents, distinct, examples = 0, 0, list[int]()
-    for known in _parts(digests(first), max(1, max_bytes // (3 * _DIGEST))):
+    parts = -(-read_index_summary(first).documents * 3 * _DIGEST // max_bytes)
+    for remainder in range(parts):
+        known = _part(digests(first), remainder, parts)
+        if not len(known):
+            continue
         number, shared = 0, np.zeros(len(known), dtype=bool)
         for part in digests(second, advance=advance):
             places = np.minimum(np.searchsorted(known, part), len(known) - 1)
-            hits = (known[places] == part) & (part != 0)
+            hits = known[places] == part
             shared[places[hits]] = True
             examples += (number + np.flatnonzero(hits)).tolist()[: max(0, 5 - len(examples))]
             documents += int(hits.sum())
@@ -229,13 +233,7 @@ def find_overlap(
     return Overlap(documents, distinct, examples)
 
 
-def _parts(stream: Iterator[NDArray[np.uint64]], most: int) -> Iterator[NDArray[np.uint64]]:
-    """Sorted, distinct digests, about `most` at a time; one that is in two parts is counted once."""
-    held: list[NDArray[np.uint64]] = []
-    for part in stream:
-        held.append(part)
-        if sum(map(len, held)) >= most:
-            yield np.unique(np.concatenate(held))
-            held = []
-    if held:
-        yield np.unique(np.concatenate(held))
+def _part(stream: Iterator[NDArray[np.uint64]], remainder: int, parts: int) -> NDArray[np.uint64]:
+    """Sorted, distinct digests, one in `parts`: by their value, so that none is in two parts."""
+    chosen = [part[(part % parts == remainder) & (part != 0)] for part in stream]
+    return np.unique(np.concatenate(chosen))

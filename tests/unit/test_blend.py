@@ -14,7 +14,7 @@ from megatron.core.datasets.utils import get_blend_from_list, normalize
 
 from megatron_ext.checkpoint.inspect import Checkpoint
 from megatron_ext.data import consumed
-from megatron_ext.data.blend import parse_shares, training_tokens
+from megatron_ext.data.blend import _whole, parse_shares, training_tokens
 from megatron_ext.data.composition import ComposedDataset
 from megatron_ext.exceptions import ConfigError, DataError
 from tests.helpers.text import write_dataset
@@ -118,6 +118,11 @@ def test_a_split_without_training_data(data):
 )
 def test_shares(texts, shares):
     assert parse_shares(texts, 1000, "--dataset") == pytest.approx(shares)
+
+
+def test_rounded_percentages_make_a_whole():
+    shares = parse_shares(["33.33334%"] * 3, 1000, "--dataset")
+    assert sum(_whole([70_000_000 * share for share in shares], 70_000_000)) == 70_000_000
 
 
 @pytest.mark.parametrize(

@@ -164,6 +164,14 @@ def test_jobs_that_build_the_same_index_at_once_both_have_it(prefix, tmp_path, m
     assert not list((tmp_path / "cache").glob(".partial-*"))
 
 
+def test_the_files_of_the_first_job_stay(prefix, tmp_path, monkeypatch):
+    """Over NFS a file that is replaced is gone for those that have mapped it on another machine."""
+    publish, seen = os.replace, []
+    monkeypatch.setattr(os, "replace", lambda *names: (seen.append(names), publish(*names)))
+    race(SourcedGPTDataset, prefix, tmp_path / "cache", monkeypatch)
+    assert len(seen) == len(ARRAYS) + 1  # those of the job that was first, and its description
+
+
 def test_megatron_alone_kills_the_job_that_has_mapped_it(prefix, tmp_path, monkeypatch):
     def work():
         # The other job's arrays are mapped once they come from the cache.

@@ -145,6 +145,11 @@ def test_shared_documents_are_counted(made, tmp_path):
     assert (found.documents, found.distinct) == (len(inside), 10) == (11, 10)
     assert found.examples == inside[:5]
     assert find_overlap(made["first"], made["last"]).documents == 0
+    # In parts, over which the same document is not counted twice.
+    first = write_dataset(tmp_path / "f2", [*long[:40], [], [1, 2], *long[:40]])
+    for max_bytes in (1, 100, 500):
+        found = find_overlap(first, second, max_bytes=max_bytes)
+        assert (found.documents, found.distinct) == (11, 10)
 
 
 def test_samples_are_comparable_whatever_the_size():
