@@ -131,12 +131,11 @@ def build_fast(spec: TokenizerSpec, reference: Tokenizer) -> FastTokenizer:
         if not reference.tokenizer.is_fast:
             raise _UnsupportedError("the Hugging Face tokenizer is a slow one")
         prefix, suffix = _template(reference)
-        specials = sorted(set(reference.tokenizer.get_added_vocab()))
         backend = gigatoken.Tokenizer(reference.tokenizer)
         return FastTokenizer(
             reference,
             backend,
-            needs_reference=_contains_any(specials),
+            needs_reference=_huggingface_guard(reference),
             prefix=prefix,
             suffix=suffix,
         )
@@ -216,6 +215,18 @@ def _sentencepiece_guard(reference: SentencePieceReference) -> Callable[[str], b
     if not model.normalizer_spec.precompiled_charsmap:
         return has_control
     return lambda text: not text.isascii() or has_control(text)
+
+
+def _huggingface_guard(reference: HuggingFaceReference) -> Callable[[str], bool]:
+    """Tells the texts that hold an added token, some of which are looked for in normalised text."""
+    contains = _contains_any(sorted(reference.tokenizer.get_added_vocab()))
+    normalizer = reference.tokenizer.backend_tokenizer.normalizer
+    added = reference.tokenizer.added_tokens_decoder.values()
+    tokens = [token.content for token in added if token.normalized]
+    if normalizer is None or not tokens:
+        return contains
+    in_normalized = _contains_any(sorted({normalizer.normalize_str(token) for token in tokens}))
+    return lambda text: contains(text) or in_normalized(normalizer.normalize_str(text))
 
 
 def _contains_any(needles: Sequence[str]) -> Callable[[str], bool]:

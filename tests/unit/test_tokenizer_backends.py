@@ -143,6 +143,23 @@ def test_gigatoken_not_installed(models, monkeypatch):
     assert (tokenizer.backend_name, "not installed" in message) == ("reference", True)
 
 
+def test_added_tokens_are_also_found_in_normalised_text(models, tmp_path):
+    """The same letter may be two code points: the token is found, gigatoken alone does not find it."""
+    from tokenizers import AddedToken, normalizers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(models["huggingface"])
+    tokenizer.backend_tokenizer.normalizer = normalizers.NFC()
+    tokenizer.add_tokens(AddedToken("<\u00e9>", normalized=True))
+    tokenizer.save_pretrained(tmp_path)
+    spec = TokenizerSpec(tokenizer_type="HuggingFaceTokenizer", tokenizer_model=str(tmp_path))
+    tokenizer, message = choose_tokenizer(spec, "auto", [])
+    assert isinstance(tokenizer, FastTokenizer), message
+    texts = ["a <\u00e9> b", "a <e\u0301> b", "e\u0301"]
+    assert rows(tokenizer, texts) == rows(tokenizer.reference, texts)
+    assert [*map(tokenizer.needs_reference, texts)] == [True, True, False]
+
+
 def test_many_special_tokens_use_one_search():
     search = fast_tokenizer._contains_any([f"<extra_{i}>" for i in range(100)])
     assert search("a <extra_42> b")
