@@ -6,10 +6,11 @@ source examples/slurm/nccl.sh
 
 # run_recipe RECIPE WORD...: runs it until it ends, and has Slurm start the job again if it has more to do:
 #
-# - shortly before the time limit (#SBATCH --signal=B:USR1@SECONDS tells this shell alone): the ranks save and end;
 # - when it was preempted with a grace time: only the ranks are told, and they end before Slurm would requeue the job;
-# - when it failed after it had saved a newer checkpoint than it began with. A failure that comes at once would
-#   come again.
+# - when it failed, or came near its time limit, after it had saved a newer checkpoint than it began with. Without
+#   one the next start would end as this one did, and a job that gets nowhere would hold its nodes for ever.
+#
+# Shortly before the limit (#SBATCH --signal=B:USR1@SECONDS tells this shell alone) the ranks save and end.
 #
 # After preemption without a grace time and the loss of a node Slurm itself starts the job again (#SBATCH --requeue).
 # PREFLIGHT=1 checks the nodes at each start; a failure ends the job.
@@ -23,9 +24,9 @@ run_recipe() {
     fi
     local recipe before code=0 again=1
     before=$(saved)
-    LIMIT=0 ENDED=0
+    ENDED=0
     # To the job's steps, not to this shell: SIGTERM has the ranks save.
-    trap 'again=1; LIMIT=1; scancel --signal=TERM "$SLURM_JOB_ID" || true' USR1
+    trap 'again=1; scancel --signal=TERM "$SLURM_JOB_ID" || true' USR1
     # From Slurm to all processes of the job: it was cancelled, preempted or is out of time. Slurm decides what follows.
     trap 'again=1; ENDED=1' TERM
     bash "$@" &
@@ -35,9 +36,13 @@ run_recipe() {
         wait "$recipe" && code=0 || code=$?
     done
     if ((code != 0 && !ENDED)); then
-        if ((LIMIT)) || preempted || [[ $(saved) != "$before" ]]; then
-            echo "exit code $code; checkpoints: ${before:-none} before, $(saved | grep . || echo none) now; the job is requeued"
+        local states
+        states="exit code $code; checkpoints: ${before:-none} before, $(saved | grep . || echo none) now"
+        if preempted || [[ $(saved) != "$before" ]]; then
+            echo "$states; the job is requeued"
             scontrol requeue "$SLURM_JOB_ID"
+        else
+            echo "$states; the job is not requeued, for it would end in the same way"
         fi
     fi
     exit "$code"

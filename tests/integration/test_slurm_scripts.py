@@ -124,7 +124,12 @@ def test_torchrun_reads_its_flags_from_the_variables_of_a_node(monkeypatch):
         ("echo 4 >$OUT/latest_checkpointed_iteration.txt; exit 1", True),
         ("echo 4 >$OUT/latest_checkpointed_iteration.txt; exit 0", False),
         ("touch $OUT/preempted; exit 1", True),
-        ("kill -USR1 $PPID; sleep 1; exit 1", True),  # the time limit
+        # The time limit, in time for a save and too late for one.
+        (
+            "kill -USR1 $PPID; sleep 1; echo 4 >$OUT/latest_checkpointed_iteration.txt; exit 1",
+            True,
+        ),
+        ("kill -USR1 $PPID; sleep 1; exit 1", False),
         (
             "kill -USR1 $PPID; sleep 0.3; kill -TERM $PPID; sleep 1; exit 1",
             False,
