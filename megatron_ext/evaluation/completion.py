@@ -110,7 +110,7 @@ class Codec:
         return frozenset([self.eod, self._end_of_turn] if chat else [self.eod])
 
     def encode(self, text: str, *, special: bool = True) -> list[int]:
-        """Tokens of a text, as preprocessing makes them.
+        """Tokens of a text, as preprocessing makes them, but for what ends a document: a text goes on.
 
         Args:
             text: the text.
@@ -120,7 +120,19 @@ class Codec:
             ids: list[int] = self._tokenizer.tokenizer(text, add_special_tokens=False).input_ids
         else:
             ids = self._tokenizer.encode_batch([text])[0].tolist()
+            ids = ids[: len(ids) - self._ending]
         return ids
+
+    @cached_property
+    def _ending(self) -> int:
+        """How many tokens the tokenizer puts behind every text, such as the end of a document."""
+        if isinstance(self._tokenizer, SentencePieceReference):
+            return 0
+        whole = self._tokenizer.encode_batch(["a"])[0].tolist()
+        bare = self.encode("a", special=False)
+        places = range(len(whole) - len(bare) + 1)
+        start = next((i for i in places if whole[i : i + len(bare)] == bare), places[-1])
+        return len(whole) - start - len(bare)
 
     def decode(self, tokens: Sequence[int]) -> str:
         """The text of tokens, control tokens left out."""

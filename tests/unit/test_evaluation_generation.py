@@ -141,16 +141,19 @@ def test_prompts_and_conversations_become_tokens(codec):
     assert (found.text, found.finish) == ("the fox", "stop")
 
 
-def test_a_document_begins_with_its_token_and_a_continuation_does_not(tmp_path):
+@pytest.mark.parametrize("single", ["<s> $A", "<s> $A </s>"])
+def test_a_document_begins_with_its_token_and_a_continuation_does_not(tmp_path, single):
+    """No text ends with the token that ends a document: the model would go on behind that."""
     fast = llama.tokenizer()
     fast.backend_tokenizer.post_processor = processors.TemplateProcessing(
-        single="<s> $A", special_tokens=[("<s>", 0)]
+        single=single, special_tokens=[("<s>", 0), ("</s>", 1)]
     )
     fast.save_pretrained(tmp_path)
     codec = Codec(tokenizer_spec(tmp_path))
     begun, continued = codec.encode("the License"), codec.encode("the License", special=False)
     assert begun == [0, *continued]
     assert codec.decode(begun) == "the License"
+    assert codec.encode("") == [0]
 
 
 @pytest.mark.parametrize(
