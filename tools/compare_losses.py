@@ -70,7 +70,8 @@ def parse_scalars(text: str, *, name: str) -> dict[str, dict[int, float]]:
     for row in rows[1:]:
         try:
             for tag, value in zip(tags, row[1:], strict=True):
-                scalars[tag][int(row[0])] = float(value)
+                if value:
+                    scalars[tag][int(row[0])] = float(value)
         except ValueError as error:
             raise DataError(
                 f"{name}: expected {len(tags) + 1} numbers, found {row}: {error}"
@@ -79,11 +80,15 @@ def parse_scalars(text: str, *, name: str) -> dict[str, dict[int, float]]:
 
 
 def format_scalars(scalars: Scalars, *, tags: Sequence[str], comment: str = "") -> str:
-    """Text of some tags: one line a step, tabs between columns, nine digits (all that fp32 has)."""
+    """Text of some tags: one line a step, tabs between columns, nine digits (all that fp32 has).
+
+    A cell is empty where a tag has no value at a step that another one has, as after a change of the stage.
+    """
     lines = [f"# {line}" for line in comment.splitlines()]
     lines.append("\t".join(("step", *tags)))
-    for step in sorted(scalars[tags[0]]):
-        lines.append("\t".join((str(step), *(f"{scalars[tag][step]:.9g}" for tag in tags))))
+    for step in sorted({step for tag in tags for step in scalars[tag]}):
+        cells = (f"{scalars[tag][step]:.9g}" if step in scalars[tag] else "" for tag in tags)
+        lines.append("\t".join((str(step), *cells)))
     return "\n".join(lines) + "\n"
 
 
@@ -125,7 +130,7 @@ def main() -> None:
                 f"{side}: expected a folder with TensorBoard's event files, found none in it"
             )
     tags = args.tags or [tag for tag in _LOSS_TAGS if tag in expected or tag in found]
-    missing = [tag for tag in tags if tag not in expected and tag not in found]
+    missing = [tag for tag in tags if not expected.get(tag) and not found.get(tag)]
     if missing or not tags:
         names = ", ".join(missing or _LOSS_TAGS)
         raise DataError(f"{args.expected}: expected values of {names}, found none")

@@ -22,6 +22,14 @@ def test_text_keeps_all_digits_of_fp32():
     assert parse_scalars(text, name="x") == SCALARS
 
 
+def test_tags_of_other_steps_stand_beside_each_other():
+    """As a directory has them in which one stage followed another."""
+    stages = {"lm loss": {1: 3.0, 2: 2.0}, "unlearn loss": {3: 1.0}}
+    text = format_scalars(stages, tags=tuple(stages))
+    assert text.splitlines()[1:] == ["1\t3\t", "2\t2\t", "3\t\t1"]
+    assert parse_scalars(text, name="x") == stages
+
+
 @pytest.mark.parametrize(
     "text", ["", "no header", "step\ta\n1\t2\t3", "step\ta\n1\tx", "step\ta\nx\t1"]
 )
@@ -54,6 +62,10 @@ def test_the_command_line(tmp_path):
     assert tool(tmp_path / "one", "--write").stdout == (tmp_path / "one").read_text().replace(
         "3.0", "3"
     )
+    (tmp_path / "head").write_text("step\tlm loss\n")
+    empty = tool(tmp_path / "head", tmp_path / "head")
+    assert empty.returncode == 2
+    assert "head: expected values of lm loss" in empty.stderr
     missing = tool(tmp_path / "one", tmp_path / "none")
     assert missing.returncode == 2
     assert "none" in missing.stderr
