@@ -24,6 +24,7 @@ from tqdm import tqdm
 
 from megatron_ext.evaluation.completion import Codec, Generator
 from megatron_ext.evaluation.sampling import Request, Sampling, Scored
+from megatron_ext.exceptions import DataError
 
 logger = logging.getLogger(__name__)
 
@@ -94,7 +95,12 @@ class HarnessModel(TemplateLM):
         **_: Any,
     ) -> list[tuple[float, bool]]:
         scored = []
-        for _texts, context, continuation in requests:
+        for texts, context, continuation in requests:
+            if not continuation:  # its probability would be 1, more than that of any other choice
+                raise DataError(
+                    f"--tasks: expected a token or more for each answer, found none for {texts[1]!r} behind "
+                    f"{texts[0][-40:]!r}: the tokenizer makes one token of both"
+                )
             tokens = [*(context or [self.prefix_token_id]), *continuation]
             room = self._generator.context_length + 1
             self.truncated += len(tokens) > room

@@ -182,6 +182,17 @@ def test_windows_are_those_of_the_harness(tmp_path, begins):
     assert model._generator.asked[0][0][0] == first
 
 
+def test_an_answer_without_a_token_is_refused(tmp_path):
+    llama.tokenizer().save_pretrained(tmp_path)
+    model = HarnessModel(Recorder(), Codec(tokenizer_spec(tmp_path)))
+    pair = Instance("loglikelihood", {}, ("the Licen", "se"), 0)
+    assert len(llama.tokenizer()("the License").input_ids) <= len(
+        llama.tokenizer()("the Licen").input_ids
+    )
+    with pytest.raises(DataError, match="found none for 'se' behind 'the Licen'"):
+        model.loglikelihood([pair], disable_tqdm=True)
+
+
 def test_a_chat_model_is_asked_as_a_user(world, tmp_path):
     arguments = ("--apply-chat-template", "--log-samples", "--tasks", "demo_instructions")
     results = run(world, tmp_path / "chat.json", *arguments)
