@@ -7,8 +7,10 @@ it over.
 """
 
 import contextlib
+import errno
 import fcntl
 import os
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
@@ -17,6 +19,7 @@ from typing import BinaryIO, Self
 from megatron_ext.exceptions import ConfigError, DataError
 
 PARTIAL_SUFFIX = ".partial"
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class AtomicFiles:
@@ -64,8 +67,16 @@ class AtomicFiles:
         exc: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        """Removes whatever was not published."""
+        """Removes whatever was not published; a full disk, whose error names no file, is named."""
+        folder = self._paths[0].parent
+        full = isinstance(exc, OSError) and exc.errno in _FULL and exc.filename is None
+        free = shutil.disk_usage(folder).free / 2**20 if full else 0.0
         self.discard()
+        if full:
+            raise DataError(
+                f"{self._paths[0]} and what belongs to it cannot be written, with {free:.1f} MiB free on "
+                f"its disk: {exc}"
+            ) from exc
 
     def restart(self) -> None:
         """Empties all files."""

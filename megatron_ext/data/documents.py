@@ -21,6 +21,8 @@ TextUnit = Literal["file", "line", "paragraph"]
 # Raw bytes of a block: some 20 ms of a worker, against well under one for handing it over.
 BLOCK_BYTES = 1 << 20
 _PARQUET_ROWS = 512
+# A longer line or text is no document but a file of another format, of which memory would be full first.
+_RECORD_BYTES = 1 << 30
 
 
 @dataclass(frozen=True)
@@ -125,6 +127,7 @@ def _jsonl_blocks(path: Path) -> Iterator[Block]:
             end = data.rfind(b"\n")
             if end < 0:
                 pending.append(data)
+                _check_size(pending, f"{path}:{first}")
                 continue
             payload = b"".join([*pending, data[:end]])
             pending = [data[end + 1 :]]
@@ -174,8 +177,11 @@ def _text_blocks(path: Path, unit: TextUnit) -> Iterator[Block]:
     stream, raw = open_stream(path)
     with raw, stream:
         if unit == "file":
-            data = stream.read()
-            yield Block(str(path), "text", [data], 1, raw.tell(), lines=(1,))
+            parts: list[bytes] = []
+            while data := stream.read(BLOCK_BYTES):
+                parts.append(data)
+                _check_size(parts, str(path))
+            yield Block(str(path), "text", [b"".join(parts)], 1, raw.tell(), lines=(1,))
             return
         told = size = 0
         texts: list[bytes] = []
@@ -191,6 +197,14 @@ def _text_blocks(path: Path, unit: TextUnit) -> Iterator[Block]:
                 told, size, texts, lines = raw.tell(), 0, [], []
         if texts:
             yield Block(str(path), "text", texts, lines[0], raw.tell() - told, lines=tuple(lines))
+
+
+def _check_size(parts: Sequence[bytes], where: str) -> None:
+    if len(parts) > _RECORD_BYTES // BLOCK_BYTES:
+        raise DataError(
+            f"{where}: expected a document of at most {_RECORD_BYTES / 2**30:g} GiB, found a longer one; "
+            "--input-format and --text-unit say what a document is"
+        )
 
 
 def _split_text(stream: BinaryIO, unit: TextUnit) -> Iterator[tuple[int, bytes]]:

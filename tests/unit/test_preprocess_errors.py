@@ -1,6 +1,7 @@
 """Preprocessing of bad records, with bad settings, and stopped: errors that say so, whole outputs or none."""
 
 import os
+import resource
 import signal
 import subprocess
 import threading
@@ -126,6 +127,34 @@ def test_a_file_name_need_not_be_utf8(tmp_path, model):
     source = write_as(tmp_path / os.fsdecode(b"caf\xe9.jsonl"), ["text"])
     (prefix,) = run(model, [source], tmp_path / "o").prefixes
     assert [found.path for found in read_manifest(prefix).sources] == [str(source)]
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.txt"])
+def test_a_document_beyond_all_sizes_is_an_error(tmp_path, model, name, monkeypatch):
+    """Not a process that is killed for its memory: as a large array of JSON in one line would be."""
+    monkeypatch.setattr(documents, "BLOCK_BYTES", 64)
+    monkeypatch.setattr(documents, "_RECORD_BYTES", 640)
+    assert run(model, [write_as(tmp_path / name, ["a" * 600])], tmp_path / "o").text_bytes >= 600
+    write_as(tmp_path / name, ["a" * 800])
+    with pytest.raises(
+        DataError, match=rf"{name}.*: expected a document of at most .* found a longer"
+    ):
+        run(model, [tmp_path / name], tmp_path / "p")
+
+
+def test_a_full_disk_is_named_and_leaves_nothing(tmp_path, model):
+    """A limit on the size of files stands for the disk."""
+    source = write_as(tmp_path / "a.jsonl", make_texts(60))
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
+    try:
+        with pytest.raises(
+            DataError, match=r"o_text_document\.bin .*cannot be written, with .* MiB free"
+        ):
+            run(model, [source], tmp_path / "o")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert list(tmp_path.iterdir()) == [source]
 
 
 def test_no_tokens_is_an_error(tmp_path, model):
