@@ -18,13 +18,16 @@ _REPEATS = 5
 _SHARE = 0.8
 
 
-def measure(ranks: Ranks, *, sizes: Sequence[int], link_bytes: int) -> dict[str, Any]:
+def measure(
+    ranks: Ranks, *, sizes: Sequence[int], link_bytes: int, per_node: int
+) -> dict[str, Any]:
     """Measure on all ranks at once; NCCL where there is a GPU, gloo elsewhere.
 
     Args:
         ranks: all; nobody may be missing.
         sizes: bytes of the messages that are summed over all ranks.
         link_bytes: bytes of the messages between neighbours.
+        per_node: ranks of each node, by `ranks_of_a_node`.
 
     Returns:
         `all_reduce`: [bytes, bus bandwidth in bytes a second] of each size, as nccl-tests count it;
@@ -35,14 +38,17 @@ def measure(ranks: Ranks, *, sizes: Sequence[int], link_bytes: int) -> dict[str,
     found: list[dict[str, Any]] = []
     # In a thread: to connect NCCL takes as long as it takes, with no limit to set.
     work = threading.Thread(
-        target=lambda: found.append(_measure(ranks, sizes, link_bytes, limit)), daemon=True
+        target=lambda: found.append(_measure(ranks, sizes, link_bytes, per_node, limit)),
+        daemon=True,
     )
     work.start()
     work.join(limit)
     return found[0] if found else {"error": f"collectives did not end within {limit:g} s"}
 
 
-def _measure(ranks: Ranks, sizes: Sequence[int], link_bytes: int, limit: float) -> dict[str, Any]:
+def _measure(
+    ranks: Ranks, sizes: Sequence[int], link_bytes: int, per_node: int, limit: float
+) -> dict[str, Any]:
     gpu = torch.cuda.is_available()
     device = torch.device("cuda", ranks.local_rank) if gpu else torch.device("cpu")
     try:
@@ -57,7 +63,7 @@ def _measure(ranks: Ranks, sizes: Sequence[int], link_bytes: int, limit: float) 
             timeout=timedelta(seconds=10 * limit if gpu else limit),
         )
         reduced = [[size, _all_reduce(ranks, size, device)] for size in sizes]
-        links = _links(ranks, link_bytes, device)
+        links = _links(ranks, link_bytes, device, per_node)
     except (RuntimeError, ValueError) as error:
         # The group is left as it is: to end it could mean to wait for the rank that is stuck.
         return {"error": (str(error).strip() or type(error).__name__).splitlines()[0]}
@@ -87,32 +93,62 @@ def _all_reduce(ranks: Ranks, size: int, device: torch.device) -> float:
     return 2 * (ranks.world - 1) / ranks.world * 4 * count / seconds
 
 
-def _links(ranks: Ranks, size: int, device: torch.device) -> list[list[float]]:
-    """Each rank with the next, no rank in two links at a time."""
-    if ranks.world == 1:
-        return []
-    links = [(rank, (rank + 1) % ranks.world) for rank in range(ranks.world)]
-    if ranks.world == 2:
-        links.pop()
-    # A ring of an odd number of ranks takes a third turn.
-    turns = [turn(rank, ranks.world) for rank, _ in links]
+def _links(ranks: Ranks, size: int, device: torch.device, per_node: int) -> list[list[float]]:
+    """Each rank with its neighbours, no rank in two links at a time."""
     found: list[list[float]] = []
-    for number in range(3):
-        mine = [
-            link
-            for link, at in zip(links, turns, strict=True)
-            if at == number and ranks.rank in link
-        ]
-        for first, second in mine:
+    for links in turns(ranks.world, per_node):
+        for first, second in links:
+            if ranks.rank not in (first, second):
+                continue
             seconds = _exchange(second if ranks.rank == first else first, size, device)
             if ranks.rank == first:
                 found.append([first, second, 2 * size / seconds])
     return found
 
 
-def turn(rank: int, world: int) -> int:
-    """When the link from a rank to the next is measured: 0, 1 or 2."""
-    return 2 if world % 2 and rank == world - 1 else rank % 2
+def ranks_of_a_node(nodes: Sequence[str]) -> int:
+    """How many ranks each node has, one behind the other; 1 if that is no one number.
+
+    Args:
+        nodes: of the ranks.
+    """
+    count = nodes.count(nodes[0])
+    even = len(set(nodes)) * count == len(nodes)
+    blocks = (set(nodes[i : i + count]) for i in range(0, len(nodes), count))
+    return count if even and all(len(block) == 1 for block in blocks) else 1
+
+
+def turns(world: int, per_node: int) -> list[list[tuple[int, int]]]:
+    """Which links are measured together: a ring in each node, then one through all nodes for each local rank.
+
+    So every network adapter that serves a GPU has a link of its own, and not only those of a node's first
+    and last rank.
+
+    Args:
+        world: ranks.
+        per_node: ranks of each node.
+    """
+    nodes = range(world // per_node)
+    inside = [
+        [(node * per_node + a, node * per_node + b) for node in nodes for a, b in links]
+        for links in _ring(per_node)
+    ]
+    between = [
+        [
+            (a * per_node + local, b * per_node + local)
+            for a, b in links
+            for local in range(per_node)
+        ]
+        for links in _ring(len(nodes))
+    ]
+    return inside + between
+
+
+def _ring(count: int) -> list[list[tuple[int, int]]]:
+    """Links between neighbours in two turns, and in a third one for an odd number of them."""
+    links = [(i, (i + 1) % count) for i in range(count if count > 2 else count - 1)]
+    last = [links.pop()] if len(links) % 2 and count > 2 else []
+    return [links[::2], links[1::2], last]
 
 
 def _exchange(peer: int, size: int, device: torch.device) -> float:

@@ -88,13 +88,16 @@ def _machine(ranks: Ranks, nodes: Sequence[str], rows: list[Row]) -> None:
 def _network(ranks: Ranks, options: Options, nodes: Sequence[str], rows: list[Row]) -> None:
     # Where a rank has no GPU, or another than the rest, the others would wait for it in vain.
     fit = all(row.status != FAIL for row in rows if row.check == "GPU")
-    if not ranks.tell("fit", fit):
+    per_node = network.ranks_of_a_node(nodes) if nodes else 0
+    told = ranks.tell("fit", {"fit": fit, "per_node": per_node})
+    if not told["fit"]:
         rows += [Row("all-reduce", verdict.WARN, (), "left out: GPUs differ")] if nodes else []
         return
     sizes = options.message_bytes
     if sizes is None:
         sizes = (1 << 20, 16 << 20, 256 << 20) if torch.cuda.is_available() else (1 << 16, 4 << 20)
-    measured = network.measure(ranks, sizes=sizes, link_bytes=min(sizes[-1], 16 << 20))
+    link_bytes = min(sizes[-1], 16 << 20)
+    measured = network.measure(ranks, sizes=sizes, link_bytes=link_bytes, per_node=told["per_node"])
     if answers := ranks.gather("network", measured):
         rows += verdict.network(nodes, answers, least=options.least_bandwidth)
 

@@ -203,7 +203,7 @@ def test_a_rank_that_does_not_come_is_named(tables, case, point):
 def test_a_collective_that_never_ends_is_given_up(monkeypatch):
     monkeypatch.setattr(network, "_measure", lambda *_: threading.Event().wait())
     ranks = Ranks(dist.HashStore(), 0, 2, 0, "n", 0.5)
-    found = network.measure(ranks, sizes=(4,), link_bytes=4)
+    found = network.measure(ranks, sizes=(4,), link_bytes=4, per_node=1)
     assert found == {"error": "collectives did not end within 0.4 s"}
 
 
@@ -255,12 +255,28 @@ def test_a_slow_link_is_compared_with_links_of_its_kind():
     )
 
 
-@pytest.mark.parametrize("world", range(3, 12))
-def test_no_rank_is_in_two_links_of_a_turn(world):
-    for number in range(3):
-        links = [(r, (r + 1) % world) for r in range(world) if network.turn(r, world) == number]
+@pytest.mark.parametrize("per_node", [1, 2, 3, 8])
+@pytest.mark.parametrize("count", range(1, 8))
+def test_every_rank_has_links_within_and_between_nodes_and_never_two_at_once(count, per_node):
+    world = count * per_node
+    turns = network.turns(world, per_node)
+    for links in turns:
         ends = [rank for link in links for rank in link]
         assert len(ends) == len(set(ends))
+    links = [link for turn in turns for link in turn]
+    within = [(a, b) for a, b in links if a // per_node == b // per_node]
+    between = [link for link in links if link not in within]
+    assert {rank for link in within for rank in link} == set(range(world if per_node > 1 else 0))
+    # A slow adapter is found whichever GPU it serves.
+    assert {rank for link in between for rank in link} == set(range(world if count > 1 else 0))
+    assert all(a % per_node == b % per_node for a, b in between)
+
+
+@pytest.mark.parametrize(
+    ("nodes", "count"), [("aabb", 2), ("abab", 1), ("aab", 1), ("aabbbb", 1), ("aaa", 3), ("a", 1)]
+)
+def test_ranks_of_a_node_are_one_number_or_taken_one_by_one(nodes, count):
+    assert network.ranks_of_a_node(list(nodes)) == count
 
 
 def test_the_tool_prints_a_table_and_fails_with_1(tmp_path):
