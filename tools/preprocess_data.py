@@ -71,7 +71,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     group.add_argument("--overwrite", action="store_true", help="replace existing outputs")
     group = parser.add_argument_group("run")
-    group.add_argument("--workers", type=int, default=os.cpu_count(), help="encoding processes")
+    group.add_argument(
+        "--workers",
+        type=int,
+        default=len(os.sched_getaffinity(0)),  # a job's part of its node, not all of it
+        help="encoding processes",
+    )
     group.add_argument(
         "--log-interval", type=int, default=10000, help="documents between progress lines"
     )

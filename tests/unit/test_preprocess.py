@@ -1,6 +1,7 @@
 """Preprocessing against an independent reference: bytes, formats, order."""
 
 import gzip
+import os
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,7 @@ from tests.helpers.text import (
     train_sentencepiece,
     write_jsonl,
 )
+from tools import preprocess_data
 
 
 @pytest.fixture(scope="module")
@@ -161,6 +163,13 @@ def test_blocks_of_parquet_are_bounded_by_their_text(tmp_path):
     assert sum(block.payload.num_rows for block in blocks) == 60
     assert max(block.payload.nbytes for block in blocks) <= documents.BLOCK_BYTES
     assert len(blocks) == 12
+
+
+def test_a_job_has_as_many_workers_as_processors_of_its_own(monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: {3, 4, 5})
+    needed = ["--input", "a", "--output-prefix", "o", "--tokenizer-model", "m"]
+    needed += ["--tokenizer-type", "SentencePieceTokenizer"]
+    assert preprocess_data.parse_args(needed).workers == 3
 
 
 def test_megatron_reads_the_output(tmp_path, model):
