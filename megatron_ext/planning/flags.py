@@ -55,6 +55,10 @@ def entry_flags(words: Sequence[str]) -> Namespace:
     for name in _NOT_PLANNED:
         if getattr(flags, name.replace("-", "_")) is not None:
             raise ConfigError(f"--{name} is not known to this plan")
+    if flags.optimizer != "adam":
+        raise ConfigError(
+            f"--optimizer: expected adam, for which this plan is, found {flags.optimizer}"
+        )
     for name in ("swiglu", "disable-bias-linear"):
         if not getattr(flags, name.replace("-", "_")):
             raise ConfigError(f"--{name}: expected, found none; the plan is for Llama-like models")
@@ -73,6 +77,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--recompute-granularity", choices=("selective", "full"), default="none")
     parser.add_argument("--recompute-activations", action="store_true")
     parser.add_argument("--recompute-method", choices=("uniform", "block"), default="uniform")
+    parser.add_argument("--optimizer", default="adam")
     parser.add_argument("--tokenizer-type", default="SentencePieceTokenizer")
     parser.add_argument("--tokenizer-model")
     parser.add_argument("--data-path", nargs="+")
