@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -162,12 +163,17 @@ def _check_files(args: Namespace, named: _NamedBlend) -> None:
         return
     paths, weights = named.blend
     for path, weight in zip(paths, weights or [1.0] * len(paths), strict=True):
-        if not weight > 0:
+        if not 0 < weight < math.inf:
             raise ConfigError(f"{named.flag}: expected weights above 0, found {weight} for {path}")
-    vocab_size, digest = get_tokenizer().vocab_size, args.tokenizer_digest
+    tokenizer = get_tokenizer()
     for path in dict.fromkeys(paths):
         try:
-            summary = check_prefix(path, vocab_size=vocab_size, tokenizer_digest=digest)
+            summary = check_prefix(
+                path,
+                vocab_size=tokenizer.vocab_size,
+                tokenizer_digest=args.tokenizer_digest,
+                eod_id=tokenizer.eod,
+            )
         except DataError as error:
             raise DataError(f"{named.flag}: {error}") from error
         for split, share in named.shares.items():

@@ -135,7 +135,11 @@ def _fits(value: Any, kind: Any) -> bool:
 
 
 def check_prefix(
-    prefix: str | Path, *, vocab_size: int, tokenizer_digest: str | None = None
+    prefix: str | Path,
+    *,
+    vocab_size: int,
+    tokenizer_digest: str | None = None,
+    eod_id: int | None = None,
 ) -> IndexSummary:
     """Checks, without reading the data, that a data set is whole and made for a vocabulary.
 
@@ -145,6 +149,8 @@ def check_prefix(
         prefix: Path without `.bin` and `.idx`, as in `--data-path`.
         vocab_size: Pieces of the tokenizer that training uses, without padding.
         tokenizer_digest: Its digest from `tokenizers.tokenizer_digest`, None to compare sizes only.
+        eod_id: Id that training takes for the end of a document, None to leave it uncompared. The digest of
+            a Hugging Face tokenizer does not tell: `tokenizer_config.json` names the token.
 
     Returns:
         Size and type of the data set.
@@ -179,5 +185,10 @@ def check_prefix(
             f"{path}: the data were made with {made_with} (SHA-256 "
             f"{manifest.tokenizer_digest[:12]}...), but the tokenizer in use is another one "
             f"({tokenizer_digest[:12]}...)"
+        )
+    if manifest.append_eod and eod_id is not None and manifest.eod_id != eod_id:
+        raise DataError(
+            f"{path}: documents end in token id {manifest.eod_id}, but with the tokenizer in use they end "
+            f"in {eod_id}: the data were made with {made_with} of another end-of-text token"
         )
     return summary

@@ -21,6 +21,10 @@ CASES: dict[str, tuple[list[str], list[str]]] = {
         ["--forget-data-path", "1", "{replay}", "0", "{forget}"],
         ["--forget-data-path", "above 0", "0.0 for {forget}"],
     ),
+    "blend weight without bounds": (
+        ["--data-path", "1", "{replay}", "inf", "{forget}"],
+        ["--data-path", "above 0", "inf for {forget}"],
+    ),
     "weights for some of a blend": (
         ["--forget-data-path", "{forget}", "{replay}", "1", "{replay}"],
         ["--forget-data-path", "{forget} {replay} 1 {replay}"],

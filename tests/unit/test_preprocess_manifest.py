@@ -109,6 +109,17 @@ def test_another_tokenizer_is_refused(copy, dataset):
         check_prefix(copy, vocab_size=manifest.vocab_size, tokenizer_digest="0" * 64)
 
 
+def test_another_end_of_text_is_refused_where_documents_end_in_it(copy, dataset):
+    manifest = dataset[2]
+    size, other = manifest.vocab_size, manifest.eod_id + 1
+    check_prefix(copy, vocab_size=size, eod_id=other)  # no document ends in one
+    path = manifest_path(copy)
+    path.write_text(json.dumps(json.loads(path.read_bytes()) | {"append_eod": True}))
+    check_prefix(copy, vocab_size=size, eod_id=manifest.eod_id)
+    with pytest.raises(DataError, match=f"end in token id {manifest.eod_id}, .* end in {other}"):
+        check_prefix(copy, vocab_size=size, eod_id=other)
+
+
 def test_manifest_of_other_data_or_format(copy, dataset):
     path = manifest_path(copy)
     fields = json.loads(path.read_bytes())
