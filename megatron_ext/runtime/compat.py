@@ -78,6 +78,24 @@ def repair_help(parser: ArgumentParser) -> None:
             action.help = str(action.help).replace("%", "%%")
 
 
+def read_docstrings_once() -> None:
+    """Keep what Megatron reads of its dataclasses' source for the help texts.
+
+    It builds its parser three times before training, and parses the source of 46 classes each time: 0.05 s.
+    """
+    from megatron.training.argument_utils import ArgumentGroupFactory
+
+    read = ArgumentGroupFactory._get_field_docstrings
+    found: dict[type, dict[str, str]] = {}
+
+    def read_once(self: ArgumentGroupFactory, src_cfg_class: type) -> dict[str, str]:
+        if src_cfg_class not in found:
+            found[src_cfg_class] = read(self, src_cfg_class)
+        return dict(found[src_cfg_class])
+
+    ArgumentGroupFactory._get_field_docstrings = read_once
+
+
 def find_ranks() -> None:
     """Fill in what torchrun would set: of a task of ``srun``, or of a process that runs alone.
 
@@ -150,6 +168,7 @@ def apply() -> None:
     check_torch_version()
     safe_load.enable()
     skip_helper_compilation()
+    read_docstrings_once()
     find_ranks()
     console.apply()
     skip_on_every_layout()

@@ -75,7 +75,8 @@ def main():
 
     from megatron_ext.arguments import machine_defaults
 
-    compat.apply()
+    compat.skip_helper_compilation()
+    compat.find_ranks()
 
     def defaults(parser):
         # Megatron's kernel for it comes with Apex; that of the product is not used here.

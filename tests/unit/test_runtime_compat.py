@@ -121,3 +121,26 @@ def test_a_skipped_iteration_reads_its_microbatches_wherever_data_are_read(monke
     for iterator in iterators:
         was_read = iterator in (given if isinstance(given, list) else [given])
         assert next(iterator) == {"source": [f"sample {3 if was_read else 0}"]}
+
+
+def test_help_texts_are_read_once_and_are_the_same():
+    from megatron.training.argument_utils import ArgumentGroupFactory
+
+    from megatron_ext.config import ChatConfig, UnlearnConfig
+
+    def texts():
+        return [
+            ArgumentGroupFactory(config).field_docstrings for config in (ChatConfig, UnlearnConfig)
+        ]
+
+    wanted = texts()
+    assert wanted[1]["forget_data_path"]
+    read = ArgumentGroupFactory._get_field_docstrings
+    with mock.patch.object(ArgumentGroupFactory, "_get_field_docstrings", autospec=True) as counted:
+        counted.side_effect = read
+        compat.read_docstrings_once()
+        assert texts() == wanted
+        once = counted.call_count
+        texts()[0].clear()
+        assert texts() == wanted
+        assert counted.call_count == once
