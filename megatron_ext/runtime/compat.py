@@ -122,7 +122,8 @@ def find_ranks() -> None:
         )
     slurm = {"RANK": "SLURM_PROCID", "LOCAL_RANK": "SLURM_LOCALID"}
     os.environ |= {name: os.environ[other] for name, other in slurm.items()}
-    here, gpus = _tasks_of_node(), torch.cuda.device_count()
+    here = _tasks_of_node()
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     os.environ |= {"WORLD_SIZE": str(tasks), "LOCAL_WORLD_SIZE": str(here)}
     if 0 < gpus < here:
         raise ConfigError(

@@ -87,9 +87,23 @@ def test_tasks_that_see_one_gpu_of_their_node_each_are_refused():
     with (
         mock.patch.dict(os.environ, task, clear=True),
         mock.patch.object(torch.cuda, "device_count", return_value=1),
+        mock.patch.object(torch.cuda, "is_available", return_value=True),
         pytest.raises(ConfigError, match=r"CUDA_VISIBLE_DEVICES: .* all 8 tasks .*, found 1"),
     ):
         compat.find_ranks()
+
+
+def test_tasks_without_a_gpu_are_ranks_too():
+    """The CPU runtime answers for the count of devices, with one until the ranks are known."""
+    task = {"SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": "1", "SLURM_LOCALID": "1"}
+    task |= {"MASTER_ADDR": "node0", "MASTER_PORT": "6000", "SLURM_STEP_TASKS_PER_NODE": "2"}
+    with (
+        mock.patch.dict(os.environ, task, clear=True),
+        mock.patch.object(torch.cuda, "device_count", return_value=1),
+        mock.patch.object(torch.cuda, "is_available", return_value=False),
+    ):
+        compat.find_ranks()
+        assert (os.environ["RANK"], os.environ["LOCAL_WORLD_SIZE"]) == ("1", "2")
 
 
 @pytest.mark.parametrize("many", [{"SLURM_STEP_NUM_TASKS": "16"}, {"OMPI_COMM_WORLD_SIZE": "16"}])
