@@ -27,6 +27,7 @@ _SWITCHES = (
     *("overlap-param-gather", "reference-offload", "reference-hidden-offload", "fp32-logits"),
     *("accumulate-allreduce-grads-in-fp32", "group-query-attention"),
 )
+DROPOUTS = ("hidden-dropout", "attention-dropout")
 # Flags that change the numbers in ways that this plan does not know.
 _NOT_PLANNED = (
     *("num-experts", "context-parallel-size", "rampup-batch-size", "mtp-num-layers"),
@@ -78,6 +79,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--recompute-activations", action="store_true")
     parser.add_argument("--recompute-method", choices=("uniform", "block"), default="uniform")
     parser.add_argument("--optimizer", default="adam")
+    for name in DROPOUTS:
+        parser.add_argument(f"--{name}", type=float, default=0.1)  # Megatron's
     parser.add_argument("--tokenizer-type", default="SentencePieceTokenizer")
     parser.add_argument("--tokenizer-model")
     parser.add_argument("--data-path", nargs="+")
@@ -128,7 +131,11 @@ def architecture(flags: Namespace) -> Architecture:
 
 
 def layout(flags: Namespace, *, gpus: int, cpu: bool = False) -> Layout:
-    """How these flags spread the run over GPUs."""
+    """How these flags spread the run over GPUs.
+
+    Raises:
+        ConfigError: layers, tokens, batch or GPUs do not divide.
+    """
     pp = flags.pipeline_model_parallel_size
     vpp = flags.num_virtual_stages_per_pipeline_rank or 1
     if each := flags.num_layers_per_virtual_pipeline_stage:
@@ -138,6 +145,11 @@ def layout(flags: Namespace, *, gpus: int, cpu: bool = False) -> Layout:
                 f"chunk), found {flags.num_layers}"
             )
         vpp = flags.num_layers // (pp * each)
+    if flags.sequence_parallel and flags.seq_length % flags.tensor_model_parallel_size:
+        raise ConfigError(
+            f"--seq-length: expected a multiple of TP {flags.tensor_model_parallel_size}, which "
+            f"--sequence-parallel divides it by, found {flags.seq_length}"
+        )
     recompute: Recompute = flags.recompute_granularity
     if flags.recompute_activations:
         recompute = "selective"

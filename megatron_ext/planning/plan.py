@@ -40,7 +40,7 @@ def plan(flags: Namespace, cluster: Cluster, *, ranked: int = 0) -> dict[str, An
         | _time(arch, layout, unlearning, cluster, flags)
         | _checkpoints(arch, layout, cluster, flags)
     )
-    numbers["warnings"] = _warnings(numbers)
+    numbers["warnings"] = _warnings(numbers, flags)
     if ranked:
         found = _ranked(arch, layout, unlearning, cluster)
         numbers["layouts_that_fit"] = len(found)
@@ -147,9 +147,14 @@ def _checkpoints(
     }
 
 
-def _warnings(numbers: dict[str, Any]) -> list[str]:
+def _warnings(numbers: dict[str, Any], flags: Namespace) -> list[str]:
     gib = 2**30
     found = []
+    if drops := [name for name in entry.DROPOUTS if getattr(flags, name.replace("-", "_")) > 0]:
+        found.append(
+            f"{' and '.join(f'--{name}' for name in drops)} above 0 (Megatron's default is 0.1): what "
+            "dropout keeps for the backward pass is not counted"
+        )
     if numbers["fits"] is False:
         found.append(
             f"does not fit: stage {numbers['worst_stage']} needs "

@@ -17,6 +17,7 @@ MODEL = [
     *("--num-attention-heads", "32", "--seq-length", "4096", "--vocab-size", "125696"),
     *("--swiglu", "--disable-bias-linear", "--untie-embeddings-and-output-weights", "--bf16"),
     *("--use-distributed-optimizer", "--micro-batch-size", "2", "--global-batch-size", "256"),
+    *("--hidden-dropout", "0", "--attention-dropout", "0"),
 ]
 
 
@@ -64,6 +65,19 @@ def test_what_does_not_fit_is_said(data):
     numbers = json.loads(result.stdout)
     assert numbers["fits"] is False
     assert numbers["warnings"][0].startswith("does not fit: stage 0 needs ")
+
+
+def test_dropout_is_said_to_be_uncounted():
+    result = run("--gpus", 64, "--json", "--", *MODEL, "--hidden-dropout", 0.1)
+    [warning] = json.loads(result.stdout)["warnings"]
+    assert warning.startswith("--hidden-dropout above 0 ")
+
+
+def test_a_sequence_that_tp_does_not_divide_is_refused():
+    sizes = ("--seq-length", 4095, "--tensor-model-parallel-size", 2)
+    result = run("--gpus", 64, "--", *MODEL, *sizes, "--sequence-parallel")
+    assert "error: --seq-length: expected a multiple of TP 2" in result.stderr
+    assert run("--gpus", 64, "--", *MODEL, *sizes).returncode == 0
 
 
 def test_a_cpu_has_no_memory_to_check():
