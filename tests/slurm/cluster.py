@@ -92,7 +92,7 @@ class Cluster:
         key = folder / "munge.key"
         key.write_bytes(os.urandom(1024))
         key.chmod(0o400)
-        settings = {"folder": folder, "names": NAMES, "ports": _free_ports(3)}
+        settings = {"folder": folder, "names": NAMES, "ports": free_ports(3)}
         (folder / "slurm.conf").write_text(CONFIGURATION.format(user=getpass.getuser(), **settings))
         for number in range(8):  # what stands for the devices' files
             (folder / f"gpu{number}").touch()
@@ -207,7 +207,7 @@ def _program(name: str) -> str | None:
     return shutil.which(name, path=f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin")
 
 
-def _free_ports(count: int) -> list[int]:
+def free_ports(count: int) -> list[int]:
     sockets = [socket.socket() for _ in range(count)]
     try:
         for one in sockets:

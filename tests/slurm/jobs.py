@@ -6,6 +6,8 @@ processes, and the scripts are the real ones, with variables that make the model
 
 import os
 import re
+import shlex
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,8 +17,9 @@ import pytest
 
 from tests.faults.world import STEPS, Result, read_result
 from tests.helpers.entry import ROOT
+from tests.helpers.tiny import ARCHITECTURE, TRAINING
 from tests.slurm import world as tiny_world
-from tests.slurm.cluster import NAMES, Cluster, missing, tail, wait_until
+from tests.slurm.cluster import NAMES, Cluster, free_ports, missing, tail, wait_until
 from tests.slurm.world import Output, World
 
 UNLEARN = ROOT / "examples" / "slurm" / "unlearn.sbatch"
@@ -266,3 +269,27 @@ def test_a_container_gets_the_launcher_and_its_mounts(cluster, world, base, undi
         assert words.startswith(
             f"exec --nv --bind {ROOT}:{ROOT}\\,/data:/data --pwd {ROOT} /images/torch\\ 2.sif "
         )
+
+
+def test_tasks_of_srun_without_torchrun_are_one_run(cluster, world):
+    save, log = world.directory / "srun", world.directory / "srun.log"
+    (port,) = free_ports(1)
+    words = (
+        *(sys.executable, ROOT / "pretrain_unlearn.py", *ARCHITECTURE, *TRAINING),
+        *("--tokenizer-type", "SentencePieceTokenizer"),
+        *("--tokenizer-model", world.settings["TOKENIZER"], "--split", "90,10,0"),
+        *("--data-path", world.settings["REAL"], "--data-cache-path", world.settings["DATA_CACHE"]),
+        *("--train-iters", 2, "--save", save, "--save-interval", 2),
+    )
+    script = world.directory / "srun.sh"
+    script.write_text(
+        f"#!/bin/sh\nexport MASTER_ADDR={NAMES[0]} MASTER_PORT={port}\n"
+        f"exec srun {shlex.join(map(str, words))}\n"
+    )
+    two = ("--nodes=2", "--ntasks=2", "--ntasks-per-node=1", "--output", log)
+    job = cluster.submit(*two, script, settings={"OMP_NUM_THREADS": "1"}, directory=ROOT)
+    assert cluster.wait(job, LIMIT, log) == "COMPLETED", tail(log)
+    text = log.read_text()
+    assert "using world size: 2, data-parallel size: 2" in text
+    assert len(re.findall(r"iteration +2/ +2 ", text)) == 1, tail(log)
+    assert (save / "iter_0000002").is_dir()
