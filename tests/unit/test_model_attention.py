@@ -33,8 +33,12 @@ def _asked_for(monkeypatch, *, dtype, head_size, capability=(9, 0), cudnn=91900)
     monkeypatch.setattr(torch.backends.cudnn, "version", lambda: cudnn)
     _gpu_backends.cache_clear()
     with FakeTensorMode():
+        # Not torch.empty, which the CPU runtime, where a test has enabled it, takes to the CPU.
         query, key, value = (
-            torch.empty(16, 1, heads, head_size, dtype=dtype, device="cuda") for heads in (8, 2, 2)
+            torch.ops.aten.empty.memory_format(
+                [16, 1, heads, head_size], dtype=dtype, device="cuda"
+            )
+            for heads in (8, 2, 2)
         )
         assert attention(query, key, value).shape == (16, 1, 8 * head_size)
     _gpu_backends.cache_clear()
