@@ -41,7 +41,7 @@ run_recipe() {
         if preempted || [[ $(saved) != "$before" ]]; then
             echo "$states; the job is requeued"
             scontrol requeue "$SLURM_JOB_ID"
-        else
+        elif ((code != 2)); then # a setting that was refused has its own line
             echo "$states; the job is not requeued, for it would end in the same way"
         fi
     fi
