@@ -16,6 +16,7 @@ from megatron.core import parallel_state
 from megatron.core.utils import unwrap_model
 
 from megatron_ext.analysis.forward import final_states
+from megatron_ext.analysis.statistics import perplexity
 from megatron_ext.data.batch import MicroBatch
 from megatron_ext.head import head_terms
 from megatron_ext.losses import cross_entropy
@@ -44,8 +45,7 @@ class SampleScores:
     @property
     def corpus_perplexity(self) -> float:
         """Perplexity of the set as one text: every token counts once."""
-        # Beyond 300 nats, where gradient ascent may end, it would soon be no number that JSON can hold.
-        return float(np.exp(min(np.average(self.loss, weights=self.tokens), 300.0)))
+        return float(perplexity(np.average(self.loss, weights=self.tokens)))
 
 
 def score_samples(

@@ -14,7 +14,7 @@ import numpy as np
 from scipy.stats import gaussian_kde
 
 from megatron_ext.analysis.figures import Panel, colour, line
-from megatron_ext.analysis.statistics import interval, resampled_sums
+from megatron_ext.analysis.statistics import interval, perplexity, resampled_sums
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -50,14 +50,9 @@ def add_shifts(report: dict[str, Any], *, seed: int) -> None:
                 }
                 for kind, values, other in (
                     ("loss", loss, base),
-                    ("perplexity", _perplexity(loss), _perplexity(base)),
+                    ("perplexity", perplexity(loss), perplexity(base)),
                 )
             }
-
-
-def _perplexity(loss: np.ndarray) -> np.ndarray:
-    # Beyond 300 nats, where gradient ascent may end, the square of a perplexity is no number.
-    return np.exp(np.minimum(loss, 300.0))
 
 
 def compare(values: np.ndarray, base: np.ndarray, *, seed: int = 1234) -> dict[str, Any]:

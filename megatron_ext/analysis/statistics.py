@@ -1,4 +1,4 @@
-"""Bootstrap confidence intervals over samples."""
+"""Perplexities, and bootstrap confidence intervals over samples."""
 
 from __future__ import annotations
 
@@ -38,3 +38,11 @@ def interval(replicates: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Ends of the percentile interval of each column of ``[replicates, k]``."""
     low, high = np.quantile(replicates, ((1 - LEVEL) / 2, (1 + LEVEL) / 2), axis=0)
     return low, high
+
+
+def perplexity(loss: np.ndarray | float) -> np.ndarray:
+    """Perplexities of losses in nats, of any shape, at most e^300.
+
+    Beyond that, where gradient ascent may end, its square is no number, and soon it is none itself.
+    """
+    return np.asarray(np.exp(np.minimum(loss, 300.0)))

@@ -53,14 +53,28 @@ def test_a_lone_process_meets_itself_and_a_launched_one_is_left_alone():
         assert os.environ["MASTER_PORT"] == "0"
 
 
+MEET = {"MASTER_ADDR": "node0", "MASTER_PORT": "6000"}
+
+
+def task(rank, local_rank, *, tasks=16, form="8(x2)", **more):
+    """The environment of one of srun's tasks, as far as it is read."""
+    numbers = {"SLURM_STEP_NUM_TASKS": tasks, "SLURM_PROCID": rank, "SLURM_LOCALID": local_rank}
+    numbers |= {"SLURM_STEP_TASKS_PER_NODE": form, **more}
+    found = {name: str(value) for name, value in numbers.items()}
+    return mock.patch.dict(os.environ, found | MEET, clear=True)
+
+
+def gpus(count, *, available):
+    return mock.patch.multiple(
+        torch.cuda, device_count=lambda: count, is_available=lambda: available
+    )
+
+
 def test_tasks_of_srun_are_the_ranks_of_one_run():
-    task = {"SLURM_STEP_NUM_TASKS": "16", "SLURM_PROCID": "11", "SLURM_LOCALID": "3"}
-    task |= {"SLURM_STEP_TASKS_PER_NODE": "8(x2)", "SLURM_NTASKS": "64"}
-    meet = {"MASTER_ADDR": "node0", "MASTER_PORT": "6000"}
-    with mock.patch.dict(os.environ, task | meet, clear=True):
+    with task(11, 3, SLURM_NTASKS=64):
         compat.find_ranks()
-        found = {name: os.environ[name] for name in ("RANK", "WORLD_SIZE", *meet)}
-        assert found == {"RANK": "11", "WORLD_SIZE": "16"} | meet
+        found = {name: os.environ[name] for name in ("RANK", "WORLD_SIZE", *MEET)}
+        assert found == {"RANK": "11", "WORLD_SIZE": "16"} | MEET
         assert (os.environ["LOCAL_RANK"], os.environ["LOCAL_WORLD_SIZE"]) == ("3", "8")
     # A batch script is alone, though its allocation has tasks.
     with mock.patch.dict(os.environ, {"SLURM_NTASKS": "64", "SLURM_PROCID": "0"}, clear=True):
@@ -73,35 +87,20 @@ def test_tasks_of_srun_are_the_ranks_of_one_run():
     [("8(x64)", 63, 8), ("8,7", 0, 8), ("8,7", 1, 7), ("8(x3),7,6(x2)", 3, 7), ("4", 0, 4)],
 )
 def test_tasks_of_a_node_are_read_from_all_forms_of_slurm(form, node, tasks):
-    task = {"SLURM_STEP_NUM_TASKS": "16", "SLURM_PROCID": "11", "SLURM_LOCALID": "3"}
-    task |= {"SLURM_STEP_TASKS_PER_NODE": form, "SLURM_NODEID": str(node)}
-    task |= {"MASTER_ADDR": "node0", "MASTER_PORT": "6000"}
-    with mock.patch.dict(os.environ, task, clear=True):
+    with task(11, 3, form=form, SLURM_NODEID=node):
         compat.find_ranks()
         assert os.environ["LOCAL_WORLD_SIZE"] == str(tasks)
 
 
 def test_tasks_that_see_one_gpu_of_their_node_each_are_refused():
-    task = {"SLURM_STEP_NUM_TASKS": "16", "SLURM_PROCID": "8", "SLURM_LOCALID": "0"}
-    task |= {"MASTER_ADDR": "node0", "MASTER_PORT": "6000", "SLURM_STEP_TASKS_PER_NODE": "8(x2)"}
-    with (
-        mock.patch.dict(os.environ, task, clear=True),
-        mock.patch.object(torch.cuda, "device_count", return_value=1),
-        mock.patch.object(torch.cuda, "is_available", return_value=True),
-        pytest.raises(ConfigError, match=r"CUDA_VISIBLE_DEVICES: .* all 8 tasks .*, found 1"),
-    ):
+    found = r"CUDA_VISIBLE_DEVICES: .* all 8 tasks .*, found 1"
+    with task(8, 0), gpus(1, available=True), pytest.raises(ConfigError, match=found):
         compat.find_ranks()
 
 
 def test_tasks_without_a_gpu_are_ranks_too():
     """The CPU runtime answers for the count of devices, with one until the ranks are known."""
-    task = {"SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": "1", "SLURM_LOCALID": "1"}
-    task |= {"MASTER_ADDR": "node0", "MASTER_PORT": "6000", "SLURM_STEP_TASKS_PER_NODE": "2"}
-    with (
-        mock.patch.dict(os.environ, task, clear=True),
-        mock.patch.object(torch.cuda, "device_count", return_value=1),
-        mock.patch.object(torch.cuda, "is_available", return_value=False),
-    ):
+    with task(1, 1, tasks=2, form="2"), gpus(1, available=False):
         compat.find_ranks()
         assert (os.environ["RANK"], os.environ["LOCAL_WORLD_SIZE"]) == ("1", "2")
 
