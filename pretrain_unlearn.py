@@ -48,6 +48,7 @@ def main() -> None:
     from megatron.training.argument_utils import pretrain_cfg_container_from_args
 
     from megatron_ext import arguments
+    from megatron_ext.chat import write_template
     from megatron_ext.checkpoint.source import find_reference
     from megatron_ext.data.checks import check_datasets
     from megatron_ext.data.overlap import check_overlap
@@ -69,7 +70,8 @@ def main() -> None:
     start = arguments.check_checkpoints(args, config)
     if chat is not None and args.rank == 0:
         print(chat.describe(), flush=True)
-        chat.write_template(args.save)
+    if args.rank == 0:
+        write_template(args)
     if not args.skip_train and (reason := reached_before(config, start)):
         if args.rank == 0:
             print(reason, flush=True)

@@ -109,7 +109,7 @@ def parse() -> tuple[Namespace, UnlearnConfig, ChatRun | None]:
     except (AssertionError, ValueError, RuntimeError) as error:
         raise ConfigError(f"refused by Megatron-Core: {_reason(error)}") from error
     record_tokenizer(args)
-    args.chat_digest = None
+    args.chat_digest = args.tuned_chat_template = None
     if chat is not None:
         chat.record(args)
     check_after_megatron(args, config)
@@ -143,6 +143,9 @@ def check_checkpoints(args: Namespace, config: UnlearnConfig) -> Start:
         ConfigError: the run cannot go on from it.
     """
     start = resolve_start(args, required=config.enabled or args.chat_digest is not None)
+    if args.chat_digest is None and start.checkpoint is not None:
+        # What is trained on from a tuned model still speaks its template.
+        args.tuned_chat_template = getattr(start.checkpoint.args, "tuned_chat_template", None)
     args.unlearn_composition = args.unlearn_reference = None
     if config.enabled:
         args.unlearn_composition = _composition(args, config)
@@ -211,6 +214,8 @@ def check_required(args: Namespace, *, supplied: Mapping[str, Any]) -> None:
         required += [("seq_length", "encoder_seq_length"), ("max_position_embeddings",)]
     if not args.skip_train:
         required += [("lr",), ("train_iters", "train_samples")]
+    if args.save is not None:
+        required += [("save_interval",)]
     found = {**vars(args), **supplied}
     missing = [names for names in required if all(found[name] is None for name in names)]
     if missing:

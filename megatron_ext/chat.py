@@ -89,14 +89,8 @@ class ChatRun:
                 f"--eval-iters: expected --chat-valid-data-path beside it or 0, found {args.eval_iters}"
             )
         assert all(getattr(args, name) == value for name, value in NORMALISATION.items())
-        args.chat_template = self.template.source
+        args.tuned_chat_template = self.template.source
         args.chat_digest = self.digest
-
-    def write_template(self, directory: str | None) -> None:
-        """Put the template beside the checkpoints, where inference looks for it."""
-        if directory is not None:
-            path = Path(directory) / TEMPLATE_FILE
-            write_atomically(path, self.template.source.encode(), overwrite=True)
 
     def provider(self) -> Callable[..., Datasets]:
         """The provider that Megatron's ``pretrain`` calls for its datasets."""
@@ -160,6 +154,13 @@ def chat_run(args: Namespace, config: ChatConfig) -> ChatRun:
     if args.train_iters is None and args.train_samples is None:
         iterations = -(-train.sequences(config.chat_epochs) // args.global_batch_size)
     return ChatRun(config, template, train, valid, iterations)
+
+
+def write_template(args: Namespace) -> None:
+    """Put the template of the model's tuning beside the run's checkpoints, where inference looks for it."""
+    if args.save is not None and args.tuned_chat_template is not None:
+        path = Path(args.save) / TEMPLATE_FILE
+        write_atomically(path, args.tuned_chat_template.encode(), overwrite=True)
 
 
 def check_resume(saved: Namespace, args: Namespace) -> None:

@@ -37,7 +37,7 @@ class ChatFiles:
 
     @classmethod
     def of_run(cls, args: Namespace, *, tokenizer: Path) -> ChatFiles | None:
-        """What a run tuned with; ``None`` if it was no chat tuning.
+        """What the model of a run was tuned with, by it or before it; ``None`` if it never was.
 
         Args:
             args: arguments of the run, as its checkpoint holds them.
@@ -46,10 +46,11 @@ class ChatFiles:
         Raises:
             ConfigError: the template cannot be used with the tokenizer.
         """
-        if getattr(args, "chat_digest", None) is None:
+        template = getattr(args, "tuned_chat_template", None)
+        if template is None:
             return None
-        ids, mask = ChatTemplate(args.chat_template, tokenizer_spec(tokenizer)).encode(_PROBE)
-        return cls(args.chat_template, max((i, t) for i, t in enumerate(ids) if mask[i])[1])
+        ids, mask = ChatTemplate(template, tokenizer_spec(tokenizer)).encode(_PROBE)
+        return cls(template, max((i, t) for i, t in enumerate(ids) if mask[i])[1])
 
     def write(self, folder: Path) -> None:
         """Put both into an exported model where what the base model brought says something else.

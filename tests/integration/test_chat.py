@@ -49,8 +49,13 @@ def runs(tiny, server, data, runs_directory):
     launches["whole"] = Launch(chat_flags(tiny, data, *start, *whole, "--save", save))
     found = server.run_all(launches, runs_directory / "chat_tensorboard")
     halfway = at_iteration(save, HALF, runs_directory / "chat_halfway")
-    rest = {"rest": Launch(chat_flags(tiny, data, *whole, "--load", halfway))}
-    return found | server.run_all(rest, runs_directory / "chat_rest")
+    tuned = ("--pretrained-checkpoint", save, "--train-iters", 1, "--save-interval", 1)
+    tuned = (*tuned, "--save", runs_directory / "chat_unlearned")
+    later = {
+        "rest": Launch(chat_flags(tiny, data, *whole, "--load", halfway)),
+        "unlearned": Launch(tiny.objective(*tuned)),
+    }
+    return found | server.run_all(later, runs_directory / "chat_later")
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -104,8 +109,16 @@ def test_the_template_lies_beside_the_checkpoints_and_in_them(runs, tiny, runs_d
     assert load_template(spec, path=save).source == BUILT_IN
     assert (save / TEMPLATE_FILE).read_text() == BUILT_IN
     saved = open_checkpoint(str(save), flag="--load").args
-    assert saved.chat_template == BUILT_IN
+    assert saved.tuned_chat_template == BUILT_IN
     assert len(saved.chat_digest) == 64
+
+
+def test_a_tuned_model_that_is_unlearned_keeps_its_template(runs, runs_directory):
+    save = runs_directory / "chat_unlearned"
+    assert (save / TEMPLATE_FILE).read_text() == BUILT_IN
+    saved = open_checkpoint(str(save), flag="--load").args
+    assert saved.tuned_chat_template == BUILT_IN
+    assert saved.chat_digest is None
 
 
 # What is added to a good command line, and what the error must name. The first word chooses the start.

@@ -124,7 +124,7 @@ REQUIRED = {
     },
     **{"hidden_size": 8, "num_attention_heads": 2, "max_position_embeddings": 8},
     **{"seq_length": None, "encoder_seq_length": 8, "train_iters": None, "train_samples": 16},
-    **{"use_checkpoint_args": False, "skip_train": False},
+    **{"use_checkpoint_args": False, "skip_train": False, "save": None, "save_interval": None},
 }
 
 
@@ -138,6 +138,8 @@ REQUIRED = {
         ({"num_layers": None, "encoder_seq_length": None, "use_checkpoint_args": True}, {}, None),
         ({"encoder_seq_length": None}, {}, "--seq-length or --encoder-seq-length: "),
         ({"micro_batch_size": None, "use_checkpoint_args": True}, {}, "--micro-batch-size: "),
+        ({"save": "ckpt"}, {}, "--save-interval: "),
+        ({"save": "ckpt", "save_interval": 5}, {}, None),
     ],
 )
 def test_every_flag_that_is_missing_is_named(changes, supplied, missing):

@@ -50,7 +50,7 @@ def test_template_and_end_of_turn_of_the_tuning(source, monkeypatch, stored):
         settings.write_text(json.dumps({"eos_token_id": 1, "do_sample": False, "top_p": 0.5}))
     else:
         settings.unlink()
-    folder = exported(source, monkeypatch, chat_digest="abc", chat_template=TUNED)
+    folder = exported(source, monkeypatch, tuned_chat_template=TUNED)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     assert tokenizer.chat_template == TUNED
     found = json.loads((folder / "generation_config.json").read_text())
@@ -58,7 +58,7 @@ def test_template_and_end_of_turn_of_the_tuning(source, monkeypatch, stored):
     assert (found.get("top_p") == 0.5) == stored
 
 
-@pytest.mark.parametrize("run", [{}, {"chat_digest": "abc", "chat_template": BASE}])
+@pytest.mark.parametrize("run", [{}, {"tuned_chat_template": BASE}])
 def test_what_the_model_brought_stays_where_it_is_right(source, monkeypatch, run):
     folder = exported(source, monkeypatch, **run)
     for file in source.iterdir():
@@ -70,7 +70,5 @@ def test_a_template_for_another_tokenizer_is_refused_before_weights_are_written(
     source, monkeypatch
 ):
     with pytest.raises(ConfigError, match=r"--chat-template: expected .* special token"):
-        exported(
-            source, monkeypatch, chat_digest="abc", chat_template=TUNED.replace("<|end|>", ".")
-        )
+        exported(source, monkeypatch, tuned_chat_template=TUNED.replace("<|end|>", "."))
     assert not (source.parent / "back").exists()
