@@ -39,15 +39,19 @@ def _is_no_single(loader: str | None) -> bool:
     return loader not in (None, "single")
 
 
-NEVER: tuple[Refusal, ...] = (
+# These make another model of the same weights, or weights that no model here has.
+OF_THE_MODEL: tuple[Refusal, ...] = (
     Refusal("num_experts", "mixture-of-experts layers route tokens with losses of their own"),
     Refusal(
         "multi_latent_attention", "multi-latent attention is not among the layers of this product"
     ),
+    Refusal("use_mup", "the head does not scale logits by width"),
+)
+NEVER: tuple[Refusal, ...] = (
+    *OF_THE_MODEL,
     Refusal("yaml_cfg", "settings are given as flags"),
     Refusal("use_torch_fsdp2", "the model is sharded by tensor and pipeline parallelism"),
     Refusal("use_megatron_fsdp", "the model is sharded by tensor and pipeline parallelism"),
-    Refusal("use_mup", "the head does not scale logits by width"),
     Refusal("fim_data", "fill-in-the-middle samples are not built here"),
     Refusal("sft", "conversations are named by --chat-data-path"),
     Refusal(

@@ -16,7 +16,8 @@ from megatron.core.dist_checkpointing.core import CONFIG_FNAME
 from torch.distributed.checkpoint import CheckpointException
 
 from megatron_ext.checkpoint.complete import defect
-from megatron_ext.exceptions import CheckpointError
+from megatron_ext.exceptions import CheckpointError, ConfigError
+from megatron_ext.refusals import OF_THE_MODEL, refuse
 from megatron_ext.runtime import safe_load
 
 TRACKER = "latest_checkpointed_iteration.txt"
@@ -175,9 +176,14 @@ def check_architecture(checkpoint: Checkpoint, args: Namespace, *, flag: str) ->
         flag: the flag that named the checkpoint, for messages.
 
     Raises:
-        CheckpointError: another architecture, vocabulary or tokenizer, or a longer sequence.
+        CheckpointError: another architecture, one that is not computed here, another vocabulary or
+            tokenizer, or a longer sequence.
     """
     saved = checkpoint.args
+    try:
+        refuse(saved, OF_THE_MODEL, where="is not supported")
+    except ConfigError as error:
+        raise CheckpointError(f"{flag}: {checkpoint.path} was trained with {error}") from error
     wanted, present = _architecture(args), _architecture(saved)
     for name, expected in wanted.items():
         found = present.get(name, expected)

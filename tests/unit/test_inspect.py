@@ -45,6 +45,12 @@ def test_the_same_model_passes(tmp_path):
     check(tmp_path, {"unpadded_vocab_size": None, "tokenizer_digest": None}, {})
 
 
+def test_a_model_that_is_not_computed_here_is_refused(tmp_path):
+    with pytest.raises(CheckpointError, match="^--load: .*iter_0000005 was trained with --use-mup"):
+        check(tmp_path, {"use_mup": True}, {})
+    check(tmp_path, {"use_mup": False, "num_experts": None}, {})
+
+
 @pytest.mark.parametrize(
     ("now", "message"),
     [
