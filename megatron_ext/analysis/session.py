@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import sys
 from argparse import Namespace
@@ -32,6 +33,8 @@ from megatron_ext.exceptions import CheckpointError, ConfigError
 from megatron_ext.model.model_config import model_config_from_args
 from megatron_ext.reference import FrozenReference
 from megatron_ext.runtime import console
+
+logger = logging.getLogger(__name__)
 
 # Besides the architecture, what a checkpoint's arguments say of how to run its model.
 _RUN = (
@@ -118,6 +121,12 @@ class Session:
         """Load a checkpoint; the model, and what it is."""
         checkpoint = open_checkpoint(directory, flag="--checkpoint")
         check_architecture(checkpoint, self.args, flag="--checkpoint")
+        trained, computed = precision(checkpoint.args), precision(self.args)
+        if trained != computed and self.is_writer:
+            logger.warning(
+                "%s was trained in %s and is computed in %s, as --checkpoint %s is",
+                *(directory, trained, computed, self.options.checkpoint[0]),
+            )
         source = ReferenceSource(checkpoint, recorded_digest=None)
         with console.hidden():
             model = FrozenReference(self.model_config, args=self.args, source=source)
@@ -128,6 +137,7 @@ class Session:
             "label": names[directory],
             "iteration": checkpoint.iteration,
             "digest": model.digest,
+            "computed_in": computed,
             "run": record_run(checkpoint),
         }
 
@@ -144,6 +154,12 @@ class Session:
             name: read_samples(prefix, count=count, length=length, seed=seed)
             for name, prefix in sets.items()
         }
+
+
+def precision(args: Namespace) -> str:
+    """What a run computes in, by its arguments."""
+    chosen = (name for name in ("bf16", "fp16") if getattr(args, name, False))
+    return next(chosen, "fp32")
 
 
 def _check_finite(loss: np.ndarray, directory: str, name: str) -> None:

@@ -97,25 +97,24 @@ def test_of_an_imported_model(tmp_path):
     )
     kind = ["--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", str(model)]
     prefix, output = tmp_path / "text", tmp_path / "perplexity.json"
+    start, rounded = str(tmp_path / "start"), str(tmp_path / "rounded")
+    take = ["convert_checkpoint.py", "import", "--source", str(model), "--output"]
     for command in (
         ["preprocess_data.py", "--input", f"{prefix}.jsonl", "--output-prefix", str(prefix), *kind],
+        [*take, start],
+        [*take, rounded, "--dtype", "bfloat16"],
         [
-            "convert_checkpoint.py",
-            "import",
-            "--source",
-            str(model),
-            "--output",
-            str(tmp_path / "start"),
-        ],
-        [
-            *["analyze.py", "perplexity", "--checkpoint", str(tmp_path / "start"), *kind],
+            *["analyze.py", "perplexity", "--checkpoint", start, rounded, *kind],
             *["--data", f"own={prefix}_text_document", "--output", str(output)],
         ],
     ):
         words = [sys.executable, f"tools/{command[0]}", *command[1:]]
         done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
-    (scored,) = json.loads(output.read_text())["models"].values()
+    said = f"{rounded} was trained in bf16 and is computed in fp32, as --checkpoint {start} is"
+    assert said in done.stderr.splitlines()
+    scored, other = json.loads(output.read_text())["models"].values()
+    assert (scored["computed_in"], other["computed_in"]) == ("fp32", "fp32")
     documents = IndexedDataset(f"{prefix}_text_document")
     expected = []
     for document in documents:
