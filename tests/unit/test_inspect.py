@@ -46,7 +46,9 @@ def test_the_same_model_passes(tmp_path):
 
 
 def test_a_model_that_is_not_computed_here_is_refused(tmp_path):
-    with pytest.raises(CheckpointError, match="^--load: .*iter_0000005 was trained with --use-mup"):
+    with pytest.raises(
+        CheckpointError, match=r"^--load: .*iter_0000005 was trained with --use-mup"
+    ):
         check(tmp_path, {"use_mup": True}, {})
     check(tmp_path, {"use_mup": False, "num_experts": None}, {})
 
