@@ -13,7 +13,6 @@ import functools
 import logging
 import os
 import sys
-import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
@@ -21,6 +20,8 @@ from typing import Any
 
 import torch
 import torch.utils._device
+
+from megatron_ext.runtime.cpu_streams import Event, Stream
 
 _enabled = False
 
@@ -40,6 +41,9 @@ CPU_FLAGS: dict[str, Any] = {
     "num_workers": 0,
     "barrier_with_L1_time": False,
 }
+
+
+GPU_PACKAGES = ("transformer_engine", "transformer_engine_torch", "apex")
 
 
 def is_enabled() -> bool:
@@ -64,6 +68,7 @@ def enable() -> bool:
     if "torch._dynamo" in sys.modules:  # and has read the variable
         torch._dynamo.config.disable = True
     _patch_compiler()
+    _hide_packages()
     # Megatron checks this for GPUs of other generations; it means nothing without one.
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     _filter_logs()
@@ -98,6 +103,17 @@ def _patch_compiler() -> None:
     torch.compile = as_it_is
 
 
+def _hide_packages() -> None:
+    """Let nothing find the packages that import without a CUDA device and then refuse to work without one.
+
+    Containers for GPU clusters bring them, and their login nodes have no GPU. Megatron takes its layers, its
+    optimizer and the norm of the gradients from them wherever they can be imported.
+    """
+    modules: dict[str, Any] = sys.modules
+    for name in GPU_PACKAGES:
+        modules.setdefault(name, None)  # which makes an import fail
+
+
 def _patch_devices() -> None:
     cuda: Any = torch.cuda
     cuda.current_device = lambda: 0
@@ -113,65 +129,16 @@ def _patch_devices() -> None:
     cuda.device = lambda device: contextlib.nullcontext()
 
 
-class _Stream:
-    """Order on one stream is the order of the calls, so every wait has already happened."""
-
-    cuda_stream = 0
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        pass
-
-    def wait_stream(self, stream: Any) -> None:
-        pass
-
-    def wait_event(self, event: Any) -> None:
-        pass
-
-    def synchronize(self) -> None:
-        pass
-
-    def query(self) -> bool:
-        return True
-
-    def record_event(self, event: Any = None) -> Any:
-        event = event or _Event()
-        event.record()
-        return event
-
-
-class _Event:
-    """A point in wall-clock time."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        self._seconds = 0.0
-
-    def record(self, stream: Any = None) -> None:
-        self._seconds = time.perf_counter()
-
-    def wait(self, stream: Any = None) -> None:
-        pass
-
-    def synchronize(self) -> None:
-        pass
-
-    def query(self) -> bool:
-        return True
-
-    def elapsed_time(self, end: _Event) -> float:
-        """Milliseconds, as CUDA's events give."""
-        return (end._seconds - self._seconds) * 1e3
-
-
 def _patch_streams() -> None:
     cuda: Any = torch.cuda
-    stream = _Stream()
+    stream = Stream()
 
     @contextlib.contextmanager
     def use_stream(_: Any) -> Iterator[None]:
         yield
 
-    cuda.Stream = _Stream
-    cuda.Event = _Event
+    cuda.Stream = Stream
+    cuda.Event = Event
     cuda.current_stream = lambda device=None: stream
     cuda.default_stream = lambda device=None: stream
     cuda.set_stream = lambda stream: None

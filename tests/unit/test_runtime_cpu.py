@@ -1,6 +1,7 @@
 """The CPU runtime: nothing where a device exists, idempotent where none does."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -22,15 +23,19 @@ def snapshot():
         items = owner.items() if isinstance(owner, dict) else vars(owner).items()
         found |= {f"{place}.{name}": id(value) for name, value in items if name != "__builtins__"}
     filters = [name for name in NAMES if logging.getLogger(name).filters]
-    return found | {"environment": dict(os.environ), "filters": filters}
+    hidden = [name for name, module in sys.modules.items() if module is None]
+    return found | {"environment": dict(os.environ), "filters": filters, "hidden": hidden}
 
 NAMES = ("megatron.core.tensor_parallel.random", "torch.utils.cpp_extension")
 """
 
 
-def run(program: str) -> dict:
+def run(program: str, **environment: str) -> dict:
     result = subprocess.run(
-        [sys.executable, "-c", SNAPSHOT + program], capture_output=True, text=True
+        [sys.executable, "-c", SNAPSHOT + program],
+        capture_output=True,
+        text=True,
+        env=os.environ | environment,
     )
     assert result.returncode == 0, result.stderr
     return json.loads(result.stdout.splitlines()[-1])
@@ -56,7 +61,7 @@ def test_the_same_comparison_sees_the_changes_where_there_is_none():
     result = run("torch.cuda.is_available = lambda: False" + CHANGES)
     assert result["enabled"]
     assert result["megatron"]
-    for name in ("torch.cuda.device_count", "Tensor.cuda", "torch.zeros", "filters"):
+    for name in ("torch.cuda.device_count", "Tensor.cuda", "torch.zeros", "filters", "hidden"):
         assert name in result["changed"]
 
 
@@ -109,3 +114,25 @@ def test_torch_compile_leaves_functions_as_they_are_and_imports_no_compiler():
         "print(json.dumps({'same': same, 'compiler': 'torch._inductor.lowering' in sys.modules}))"
     )
     assert result == {"same": [True, True], "compiler": False}
+
+
+def test_packages_that_need_a_device_are_not_found_where_there_is_none(tmp_path):
+    """As in a container for GPUs on a machine without one: they are installed, can be imported, and fail."""
+    for name in ("transformer_engine", "transformer_engine_torch", "apex"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "__init__.py").write_text("raise RuntimeError('no CUDA driver')")
+    found = run(
+        "torch.cuda.is_available = lambda: False\n"
+        "import importlib.util\n"
+        "names = ('transformer_engine', 'transformer_engine_torch', 'apex')\n"
+        "before = [importlib.util.find_spec(name) is not None for name in names]\n"
+        "from megatron_ext.runtime import cpu\ncpu.enable()\n"
+        "after = [importlib.util.find_spec(name) is not None for name in names]\n"
+        "from megatron.core.extensions import transformer_engine\n"
+        "from megatron_ext.arguments import machine_defaults\n"
+        "print(json.dumps({'before': before, 'after': after, 'megatron': transformer_engine.HAVE_TE,"
+        " 'layers': machine_defaults()['transformer_impl']}))",
+        PYTHONPATH=str(tmp_path),
+    )
+    expected = {"before": [True] * 3, "after": [False] * 3, "megatron": False, "layers": "local"}
+    assert found == expected
