@@ -28,6 +28,7 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.utils import unwrap_model
 
 from megatron_ext.checkpoint.digest import model_digest
+from megatron_ext.checkpoint.extra_state import keep_own
 from megatron_ext.checkpoint.source import ReferenceSource
 from megatron_ext.data.batch import MicroBatch
 from megatron_ext.exceptions import CheckpointError
@@ -133,7 +134,9 @@ class FrozenReference:
     def _load(self) -> None:
         path = str(self.source.checkpoint.path)
         self._check_keys(path)
-        loaded = dist_checkpointing.load(self._sharded_state(), path, self._strategy)
+        wanted = self._sharded_state()
+        keep_own(wanted, path)
+        loaded = dist_checkpointing.load(wanted, path, self._strategy)
         for i, chunk in enumerate(unwrap_model(self.chunks)):
             chunk.load_state_dict(loaded[f"model{i}"], strict=True)
 

@@ -41,8 +41,8 @@ from megatron_ext.exceptions import CheckpointError
 ARGS_FILE = "ARGS.txt"
 # Rows of the vocabulary are padded to a multiple of this, Megatron's own default.
 VOCABULARY_MULTIPLE = 128
-# Layers ask a checkpoint for these beside their weights: Megatron's own and torch-native ones for the
-# first four, Transformer Engine's for all. They hold nothing without fp8.
+# Layers ask a checkpoint for these beside their weights; they hold nothing without fp8.
+_FINAL_EXTRA_STATE = "decoder.final_layernorm._extra_state"
 _EXTRA_STATES = tuple(
     f"decoder.layers.{layer}._extra_state"
     for layer in (
@@ -95,7 +95,10 @@ def import_model(
                 [_lazy(part, reader, model, rows) for part in parts(model)],
                 dtype=dtype,
                 args=args,
-                empty_objects=[(key, model.num_layers) for key in _EXTRA_STATES],
+                empty_objects=[
+                    (_FINAL_EXTRA_STATE, 1),
+                    *((key, model.num_layers) for key in _EXTRA_STATES),
+                ],
             )
             lines = tuple(shlex.join(flag) for flag in flags)
             (folder / ARGS_FILE).write_text("".join(line + "\n" for line in lines))

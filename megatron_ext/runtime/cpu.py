@@ -111,7 +111,9 @@ def _hide_packages() -> None:
     """
     modules: dict[str, Any] = sys.modules
     for name in GPU_PACKAGES:
-        modules.setdefault(name, None)  # which makes an import fail
+        if modules.get(name) is not None:
+            raise RuntimeError(f"{name} was imported before cpu.enable(); so was Megatron")
+        modules[name] = None  # which makes an import fail
 
 
 def _patch_devices() -> None:

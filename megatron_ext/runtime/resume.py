@@ -14,7 +14,10 @@ from megatron_ext.runtime import safe_load
 
 
 def apply() -> None:
-    """Apply both of the following; called once before training."""
+    """Apply both of the following, and what loads extra states; called once before training."""
+    from megatron_ext.checkpoint import extra_state
+
+    extra_state.apply()
     prepare_saves()
     give_loaders_generators()
 

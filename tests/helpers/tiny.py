@@ -15,7 +15,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
 from tests.helpers.entry import ROOT, Launch, run, succeed
 
@@ -134,6 +133,9 @@ def tool(name: str, *arguments: object) -> None:
 
 def write_tokens(prefix: Path, *, documents: int, token: int = 2) -> Path:
     """A data set of documents of one token, by default the end of a document itself; its prefix."""
+    # Ranks import this module, and must not import Megatron before the CPU answers for CUDA.
+    from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
+
     builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=np.uint16)
     for _ in range(documents):
         builder.add_document(torch.tensor([token]), [1])

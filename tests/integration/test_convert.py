@@ -12,7 +12,6 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from megatron_ext.analysis.samples import read_samples
 from tests.helpers import llama
 from tests.helpers.distributed import run_ranks
 from tests.helpers.entry import ROOT, Launch, run, succeed
@@ -147,6 +146,9 @@ def world(tmp_path_factory):
 
 def perplexities(world, source, checkpoint, *layout, ranks=1):
     """Of ten samples by tools/analyze.py and by transformers."""
+    # Ranks import this module, and must not import Megatron before the CPU answers for CUDA.
+    from megatron_ext.analysis.samples import read_samples
+
     prefix, output = world / "text_text_document", world / "perplexity.json"
     arguments = (
         *("perplexity", "--checkpoint", checkpoint, "--data", f"text={prefix}", "--samples", 10),

@@ -6,7 +6,11 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
+from tests.helpers.entry import ROOT
+
+ANALYSIS = ("--data", "a=none", "--tokenizer-model", "none", "--output", "none.json")
 # Run in processes of their own: the runtime changes torch for good.
 SNAPSHOT = """
 import json, logging, os, sys
@@ -86,8 +90,6 @@ def test_a_second_call_changes_nothing():
     ],
 )
 def test_only_what_names_a_cuda_device_becomes_the_cpu(value, expected):
-    import torch
-
     from megatron_ext.runtime.cpu import _on_cpu
 
     assert str(_on_cpu(eval(value, {"torch": torch}))) == expected
@@ -116,11 +118,17 @@ def test_torch_compile_leaves_functions_as_they_are_and_imports_no_compiler():
     assert result == {"same": [True, True], "compiler": False}
 
 
-def test_packages_that_need_a_device_are_not_found_where_there_is_none(tmp_path):
-    """As in a container for GPUs on a machine without one: they are installed, can be imported, and fail."""
+@pytest.fixture(scope="module")
+def gpu_packages(tmp_path_factory):
+    """A folder with packages as in a container for GPUs on a machine without one; importing them fails."""
+    folder = tmp_path_factory.mktemp("packages")
     for name in ("transformer_engine", "transformer_engine_torch", "apex"):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "__init__.py").write_text("raise RuntimeError('no CUDA driver')")
+        (folder / name).mkdir()
+        (folder / name / "__init__.py").write_text("raise RuntimeError('no CUDA driver')")
+    return {"PYTHONPATH": str(folder)}
+
+
+def test_packages_that_need_a_device_are_not_found_where_there_is_none(gpu_packages):
     found = run(
         "torch.cuda.is_available = lambda: False\n"
         "import importlib.util\n"
@@ -132,7 +140,41 @@ def test_packages_that_need_a_device_are_not_found_where_there_is_none(tmp_path)
         "from megatron_ext.arguments import machine_defaults\n"
         "print(json.dumps({'before': before, 'after': after, 'megatron': transformer_engine.HAVE_TE,"
         " 'layers': machine_defaults()['transformer_impl']}))",
-        PYTHONPATH=str(tmp_path),
+        **gpu_packages,
     )
     expected = {"before": [True] * 3, "after": [False] * 3, "megatron": False, "layers": "local"}
     assert found == expected
+
+
+def test_coming_too_late_is_an_error():
+    result = run(
+        "torch.cuda.is_available = lambda: False\n"
+        "from types import ModuleType\n"
+        "sys.modules['apex'] = ModuleType('apex')\n"
+        "from megatron_ext.runtime import cpu\n"
+        "try:\n    cpu.enable()\n"
+        "except RuntimeError as error:\n    print(json.dumps({'error': str(error)}))"
+    )
+    assert result["error"].startswith("apex was imported before cpu.enable()")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the CPU is for machines without a GPU")
+@pytest.mark.parametrize(
+    ("command", "code"),
+    [
+        (["pretrain_unlearn.py", "--help"], 0),
+        (["tools/convert_checkpoint.py", "export", "--checkpoint", "none", "--output", "none"], 2),
+        (["tools/generate.py", "--model", "none", "--input", "none", "--output", "none"], 2),
+        (["tools/analyze.py", "perplexity", "--checkpoint", "none", *ANALYSIS], 2),
+    ],
+)
+def test_no_program_imports_them_before(command, code, gpu_packages):
+    result = subprocess.run(
+        [sys.executable, *command],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env=os.environ | gpu_packages,
+    )
+    assert result.returncode == code, result.stderr
+    assert "no CUDA driver" not in result.stderr
