@@ -1,19 +1,27 @@
-"""The extra states of layers, where a checkpoint does not have them all.
+"""The extra states of layers, of which not every checkpoint has all.
 
 Transformer Engine's layers, its norms among them, each ask a checkpoint for an `_extra_state`: what fp8 has
 learnt of their scales, and nothing without fp8. Which layers have one differs between layer specs and between
-versions of Transformer Engine, and Megatron-Core ends at the first that a checkpoint lacks.
+versions of Transformer Engine, and Megatron-Core ends at the first that a checkpoint lacks. A run here does
+without those that are missing, and writes those that stock Megatron with Transformer Engine would miss.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
+from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.dict_utils import dict_list_map_inplace, nested_values
-from megatron.core.dist_checkpointing.mapping import LocalNonpersistentObject, ShardedObject
+from megatron.core.dist_checkpointing.mapping import (
+    LocalNonpersistentObject,
+    ShardedObject,
+    ShardedTensor,
+)
 from megatron.core.dist_checkpointing.serialization import load_sharded_metadata
 
 _SUFFIX = "._extra_state"
+# The scale of a norm that is a layer of its own under every spec: the final one, of queries, of keys.
+_NORM = "_layernorm.weight"
 
 
 def keep_own(sharded_state: dict[str, Any], path: str) -> None:
@@ -23,8 +31,7 @@ def keep_own(sharded_state: dict[str, Any], path: str) -> None:
         sharded_state: what will be loaded, as `dist_checkpointing.load` takes it.
         path: the folder that holds the checkpoint's tensors.
     """
-    wanted = [value for value in nested_values(sharded_state) if _is_extra(value)]
-    if not wanted:
+    if not any(map(_is_extra, nested_values(sharded_state))):
         return
     present = load_sharded_metadata(path)
 
@@ -36,15 +43,38 @@ def keep_own(sharded_state: dict[str, Any], path: str) -> None:
     dict_list_map_inplace(own, sharded_state)
 
 
+def add_empty(sharded_state: dict[str, Any]) -> None:
+    """Add, in place, an empty extra state for every norm that has none.
+
+    Args:
+        sharded_state: what will be saved; the models in it are dictionaries by the names of their parameters.
+    """
+    for part in sharded_state.values():
+        if not isinstance(part, dict):
+            continue
+        for name, value in list(part.items()):
+            is_norm = isinstance(value, ShardedTensor) and value.key.endswith(_NORM)
+            extra = f"{name.removesuffix('.weight')}{_SUFFIX}"
+            if is_norm and extra not in part:
+                layers = value.prepend_axis_num
+                part[extra] = ShardedObject(
+                    f"{value.key.removesuffix('.weight')}{_SUFFIX}",
+                    None,
+                    value.global_shape[:layers] or (1,),
+                    value.global_offset[:layers] or (0,),
+                    replica_id=value.replica_id,
+                )
+
+
 def _is_extra(value: Any) -> bool:
     return isinstance(value, ShardedObject) and value.key.endswith(_SUFFIX)
 
 
 def apply() -> None:
-    """Let Megatron's loop load so; called once before training."""
+    """Let Megatron's loop load and save so; called once before training."""
     from megatron.training import checkpointing
 
-    load = checkpointing._load_global_dist_base_checkpoint
+    load, save = checkpointing._load_global_dist_base_checkpoint, dist_checkpointing.save
 
     def load_with_own(
         load_dir: str,
@@ -62,4 +92,9 @@ def apply() -> None:
             keep_own(sharded_state_dict, folder)
         return load(load_dir, args, rank0, sharded_state_dict, iteration, release, **more)
 
+    def save_with_empty(sharded_state_dict: dict[str, Any], *more: Any, **named: Any) -> Any:
+        add_empty(sharded_state_dict)
+        return save(sharded_state_dict, *more, **named)
+
     checkpointing._load_global_dist_base_checkpoint = load_with_own
+    dist_checkpointing.save = save_with_empty

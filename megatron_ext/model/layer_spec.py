@@ -28,7 +28,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer, Transf
 from megatron_ext.exceptions import ConfigError
 from megatron_ext.model.attention import SdpaCoreAttention, TorchSelfAttention
 from megatron_ext.model.mlp import TorchMLP
-from megatron_ext.model.norm import StandaloneNorm, TorchNorm
+from megatron_ext.model.norm import TorchNorm
 
 # Field of the config -> what to call it in the error, for everything that must be left unset.
 UNSUPPORTED = {
@@ -113,7 +113,7 @@ def _layer_spec(config: TransformerConfig) -> ModuleSpec:
     if config.qk_l2_norm:
         qk_norm: type = L2Norm
     else:
-        qk_norm = StandaloneNorm if config.qk_layernorm else IdentityOp
+        qk_norm = TorchNorm if config.qk_layernorm else IdentityOp
     attention = ModuleSpec(
         module=TorchSelfAttention,
         params={"attn_mask_type": AttnMaskType.causal},
@@ -163,7 +163,7 @@ def torch_native_layer_spec(
     layers = [_layer_spec(config)] * get_num_layers_to_build(config, vp_stage, pp_rank)
     return ModuleSpec(
         module=TransformerBlock,
-        submodules=TransformerBlockSubmodules(layer_specs=layers, layer_norm=StandaloneNorm),
+        submodules=TransformerBlockSubmodules(layer_specs=layers, layer_norm=TorchNorm),
     )
 
 

@@ -79,17 +79,3 @@ class TorchNorm(nn.Module):
         """Name the kind and size in the module's printout."""
         kind = "RMSNorm" if self.bias is None else "LayerNorm"
         return f"{kind}, {self.shape[0]}, eps={self.eps}"
-
-
-class StandaloneNorm(TorchNorm):
-    """A norm that is a layer of its own in Transformer Engine's spec as well, not part of a linear one.
-
-    There it asks a checkpoint for an extra state. One is written, empty as that of Megatron's linear
-    layers, so that stock Megatron with Transformer Engine loads what was trained here.
-    """
-
-    def get_extra_state(self) -> None:
-        """Nothing."""
-
-    def set_extra_state(self, state: Any) -> None:
-        """Ignore what another layer kept of fp8."""

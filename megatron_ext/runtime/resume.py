@@ -14,7 +14,7 @@ from megatron_ext.runtime import safe_load
 
 
 def apply() -> None:
-    """Apply both of the following, and what loads extra states; called once before training."""
+    """Apply both of the following and the rule for extra states; called once before training."""
     from megatron_ext.checkpoint import extra_state
 
     extra_state.apply()

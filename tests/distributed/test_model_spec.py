@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.distributed.checkpoint import CheckpointException
 
 from tests.helpers.distributed import run_ranks
 
@@ -82,6 +83,7 @@ def _everything(directory: str) -> dict[str, Any]:
         _round_trip(f"{directory}/{save_native}", save_native) for save_native in (False, True)
     ]
     results["keys"] = _keys()
+    results["extra states"] = _extra_states(f"{directory}/extra")
     results["dropout"] = _dropout()
     return results
 
@@ -89,8 +91,8 @@ def _everything(directory: str) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
     directory = tmp_path_factory.mktemp("checkpoints")
-    for name in (False, True):
-        (directory / str(name)).mkdir()
+    for name in ("False", "True", "extra"):
+        (directory / name).mkdir()
     return run_ranks(_everything, 2, str(directory), timeout=300.0)
 
 
@@ -219,6 +221,58 @@ def test_checkpoint_keys_are_those_of_the_transformer_engine_spec(results):
         "output_layer.weight",
     }
     assert results[0]["keys"] == layer | model
+
+
+def _extra_states(directory: str) -> dict[str, Any]:
+    """Written beside the weights at TP 2; then asked for by layers, one of which the checkpoint lacks."""
+    from megatron.core import dist_checkpointing
+    from megatron.core.dist_checkpointing.mapping import ShardedObject
+
+    from megatron_ext.checkpoint.extra_state import add_empty, keep_own
+    from tests.helpers import models
+
+    models.start(2)
+    saved = {"model": models.gpt(models.config(**ALL_PARAMETERS), native=True).sharded_state_dict()}
+    add_empty(saved)
+    dist_checkpointing.save(saved, directory)
+    written = {v.unique_key for v in saved["model"].values() if isinstance(v, ShardedObject)}
+
+    def wanted(model: Any) -> dict[str, Any]:
+        lacking = "decoder.layers.new._extra_state"
+        own = ShardedObject(lacking, b"own", (1,), (0,), replica_id=torch.distributed.get_rank())
+        return {"model": {**model.sharded_state_dict(), lacking: own}}
+
+    loaded = models.gpt(models.config(**ALL_PARAMETERS), native=True, seed=9)
+    try:
+        dist_checkpointing.load(wanted(loaded), directory)
+        error = ""
+    except CheckpointException as raised:
+        error = str(raised)
+    state = wanted(loaded)
+    keep_own(state, directory)
+    found = dist_checkpointing.load(state, directory)["model"]
+    kept = found.pop("decoder.layers.new._extra_state")
+    loaded.load_state_dict(found, strict=True)
+    return {"written": written, "error": error, "kept": kept}
+
+
+def test_extra_states_are_those_of_the_transformer_engine_spec(results):
+    """As version 2.20 asks for them, read from its layers built by Megatron's spec."""
+    parts = ("self_attention.linear_qkv", "self_attention.linear_proj")
+    parts = (*parts, "self_attention.q_layernorm", "self_attention.k_layernorm")
+    parts = (*parts, "mlp.linear_fc1", "mlp.linear_fc2")
+    expected = {
+        f"decoder.layers.{part}._extra_state/shard_{layer}_2" for part in parts for layer in (0, 1)
+    }
+    expected |= {"decoder.final_layernorm._extra_state/shard_0_1"}
+    for rank in results:
+        assert rank["extra states"]["written"] == expected
+
+
+def test_a_layer_keeps_the_extra_state_that_a_checkpoint_lacks(results):
+    for rank in results:
+        assert "decoder.layers.new._extra_state" in rank["extra states"]["error"]
+        assert rank["extra states"]["kept"] == b"own"
 
 
 def _dropout() -> tuple[bool, bool, bool]:
