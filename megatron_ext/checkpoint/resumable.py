@@ -24,6 +24,26 @@ _SCHEDULE = {
     "wd_incr_style": "--weight-decay-incr-style",
     "wd_incr_steps": None,
 }
+# What decides which parameters lie where in the buffers of the distributed optimizer, and the flag where it
+# has another name. Another order of equal length would be loaded without a word: Transformer Engine's layers
+# hold the norms' weights elsewhere than the torch-native ones.
+_BUFFER = {
+    "tensor_model_parallel_size": None,
+    "pipeline_model_parallel_size": None,
+    "virtual_pipeline_model_parallel_size": "--num-virtual-stages-per-pipeline-rank",
+    "pipeline_model_parallel_layout": None,
+    "decoder_first_pipeline_num_layers": None,
+    "decoder_last_pipeline_num_layers": None,
+    "account_for_embedding_in_pipeline_split": None,
+    "account_for_loss_in_pipeline_split": None,
+    "transformer_impl": None,
+    "spec": None,
+}
+BUCKETS = "distributed optimizer was saved without --dist-ckpt-optim-fully-reshardable"
+WAYS_OUT = (
+    "go on as it was saved and save once with that flag, or with --no-load-optim, which starts optimizer and "
+    "learning rate schedule anew"
+)
 
 
 def check_resumable(checkpoint: Checkpoint, args: Namespace) -> None:
@@ -59,14 +79,13 @@ def _check_distributed_optimizer(checkpoint: Checkpoint, args: Namespace) -> Non
         )
     if not distributed or getattr(saved, "dist_ckpt_optim_fully_reshardable", True):
         return
-    for name in ("tensor_model_parallel_size", "pipeline_model_parallel_size"):
-        expected, found = getattr(saved, name), getattr(args, name)
-        if expected != found:
+    for name, flag in _BUFFER.items():
+        expected, found = getattr(saved, name, None), getattr(args, name, None)
+        if str(expected) != str(found):
+            flag = flag or f"--{name.replace('_', '-')}"
             raise ConfigError(
-                f"--{name.replace('_', '-')}: expected {expected}, as in {checkpoint.path}, whose "
-                "distributed optimizer was saved without --dist-ckpt-optim-fully-reshardable, found "
-                f"{found}; go on at the old layout and save once with that flag, or with --no-load-optim, "
-                "which starts optimizer and learning rate schedule anew"
+                f"{flag}: expected {expected}, as in {checkpoint.path}, whose {BUCKETS}, found {found}; "
+                f"{WAYS_OUT}"
             )
 
 

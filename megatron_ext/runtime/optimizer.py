@@ -103,6 +103,7 @@ def enable() -> Callable[[], None]:
     import megatron.core.utils as utils
 
     undo = ExitStack()
+    _share_checkpoints(undo)
     if optimizers.USING_PYTORCH_OPTIMIZER:
         undo.callback(register_optimizer_step_pre_hook(_fuse_before_step).remove)
         _make_resumable(undo)
@@ -161,6 +162,55 @@ def _make_resumable(undo: ExitStack) -> None:
         undo, DistributedOptimizer, "_set_main_param_and_optimizer_states", set_states_but_step
     )
     _replace(undo, DistributedOptimizer, "load_state_dict", load)
+
+
+def adopt(state: dict[str, Any], optimizer: torch.optim.Optimizer, *, step_in_groups: bool) -> None:
+    """Make the state of another Adam, in place, one that an optimizer can go on from.
+
+    The step is under torch's Adam one of each parameter, which Megatron keeps as one `common_step`, and
+    under that of Transformer Engine and of Apex one of each group of parameters. Settings that only one kind
+    has are the optimizer's own.
+
+    Args:
+        state: the state as Megatron's checkpoints hold it.
+        optimizer: what it is for.
+        step_in_groups: where the step is looked for.
+    """
+    groups = state["param_groups"]
+    steps = [state.get("state", {}).pop("common_step", None), *(g.get("step") for g in groups)]
+    step = next((found for found in steps if found is not None), None)
+    if step is None:
+        return
+    if not step_in_groups:
+        state["state"]["common_step"] = torch.as_tensor(step, dtype=torch.float32)
+    settings = {k: v for k, v in optimizer.param_groups[0].items() if k not in ("params", "step")}
+    for group in groups:
+        group |= {name: value for name, value in settings.items() if name not in group}
+        group.pop("step", None)
+        if step_in_groups:
+            group["step"] = int(step)
+
+
+def _share_checkpoints(undo: ExitStack) -> None:
+    """Let one kind of Adam go on from a checkpoint of another: torch's from Transformer Engine's and back."""
+    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+    from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params, FP32Optimizer
+
+    def adopting(load: Callable[..., None], *, distributed: bool) -> Callable[..., None]:
+        def load_state_dict(self: Any, state_dict: dict[str, Any]) -> None:
+            if self.optimizer is not None:
+                ours = isinstance(self.optimizer, torch.optim.Adam | torch.optim.AdamW)
+                state = state_dict.get("optimizer", state_dict)
+                # The distributed optimizer hands the groups' step to torch's Adam itself.
+                adopt(state, self.optimizer, step_in_groups=distributed or not ours)
+            load(self, state_dict)
+
+        return load_state_dict
+
+    kinds = (FP32Optimizer, False), (Float16OptimizerWithFloat16Params, False)
+    for kind, distributed in (*kinds, (DistributedOptimizer, True)):
+        changed = adopting(kind.load_state_dict, distributed=distributed)
+        _replace(undo, kind, "load_state_dict", changed)
 
 
 def _replace(undo: ExitStack, module: Any, name: str, value: Any) -> None:

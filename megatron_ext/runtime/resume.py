@@ -14,12 +14,40 @@ from megatron_ext.runtime import safe_load
 
 
 def apply() -> None:
-    """Apply both of the following and the rule for extra states; called once before training."""
+    """Apply all of the following and the rule for extra states; called once before training."""
     from megatron_ext.checkpoint import extra_state
 
     extra_state.apply()
+    explain_loads()
     prepare_saves()
     give_loaders_generators()
+
+
+def explain_loads() -> None:
+    """Say what a load means that fails because the gradients lie in other buckets.
+
+    The distributed optimizer's state is saved bucket by bucket unless it is asked to be reshardable.
+    """
+    from megatron.training import checkpointing
+
+    from megatron_ext.checkpoint.resumable import BUCKETS, WAYS_OUT
+
+    load = checkpointing._load_global_dist_base_checkpoint
+
+    def load_or_explain(load_dir: str, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return load(load_dir, *args, **kwargs)
+        # torch's error is no Exception.
+        except (Exception, CheckpointException) as error:
+            if ".bucket_idx_" not in str(error):
+                raise
+            raise CheckpointError(
+                f"--load {load_dir}: its {BUCKETS}, and in other buckets than this run's, which follow from "
+                "--overlap-grad-reduce, --ddp-bucket-size, --ddp-num-buckets, the precisions of weights and "
+                f"gradients and, above 40 data-parallel ranks, from their number; {WAYS_OUT}"
+            ) from error
+
+    checkpointing._load_global_dist_base_checkpoint = load_or_explain
 
 
 def prepare_saves() -> None:

@@ -29,6 +29,10 @@ def runs(tiny, server, tmp_path_factory):
             *(*SHORT, "--pretrained-checkpoint", tiny.base, "--save", directory / "alone"),
             *("--mitigation-weight", 0),
         ),
+        "buckets": tiny.objective(
+            *(*SHORT, "--pretrained-checkpoint", tiny.base, "--save", directory / "buckets"),
+            *("--use-distributed-optimizer", "--overlap-grad-reduce", "--ddp-bucket-size", 5000),
+        ),
         "release": tiny.objective(
             *SHORT, "--pretrained-checkpoint", release, "--save", directory / "release"
         ),
@@ -105,3 +109,9 @@ def test_a_longer_run_is_refused_unless_it_says_which_schedule_counts(tiny, serv
     assert "--override-opt-param-scheduler" in error
     longer = ("--train-iters", 4, "--override-opt-param-scheduler")
     assert max(succeed(resume(tiny, server, runs, "release", *longer)).scalars["replay loss"]) == 4
+
+
+def test_other_buckets_of_the_distributed_optimizer_are_named(tiny, server, runs):
+    error = error_of(resume(tiny, server, runs, "buckets", "--use-distributed-optimizer"))
+    for wanted in ("--load", "--ddp-bucket-size", "--dist-ckpt-optim-fully-reshardable"):
+        assert wanted in error, error

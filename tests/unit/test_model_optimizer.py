@@ -69,6 +69,78 @@ def test_other_optimizers_are_left_alone():
     assert set(optimizer.param_groups[0]) == before
 
 
+class GroupAdam(torch.optim.Optimizer):
+    """AdamW as Transformer Engine and Apex keep it: the step and a setting of their own in each group."""
+
+    def __init__(self, parameters, lr):
+        defaults = {"lr": lr, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 1e-2}
+        super().__init__(parameters, defaults | {"bias_correction": True})
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            step = group["step"] = group.get("step", 0) + 1
+            assert isinstance(step, int)
+            assert group["bias_correction"]
+            first, second = group["betas"]
+            for p in group["params"]:
+                zeros = {"exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+                state = self.state[p] = self.state[p] or zeros
+                state["exp_avg"].lerp_(p.grad, 1 - first)
+                state["exp_avg_sq"].lerp_(p.grad**2, 1 - second)
+                root = (state["exp_avg_sq"] / (1 - second**step)).sqrt() + group["eps"]
+                p.mul_(1 - group["lr"] * group["weight_decay"])
+                p.sub_(group["lr"] * state["exp_avg"] / (1 - first**step) / root)
+
+
+def _saved(optimizer):
+    """Its state as Megatron's checkpoints without the distributed optimizer hold it."""
+    state = copy.deepcopy(optimizer.state_dict())
+    steps = [s.pop("step") for s in state["state"].values() if "step" in s]
+    if steps:
+        state["state"]["common_step"] = steps[0]
+    return state
+
+
+@pytest.mark.parametrize(
+    ("first", "second"), [(torch.optim.AdamW, GroupAdam), (GroupAdam, torch.optim.AdamW)]
+)
+def test_another_kind_of_adam_goes_on_from_a_checkpoint(first, second):
+    from megatron.core.optimizer.optimizer import MegatronOptimizer
+
+    parameters = [p.requires_grad_() for p in _parameters()]
+    optimizer = first([{"params": parameters[:1]}, {"params": parameters[1:]}], lr=1e-2)
+    _train(optimizer, parameters, 3, seed=1, fused=False)
+    resumed = [p.detach().clone().requires_grad_() for p in parameters]
+    other = second([{"params": resumed[:1]}, {"params": resumed[1:]}], lr=1e-2)
+    state = _saved(optimizer)
+    kernels.adopt(state, other, step_in_groups=second is GroupAdam)
+    if "common_step" in state["state"]:  # what Megatron's load does next
+        step = state["state"].pop("common_step")
+        MegatronOptimizer._restore_common_per_param_step(state, step)
+    other.load_state_dict(state)
+    _train(optimizer, parameters, 3, seed=2, fused=False)
+    _train(other, resumed, 3, seed=2, fused=False)
+    torch.testing.assert_close(resumed, parameters, rtol=0, atol=1e-6)
+    # And what it saves in turn has one step, not that of the checkpoint before as well.
+    again = _saved(other)
+    steps = [again["state"].get("common_step"), *(g.get("step") for g in again["param_groups"])]
+    assert {float(step) for step in steps if step is not None} == {6.0}
+
+
+def test_the_distributed_optimizers_groups_get_a_step_that_counts_in_whole_numbers():
+    """Megatron writes torch's step, a float, into the groups; the kernels of others take integers only."""
+    other = GroupAdam([torch.zeros(2, requires_grad=True)], lr=1e-2)
+    state = {"param_groups": [{"lr": 0.5, "step": 3.0}, {"lr": 0.25, "step": 3.0}]}
+    kernels.adopt(state, other, step_in_groups=True)
+    for group, rate in zip(state["param_groups"], (0.5, 0.25), strict=True):
+        assert (group["lr"], group["step"], group["bias_correction"]) == (rate, 3, True)
+        assert isinstance(group["step"], int)
+    untouched = {"param_groups": [{"lr": 0.5}]}  # before the first step there is none
+    kernels.adopt(untouched, other, step_in_groups=True)
+    assert untouched == {"param_groups": [{"lr": 0.5}]}
+
+
 def test_norm_and_scale_equal_plain_ones():
     tensors = [t * 10.0**i for i, t in enumerate([*_parameters(), torch.zeros(0)])]
     exact = torch.cat([t.flatten() for t in tensors]).double().norm()

@@ -17,6 +17,7 @@ RUN = {
     "dist_ckpt_optim_fully_reshardable": False,
     "tensor_model_parallel_size": 2,
     "pipeline_model_parallel_size": 1,
+    "transformer_impl": "local",
     "train_iters": 6,
     "train_samples": None,
     "global_batch_size": 16,
@@ -53,7 +54,10 @@ def check(now, saved=None, folder="iter_0000005"):
         ({"train_iters": 8, "use_checkpoint_opt_param_scheduler": True}, {}),
         ({"train_iters": 8, "no_load_optim": True, "use_distributed_optimizer": False}, {}),
         ({"train_iters": 8, "tensor_model_parallel_size": 1}, {"no_save_optim": True}),
-        ({"tensor_model_parallel_size": 1}, {"dist_ckpt_optim_fully_reshardable": True}),
+        (
+            {"tensor_model_parallel_size": 1, "transformer_impl": "transformer_engine"},
+            {"dist_ckpt_optim_fully_reshardable": True},
+        ),
         (
             {"tensor_model_parallel_size": 1, "use_distributed_optimizer": False},
             {"use_distributed_optimizer": False},
@@ -110,6 +114,17 @@ def test_a_release_has_no_optimizer_to_go_on_with():
             "--tensor-model-parallel-size: expected 2, .* --dist-ckpt-optim-fully-reshardable, found 1",
         ),
         ({"pipeline_model_parallel_size": 2}, {}, "--pipeline-model-parallel-size: expected 1,"),
+        (
+            {"virtual_pipeline_model_parallel_size": 2},
+            {},
+            "--num-virtual-stages-per-pipeline-rank: expected None, .* found 2",
+        ),
+        # Their norms lie elsewhere in buffers of the same length.
+        (
+            {"transformer_impl": "transformer_engine"},
+            {},
+            "--transformer-impl: expected local, .* found transformer_engine; go on as it was saved",
+        ),
     ],
 )
 def test_what_megatron_would_fail_on_is_refused(now, saved, message):
