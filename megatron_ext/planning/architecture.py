@@ -40,6 +40,8 @@ class Architecture:
         vocab_size: ids of the tokenizer.
         vocab_multiple: `--make-vocab-size-divisible-by`.
         tied: whether the output layer is the embedding.
+        fused_norms: whether each norm is part of the matrix that follows, as in Transformer Engine's layers.
+            That changes the order of a layer's parameters, and with it the padding of buckets.
     """
 
     layers: int
@@ -51,6 +53,7 @@ class Architecture:
     vocab_size: int
     vocab_multiple: int = 128
     tied: bool = False
+    fused_norms: bool = False
 
     @property
     def query(self) -> int:
@@ -81,9 +84,7 @@ class Architecture:
     ) -> list[Tensor]:
         """Parameters on one GPU of a model chunk, in the order of Megatron's `named_parameters`.
 
-        Norms are on every TP rank. A tied embedding has a copy on the last stage. The order within a
-        layer is that of the torch-native and local layers; Transformer Engine's has each norm inside
-        the matrix that follows it.
+        Norms are on every TP rank. A tied embedding has a copy on the last stage.
 
         Args:
             stage: pipeline rank.
@@ -108,8 +109,9 @@ class Architecture:
     def _layer_tensors(self, tp: int) -> tuple[int, ...]:
         """Norm, attention output, query-key-value, norm, gate and up, down."""
         h, f = self.hidden, self.ffn // tp
-        projected = (self.query + 2 * self.key) // tp
-        return h, self.query // tp * h, h * projected, h, 2 * h * f, f * h
+        output = self.query // tp * h
+        first = (output, h) if self.fused_norms else (h, output)
+        return *first, h * (self.query + 2 * self.key) // tp, h, 2 * h * f, f * h
 
     def stage_parameters(self, stage: int, *, tp: int, pp: int, vpp: int = 1) -> int:
         """Parameters on one GPU of a pipeline stage, all of its chunks."""

@@ -9,6 +9,7 @@ needed: Megatron's arguments and process groups are global.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import io
 import logging
 import os
@@ -50,13 +51,14 @@ def check_rank(
     arch, layout = entry.architecture(flags), entry.layout(flags, gpus=gpus)
     unlearning = entry.unlearning(flags)
     stage, data_rank = layout.place(rank)
+    fused_norms, built = _build(words, gpus=gpus, rank=rank)
+    arch = dataclasses.replace(arch, fused_norms=fused_norms)
     planned = {
         "parameters": arch.stage_parameters(stage, tp=layout.tp, pp=layout.pp, vpp=layout.vpp)
     }
     planned |= state_bytes(arch, layout, stage, data_rank=data_rank)
     if unlearning is not None and unlearning.reference:
         planned["reference"] = layout.element * planned["parameters"]
-    built = _build(words, gpus=gpus, rank=rank)
     wrong = [
         f"{part} {planned.get(part, 0):,} planned, {built.get(part, 0):,} built"
         for part in planned | built
@@ -71,8 +73,8 @@ def check_rank(
     return {"rank": rank, "stage": stage, "planned": planned, "built": built}, failure
 
 
-def _build(words: Sequence[str], *, gpus: int, rank: int) -> dict[str, int]:
-    """Parameters, and bytes by part, of what Megatron builds on a rank."""
+def _build(words: Sequence[str], *, gpus: int, rank: int) -> tuple[bool, dict[str, int]]:
+    """Whether the layers are Transformer Engine's; parameters, and bytes by part, of a rank of Megatron's."""
     # Megatron describes its arguments and every bucket, and warns of what is not installed.
     logging.disable(logging.WARNING)
     warnings.simplefilter("ignore")
@@ -97,7 +99,8 @@ def _build(words: Sequence[str], *, gpus: int, rank: int) -> dict[str, int]:
     try:
         with _no_memory(), contextlib.redirect_stdout(io.StringIO()):
             _start(args, gpus=gpus, rank=rank)
-            return _measure(args, reference=config.needs_reference)
+            built = _measure(args, reference=config.needs_reference)
+            return args.transformer_impl == "transformer_engine", built
     finally:
         torch.distributed.destroy_process_group()
 

@@ -69,6 +69,18 @@ def test_state_takes_18_bytes_a_parameter_or_6_and_12_shared():
     assert sum(state_bytes(SMALL, half, 0).values()) == 16 * count
 
 
+def test_transformer_engine_s_layers_hold_the_first_norm_behind_the_output():
+    """In the order of its modules' parameters, as they were read from layers that Megatron's spec built."""
+    arch = replace(SMALL, layers=1)
+    embedding, output, qkv = 56 * 8, 12 * 8, 8 * (12 + 2 * 6)
+    gate_and_up, down = 2 * 8 * 20, 20 * 8
+    native = [embedding, 8, output, qkv, 8, gate_and_up, down, 8, embedding]
+    assert [t.elements for t in arch.chunk_tensors(0, tp=1, pp=1)] == native
+    fused = [embedding, output, 8, qkv, 8, gate_and_up, down, 8, embedding]
+    fused_arch = replace(arch, fused_norms=True)
+    assert [t.elements for t in fused_arch.chunk_tensors(0, tp=1, pp=1)] == fused
+
+
 def test_buffers_are_padded_as_by_hand():
     tensors = [Tensor(100), Tensor(10), Tensor(300), Tensor(50, shared=True)]
     # In reverse: 50, in a bucket of its own up to lcm(3, 128) = 384; 300 from there, which end their
