@@ -64,7 +64,7 @@ def main() -> None:
     set_startup_timestamps(program_start=_PROGRAM_START, main_entry=time.time())
     args, config, chat = arguments.parse()
     if args.rank == 0:
-        print(arguments.describe_runtime(), flush=True)
+        print(arguments.describe_runtime(args), flush=True)
     if chat is None and arguments.checks_files():
         check_datasets(args, config)
     start = arguments.check_checkpoints(args, config)

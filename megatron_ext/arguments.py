@@ -276,10 +276,19 @@ def checks_files() -> bool:
     return "TORCHELASTIC_RUN_ID" not in os.environ or os.environ.get("LOCAL_RANK") == "0"
 
 
-def describe_runtime() -> str:
-    """One line that says what the run will stand on."""
+def describe_runtime(args: Namespace) -> str:
+    """One line that says what the run will stand on.
+
+    Args:
+        args: Megatron's validated arguments.
+    """
     if cpu.is_enabled():
         flags = ", ".join(f"{k.replace('_', '-')}={v}" for k, v in cpu.CPU_FLAGS.items())
         return f"no CUDA device: running Megatron's loop on the CPU over gloo ({flags})"
-    layers = "Transformer Engine" if _installed("transformer_engine") else "torch-native layers"
+    if args.spec is not None:
+        layers = f"layers of --spec {' '.join(args.spec)}"
+    elif args.transformer_impl == "local":
+        layers = "torch-native layers"
+    else:
+        layers = "Transformer Engine"
     return f"{torch.cuda.get_device_name()}: {layers}"

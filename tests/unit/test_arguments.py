@@ -152,3 +152,21 @@ def test_every_flag_that_is_missing_is_named(changes, supplied, missing):
     else:
         with pytest.raises(ConfigError, match=f"^{missing}expected a value, found none"):
             check_required(args, supplied=supplied)
+
+
+@pytest.mark.parametrize(
+    ("changes", "layers"),
+    [
+        ({"transformer_impl": "transformer_engine"}, "Transformer Engine"),
+        ({"transformer_impl": "local"}, "torch-native layers"),
+        ({"transformer_impl": "local", "spec": ["module", "name"]}, "layers of --spec module name"),
+    ],
+)
+def test_the_layers_that_a_run_uses_are_named(changes, layers, monkeypatch):
+    import torch
+
+    from megatron_ext import arguments as module
+
+    monkeypatch.setattr(module.cpu, "is_enabled", lambda: False)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "H200")
+    assert module.describe_runtime(Namespace(**({"spec": None} | changes))) == f"H200: {layers}"
