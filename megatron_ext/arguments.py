@@ -22,7 +22,7 @@ from megatron.training.arguments import parse_and_validate_args, parse_args
 
 from megatron_ext.chat import ChatRun, chat_run
 from megatron_ext.chat import check_resume as check_chat_resume
-from megatron_ext.checkpoint.resumable import check_resumable
+from megatron_ext.checkpoint.resumable import check_resumable, keep_buckets
 from megatron_ext.checkpoint.source import Start, check_resume, resolve_start
 from megatron_ext.config import ChatConfig, UnlearnConfig
 from megatron_ext.data.tokenizers import TOKENIZER_TYPES, TokenizerSpec, tokenizer_digest
@@ -158,6 +158,7 @@ def check_checkpoints(args: Namespace, config: UnlearnConfig) -> Start:
     if start.resumed:
         assert start.checkpoint is not None
         check_resumable(start.checkpoint, args)
+        keep_buckets(start.checkpoint, args)
     return start
 
 

@@ -216,6 +216,6 @@ def render() -> str:
             lines.append(f"| `{row.flag}` | {what} | {row.reason} |")
     required = ", ".join(f"`--{name.replace('_', '-')}`" for name in REQUIRED_WITH_CHAT)
     lines += ["", f"Chat tuning needs {required}."]
-    lines += ["", "## With the torch-native layers (no Transformer Engine)", ""]
+    lines += ["", "## With the torch-native layers (`--transformer-impl local`)", ""]
     lines += [f"- {text}" for text in UNSUPPORTED.values()]
     return "\n".join(lines) + "\n"

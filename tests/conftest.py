@@ -7,9 +7,14 @@ from pathlib import Path
 os.environ["OMP_NUM_THREADS"] = "1"
 
 import pytest
+import torch
 
+from megatron_ext.runtime import cpu
 from tests.helpers import tiny as tiny_world
 from tests.helpers.forked import Server
+
+if not torch.cuda.is_available():
+    cpu.hide_packages()  # before any test module imports Megatron
 
 
 @pytest.fixture(scope="session")

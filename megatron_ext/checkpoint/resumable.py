@@ -66,6 +66,28 @@ def check_resumable(checkpoint: Checkpoint, args: Namespace) -> None:
         _check_schedule(checkpoint, args)
 
 
+def keep_buckets(checkpoint: Checkpoint, args: Namespace) -> None:
+    """Lay the gradients out in buckets of the size that the checkpoint's optimizer was saved in.
+
+    Megatron makes them larger with more than 40 data-parallel ranks, and a run that went on with other nodes
+    could not load its optimizer.
+
+    Args:
+        checkpoint: the run's own checkpoint, at ``--load`` and without ``--finetune``.
+        args: Megatron's validated arguments of this run; the size is set unless the user has given one.
+    """
+    saved = checkpoint.args
+    sharded = getattr(saved, "use_distributed_optimizer", False)
+    if not sharded or getattr(saved, "dist_ckpt_optim_fully_reshardable", True):
+        return
+    typed = (args.ddp_bucket_size, args.ddp_num_buckets, getattr(saved, "ddp_num_buckets", None))
+    if args.no_load_optim or not saved.overlap_grad_reduce or any(typed):
+        return
+    ranks = saved.data_parallel_size * saved.context_parallel_size
+    # As Megatron's `resolve_ddp_bucket_size` chooses it.
+    args.ddp_bucket_size = saved.ddp_bucket_size or max(40_000_000, 1_000_000 * ranks)
+
+
 def _check_distributed_optimizer(checkpoint: Checkpoint, args: Namespace) -> None:
     saved = checkpoint.args
     distributed = getattr(saved, "use_distributed_optimizer", args.use_distributed_optimizer)

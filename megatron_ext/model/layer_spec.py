@@ -49,7 +49,6 @@ UNSUPPORTED = {
     "cpu_offloading": "--cpu-offloading",
     "rotary_interleaved": "interleaved rotary embedding (--rotary-interleaved)",
     "mrope_section": "multi-dimensional rotary embedding (--mrope-section)",
-    "apply_rope_fusion": "Transformer Engine's rotary kernel (give --no-rope-fusion)",
     "fused_single_qkv_rope": "Transformer Engine's rotary kernel (--fused-single-qkv-rope)",
     "use_te_activation_func": "Transformer Engine's activation (--use-te-activation-func)",
     "batch_invariant_mode": "--batch-invariant-mode",

@@ -25,7 +25,5 @@ def model_config_from_args(args: Namespace) -> Any:
     config = gpt_config_from_args(args)
     config.rope_scaling_factor = args.rope_scaling_factor
     if args.spec is None and args.transformer_impl == "local":
-        # On by default where Transformer Engine is installed; these layers bring a rotary kernel themselves.
-        config.transformer.apply_rope_fusion = False
         config.transformer_layer_spec = torch_native_spec_for_builder
     return config

@@ -68,7 +68,7 @@ def enable() -> bool:
     if "torch._dynamo" in sys.modules:  # and has read the variable
         torch._dynamo.config.disable = True
     _patch_compiler()
-    _hide_packages()
+    hide_packages()
     # Megatron checks this for GPUs of other generations; it means nothing without one.
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     _filter_logs()
@@ -103,11 +103,14 @@ def _patch_compiler() -> None:
     torch.compile = as_it_is
 
 
-def _hide_packages() -> None:
+def hide_packages() -> None:
     """Let nothing find the packages that import without a CUDA device and then refuse to work without one.
 
     Containers for GPU clusters bring them, and their login nodes have no GPU. Megatron takes its layers, its
     optimizer and the norm of the gradients from them wherever they can be imported.
+
+    Raises:
+        RuntimeError: one was imported already.
     """
     modules: dict[str, Any] = sys.modules
     for name in GPU_PACKAGES:

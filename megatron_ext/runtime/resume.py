@@ -43,8 +43,8 @@ def explain_loads() -> None:
                 raise
             raise CheckpointError(
                 f"--load {load_dir}: its {BUCKETS}, and in other buckets than this run's, which follow from "
-                "--overlap-grad-reduce, --ddp-bucket-size, --ddp-num-buckets, the precisions of weights and "
-                f"gradients and, above 40 data-parallel ranks, from their number; {WAYS_OUT}"
+                "--overlap-grad-reduce, --ddp-bucket-size, --ddp-num-buckets and the precisions of weights "
+                f"and gradients; {WAYS_OUT}"
             ) from error
 
     checkpointing._load_global_dist_base_checkpoint = load_or_explain

@@ -111,7 +111,10 @@ def test_a_longer_run_is_refused_unless_it_says_which_schedule_counts(tiny, serv
     assert max(succeed(resume(tiny, server, runs, "release", *longer)).scalars["replay loss"]) == 4
 
 
-def test_other_buckets_of_the_distributed_optimizer_are_named(tiny, server, runs):
+def test_buckets_of_the_distributed_optimizer_stay_or_are_named(tiny, server, runs):
+    flags = ("--use-distributed-optimizer", "--overlap-grad-reduce")
+    resumed = succeed(resume(tiny, server, runs, "buckets", *flags))
+    assert len(resumed.series("unlearn loss")) == 1
     error = error_of(resume(tiny, server, runs, "buckets", "--use-distributed-optimizer"))
     for wanted in ("--load", "--ddp-bucket-size", "--dist-ckpt-optim-fully-reshardable"):
         assert wanted in error, error

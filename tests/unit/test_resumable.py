@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from megatron_ext.checkpoint.inspect import Checkpoint
-from megatron_ext.checkpoint.resumable import check_resumable, schedule_of
+from megatron_ext.checkpoint.resumable import check_resumable, keep_buckets, schedule_of
 from megatron_ext.exceptions import ConfigError
 
 RUN = {
@@ -130,3 +130,49 @@ def test_a_release_has_no_optimizer_to_go_on_with():
 def test_what_megatron_would_fail_on_is_refused(now, saved, message):
     with pytest.raises(ConfigError, match=message):
         check(now, saved)
+
+
+BUCKETS = {
+    **{"overlap_grad_reduce": True, "ddp_bucket_size": None, "ddp_num_buckets": None},
+    **{"data_parallel_size": 64, "context_parallel_size": 1},
+}
+
+
+@pytest.mark.parametrize(
+    ("now", "saved", "size"),
+    [
+        ({}, {}, 64_000_000),
+        ({}, {"data_parallel_size": 32}, 40_000_000),
+        ({}, {"context_parallel_size": 2}, 128_000_000),
+        ({}, {"ddp_bucket_size": 5000}, 5000),
+        # Where the user says something else, or nothing depends on it, Megatron's own rule holds.
+        ({"ddp_bucket_size": 7}, {}, 7),
+        ({"ddp_num_buckets": 3}, {}, None),
+        ({}, {"ddp_num_buckets": 3}, None),
+        ({}, {"overlap_grad_reduce": False}, None),
+        ({}, {"dist_ckpt_optim_fully_reshardable": True}, None),
+        ({}, {"use_distributed_optimizer": False}, None),
+        ({"no_load_optim": True}, {}, None),
+    ],
+)
+def test_buckets_keep_the_size_in_which_the_optimizer_was_saved(now, saved, size):
+    args = Namespace(**RUN | BUCKETS | {"data_parallel_size": 8} | now)
+    checkpoint = Checkpoint(
+        Path("ckpt"), 5, Path("ckpt") / "iter_0000005", Namespace(**RUN | BUCKETS | saved)
+    )
+    keep_buckets(checkpoint, args)
+    assert args.ddp_bucket_size == size
+
+
+def test_that_size_is_megatrons(monkeypatch):
+    from megatron.core.distributed import DistributedDataParallelConfig
+    from megatron.training import training
+
+    monkeypatch.setattr(training, "get_pg_size", lambda ranks: ranks)
+    for ranks in (8, 64):
+        args = Namespace(**RUN | BUCKETS)
+        saved = Namespace(**RUN | BUCKETS | {"data_parallel_size": ranks})
+        keep_buckets(Checkpoint(Path("c"), 5, Path("c") / "iter_0000005", saved), args)
+        config = DistributedDataParallelConfig(overlap_grad_reduce=True)
+        expected = training.resolve_ddp_bucket_size(config, ranks, True, 10**9)
+        assert args.ddp_bucket_size == expected
