@@ -53,17 +53,17 @@ def add_empty(sharded_state: dict[str, Any]) -> None:
         if not isinstance(part, dict):
             continue
         for name, value in list(part.items()):
-            is_norm = isinstance(value, ShardedTensor) and value.key.endswith(_NORM)
-            extra = f"{name.removesuffix('.weight')}{_SUFFIX}"
-            if is_norm and extra not in part:
-                layers = value.prepend_axis_num
-                part[extra] = ShardedObject(
-                    f"{value.key.removesuffix('.weight')}{_SUFFIX}",
-                    None,
-                    value.global_shape[:layers] or (1,),
-                    value.global_offset[:layers] or (0,),
-                    replica_id=value.replica_id,
-                )
+            if not isinstance(value, ShardedTensor) or not value.key.endswith(_NORM):
+                continue
+            layers = value.prepend_axis_num
+            empty = ShardedObject(
+                f"{value.key.removesuffix('.weight')}{_SUFFIX}",
+                None,
+                value.global_shape[:layers] or (1,),
+                value.global_offset[:layers] or (0,),
+                replica_id=value.replica_id,
+            )
+            part.setdefault(f"{name.removesuffix('.weight')}{_SUFFIX}", empty)
 
 
 def _is_extra(value: Any) -> bool:

@@ -14,10 +14,11 @@ from megatron_ext.runtime import safe_load
 
 
 def apply() -> None:
-    """Apply all of the following and the rule for extra states; called once before training."""
-    from megatron_ext.checkpoint import extra_state
+    """Apply all of the following and what checkpoints need; called once before training."""
+    from megatron_ext.checkpoint import extra_state, packed
 
     extra_state.apply()
+    packed.apply()
     explain_loads()
     prepare_saves()
     give_loaders_generators()

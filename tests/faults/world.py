@@ -23,6 +23,14 @@ LAYOUTS: Mapping[str, tuple[object, ...]] = {
     "PP 2": ("--pipeline-model-parallel-size", 2),
     "DP 2": (),
     "DP 2, distributed optimizer": SHARDED,
+    "DP 2, bf16, overlapped": (
+        *(*SHARDED, "--bf16", "--overlap-grad-reduce", "--overlap-param-gather"),
+        *("--ddp-bucket-size", 5000),
+    ),
+    "PP 2, interleaved": (
+        *("--pipeline-model-parallel-size", 2, "--num-virtual-stages-per-pipeline-rank", 2),
+    ),
+    "TP 2, asynchronous saves": ("--tensor-model-parallel-size", 2, "--async-save"),
 }
 
 

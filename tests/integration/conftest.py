@@ -35,7 +35,9 @@ def resumed(tiny: Tiny, server: Server, halfway, runs_directory) -> dict[str, Ru
     overlapped = ("--overlap-grad-reduce", "--overlap-param-gather", "--ddp-bucket-size", 5000)
     first_half = {
         "TP 2": Launch((*until_half, *tp2, "--save", runs_directory / "tp2"), ranks=2),
-        "DP 2, overlapped": Launch((*until_half, *SHARDED, *overlapped), ranks=2),
+        "DP 2, overlapped": Launch(
+            (*until_half, *SHARDED, *overlapped, "--save", runs_directory / "dp2"), ranks=2
+        ),
     }
     # As a user starts them, with torchrun; what follows need not pay for that again.
     runs = run_all(first_half, runs_directory / "first_half")
@@ -48,5 +50,6 @@ def resumed(tiny: Tiny, server: Server, halfway, runs_directory) -> dict[str, Ru
         "same layout": Launch(rest(halfway)),
         "DP 1 to DP 2": Launch(rest(halfway), ranks=2),
         "TP 2 to PP 2": Launch(pp2, ranks=2),
+        "DP 2, overlapped, to DP 1": Launch(rest(runs_directory / "dp2", *SHARDED)),
     }
     return runs | server.run_all(launches, runs_directory / "second_half")

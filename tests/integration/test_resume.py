@@ -24,8 +24,9 @@ def test_same_layout_gives_the_same_bits(straight, resumed):
     assert found == expected
 
 
-@pytest.mark.parametrize("change", ["DP 1 to DP 2", "TP 2 to PP 2"])
+@pytest.mark.parametrize("change", ["DP 1 to DP 2", "TP 2 to PP 2", "DP 2, overlapped, to DP 1"])
 def test_another_layout_gives_the_same_losses(straight, resumed, change):
+    # Overlapped gradients lie in many buckets, each with padding at its end that no checkpoint has.
     expected, found = second_half(straight), second_half(resumed[change])
     for tag, difference in compare(expected, found, tags=list(expected)).items():
         assert difference < 1e-5, tag
