@@ -102,7 +102,8 @@ def _check_distributed_optimizer(checkpoint: Checkpoint, args: Namespace) -> Non
     if not distributed or getattr(saved, "dist_ckpt_optim_fully_reshardable", True):
         return
     for name, flag in _BUFFER.items():
-        expected, found = getattr(saved, name, None), getattr(args, name, None)
+        found = getattr(args, name, None)
+        expected = getattr(saved, name, found)  # an older Megatron may not know the flag
         if str(expected) != str(found):
             flag = flag or f"--{name.replace('_', '-')}"
             raise ConfigError(

@@ -17,6 +17,7 @@ RUN = {
     "dist_ckpt_optim_fully_reshardable": False,
     "tensor_model_parallel_size": 2,
     "pipeline_model_parallel_size": 1,
+    "virtual_pipeline_model_parallel_size": None,
     "transformer_impl": "local",
     "train_iters": 6,
     "train_samples": None,
@@ -54,6 +55,7 @@ def check(now, saved=None, folder="iter_0000005"):
         ({"train_iters": 8, "use_checkpoint_opt_param_scheduler": True}, {}),
         ({"train_iters": 8, "no_load_optim": True, "use_distributed_optimizer": False}, {}),
         ({"train_iters": 8, "tensor_model_parallel_size": 1}, {"no_save_optim": True}),
+        ({"account_for_loss_in_pipeline_split": False}, {}),  # saved before there was that flag
         (
             {"tensor_model_parallel_size": 1, "transformer_impl": "transformer_engine"},
             {"dist_ckpt_optim_fully_reshardable": True},
