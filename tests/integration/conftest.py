@@ -33,7 +33,17 @@ def resumed(tiny: Tiny, server: Server, halfway, runs_directory) -> dict[str, Ru
     until_half = tiny.unlearn(*TRAIN, "--exit-interval", HALF)
     # Small buckets, so that the output layer's weight is not gathered along with the first layer's.
     overlapped = ("--overlap-grad-reduce", "--overlap-param-gather", "--ddp-bucket-size", 5000)
+    everything = (
+        *(*overlapped, "--tensor-model-parallel-size", 2, "--sequence-parallel"),
+        *("--pipeline-model-parallel-size", 2, "--num-virtual-stages-per-pipeline-rank", 2),
+        *("--recompute-granularity", "full", "--recompute-method", "uniform"),
+        *("--recompute-num-layers", 1, "--async-save", "--ckpt-fully-parallel-load"),
+        *("--reference-offload", "--reference-hidden-offload"),
+    )
     first_half = {
+        "everything on 4 ranks": Launch(
+            (*until_half, *SHARDED, *everything, "--save", runs_directory / "all"), ranks=4
+        ),
         "TP 2": Launch((*until_half, *tp2, "--save", runs_directory / "tp2"), ranks=2),
         "DP 2, overlapped": Launch(
             (*until_half, *SHARDED, *overlapped, "--save", runs_directory / "dp2"), ranks=2
@@ -51,5 +61,6 @@ def resumed(tiny: Tiny, server: Server, halfway, runs_directory) -> dict[str, Ru
         "DP 1 to DP 2": Launch(rest(halfway), ranks=2),
         "TP 2 to PP 2": Launch(pp2, ranks=2),
         "DP 2, overlapped, to DP 1": Launch(rest(runs_directory / "dp2", *SHARDED)),
+        "everything to one rank": Launch(rest(runs_directory / "all", *SHARDED)),
     }
     return runs | server.run_all(launches, runs_directory / "second_half")

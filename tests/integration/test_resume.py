@@ -24,7 +24,10 @@ def test_same_layout_gives_the_same_bits(straight, resumed):
     assert found == expected
 
 
-@pytest.mark.parametrize("change", ["DP 1 to DP 2", "TP 2 to PP 2", "DP 2, overlapped, to DP 1"])
+@pytest.mark.parametrize(
+    "change",
+    ["DP 1 to DP 2", "TP 2 to PP 2", "DP 2, overlapped, to DP 1", "everything to one rank"],
+)
 def test_another_layout_gives_the_same_losses(straight, resumed, change):
     # Overlapped gradients lie in many buckets, each with padding at its end that no checkpoint has.
     expected, found = second_half(straight), second_half(resumed[change])
@@ -32,7 +35,7 @@ def test_another_layout_gives_the_same_losses(straight, resumed, change):
         assert difference < 1e-5, tag
 
 
-@pytest.mark.parametrize("layout", ["TP 2", "DP 2, overlapped"])
+@pytest.mark.parametrize("layout", ["TP 2", "DP 2, overlapped", "everything on 4 ranks"])
 def test_another_layout_learns_the_same(straight, resumed, layout):
     # With overlapped gathers a head that reads its weight too early would use that of the step before.
     expected = {
