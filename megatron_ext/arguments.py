@@ -6,7 +6,6 @@ What a machine without CUDA or without Transformer Engine needs is set here by i
 from __future__ import annotations
 
 import importlib.util
-import logging
 import os
 import traceback
 from argparse import ArgumentParser, Namespace
@@ -36,8 +35,6 @@ from megatron_ext.refusals import (
     refuse,
 )
 from megatron_ext.runtime import compat, cpu
-
-logger = logging.getLogger(__name__)
 
 
 def add_arguments(parser: ArgumentParser) -> ArgumentParser:

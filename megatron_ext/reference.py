@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import logging
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -34,8 +33,6 @@ from megatron_ext.data.batch import MicroBatch
 from megatron_ext.exceptions import CheckpointError
 from megatron_ext.head import head_terms
 from megatron_ext.runtime.offload import HostWeights, to_host
-
-logger = logging.getLogger(__name__)
 
 # The parts of a GPT model in a checkpoint; the rest is optimizer and random state.
 _MODEL_KEYS = ("embedding.", "decoder.", "output_layer.")

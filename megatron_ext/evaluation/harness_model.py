@@ -11,7 +11,6 @@ with a SentencePiece tokenizer, which reads no control tokens from text.
 from __future__ import annotations
 
 import json
-import logging
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -25,8 +24,6 @@ from tqdm import tqdm
 from megatron_ext.evaluation.completion import Codec, Generator
 from megatron_ext.evaluation.sampling import Request, Sampling, Scored
 from megatron_ext.exceptions import DataError
-
-logger = logging.getLogger(__name__)
 
 _CHAT = re.compile("\ufdd4(.*?)\ufdd5", re.DOTALL)
 _MAX_NEW_TOKENS = 256

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import logging
 import os
 from argparse import ArgumentParser
 from importlib.metadata import version
@@ -14,8 +13,6 @@ from packaging.version import Version
 
 from megatron_ext.exceptions import ConfigError
 from megatron_ext.runtime import console, resume, safe_load
-
-logger = logging.getLogger(__name__)
 
 # The seams used here (the schedule getter of the loop, output_processor, post_wrap_hooks) were read in
 # this version; another one may have moved them, and a moved seam would silently train something else.
