@@ -20,6 +20,7 @@ import torch
 from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
+from megatron.core.dist_checkpointing.serialization import load_sharded_metadata
 from megatron.core.dist_checkpointing.strategies import fully_parallel
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistLoadShardedStrategy
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -130,14 +131,15 @@ class FrozenReference:
 
     def _load(self) -> None:
         path = str(self.source.checkpoint.path)
-        self._check_keys(path)
+        present = load_sharded_metadata(path)
+        self._check_keys(path, present)
         wanted = self._sharded_state()
-        keep_own(wanted, path)
+        keep_own(wanted, present)
         loaded = dist_checkpointing.load(wanted, path, self._strategy)
         for i, chunk in enumerate(unwrap_model(self.chunks)):
             chunk.load_state_dict(loaded[f"model{i}"], strict=True)
 
-    def _check_keys(self, path: str) -> None:
+    def _check_keys(self, path: str, present: dict[str, Any]) -> None:
         """Every tensor of the checkpoint is wanted by some rank, and every wanted one is there."""
         shapes = {t.key: (tuple(t.global_shape), t.allow_shape_mismatch) for t in self._shards()}
         gathered: list[Any] = [None] * torch.distributed.get_world_size()
@@ -145,8 +147,8 @@ class FrozenReference:
         wanted = {key: value for part in gathered for key, value in part.items()}
         found = {
             key: tuple(tensor.global_shape)
-            for key, tensor in dist_checkpointing.load_tensors_metadata(path).items()
-            if key.startswith(_MODEL_KEYS)
+            for key, tensor in present.items()
+            if isinstance(tensor, ShardedTensor) and key.startswith(_MODEL_KEYS)
         }
         for label, keys in (
             ("lacks", wanted.keys() - found.keys()),
@@ -204,10 +206,9 @@ class FrozenReference:
         Returns:
             fp32 ``[s * b]``, sequence-major.
         """
-        layer = unwrap_model(self.chunks)[-1].output_layer
         return head_terms(
             hidden,
-            output_layer=layer,
+            output_layer=unwrap_model(self.chunks)[-1].output_layer,
             output_weight=self.output_weight(),
             labels=labels,
             vocab_size=self._vocab_size,

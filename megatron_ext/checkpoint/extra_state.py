@@ -8,10 +8,11 @@ without those that are missing, and writes those that stock Megatron with Transf
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from megatron.core import dist_checkpointing
-from megatron.core.dist_checkpointing.dict_utils import dict_list_map_inplace, nested_values
+from megatron.core.dist_checkpointing.dict_utils import dict_list_map_inplace
 from megatron.core.dist_checkpointing.mapping import (
     LocalNonpersistentObject,
     ShardedObject,
@@ -24,16 +25,13 @@ _SUFFIX = "._extra_state"
 _NORM = "_layernorm.weight"
 
 
-def keep_own(sharded_state: dict[str, Any], path: str) -> None:
+def keep_own(sharded_state: dict[str, Any], present: Mapping[str, Any]) -> None:
     """Leave to a model, in place, the extra states that a checkpoint lacks; every weight is still asked for.
 
     Args:
         sharded_state: what will be loaded, as `dist_checkpointing.load` takes it.
-        path: the folder that holds the checkpoint's tensors.
+        present: what the checkpoint holds, by key, as `load_sharded_metadata` reads it.
     """
-    if not any(map(_is_extra, nested_values(sharded_state))):
-        return
-    present = load_sharded_metadata(path)
 
     def own(value: Any) -> Any:
         if _is_extra(value) and value.unique_key not in present:
@@ -89,7 +87,7 @@ def apply() -> None:
             folder = checkpointing.get_checkpoint_name(
                 load_dir, iteration, release, return_base_dir=True
             )
-            keep_own(sharded_state_dict, folder)
+            keep_own(sharded_state_dict, load_sharded_metadata(folder))
         return load(load_dir, args, rank0, sharded_state_dict, iteration, release, **more)
 
     def save_with_empty(sharded_state_dict: dict[str, Any], *more: Any, **named: Any) -> Any:

@@ -227,6 +227,7 @@ def _extra_states(directory: str) -> dict[str, Any]:
     """Written beside the weights at TP 2; then asked for by layers, one of which the checkpoint lacks."""
     from megatron.core import dist_checkpointing
     from megatron.core.dist_checkpointing.mapping import ShardedObject
+    from megatron.core.dist_checkpointing.serialization import load_sharded_metadata
 
     from megatron_ext.checkpoint.extra_state import add_empty, keep_own
     from tests.helpers import models
@@ -249,7 +250,7 @@ def _extra_states(directory: str) -> dict[str, Any]:
     except CheckpointException as raised:
         error = str(raised)
     state = wanted(loaded)
-    keep_own(state, directory)
+    keep_own(state, load_sharded_metadata(directory))
     found = dist_checkpointing.load(state, directory)["model"]
     kept = found.pop("decoder.layers.new._extra_state")
     loaded.load_state_dict(found, strict=True)
