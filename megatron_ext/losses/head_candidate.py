@@ -4,6 +4,7 @@ Legend: N tokens, V columns of this shard. Imported only where Triton is used.
 
 Faster on paper than `head_triton` (benchmarks/NOTES.md), tested under Triton's interpreter and compiled
 for sm_90a, but not yet run on a GPU: `unlearning_head(..., backend="triton-candidate")` asks for it.
+Products and sums are fused as there.
 """
 
 import torch
@@ -52,6 +53,7 @@ def shard_statistics(
             LANES=32 * MARGIN_WARPS,
             LOADS=_loads(valid_columns, MARGIN_WARPS, margin_loads),
             num_warps=MARGIN_WARPS,
+            enable_fp_fusion=True,
         )
         return stats
     assert reference_logits.stride(1) == 1
@@ -69,10 +71,11 @@ def shard_statistics(
         LANES=32 * DIVERGENCE_WARPS,
         LOADS=_loads(valid_columns, DIVERGENCE_WARPS, DIVERGENCE_LOADS),
         num_warps=DIVERGENCE_WARPS,
+        enable_fp_fusion=True,
     )
     stats = logits.new_empty(5, tokens, dtype=torch.float64)
     finish_kernel[(triton.cdiv(tokens, JOIN_ROWS),)](
-        sums, stats, tokens, BLOCK=JOIN_ROWS, num_warps=2
+        sums, stats, tokens, BLOCK=JOIN_ROWS, num_warps=2, enable_fp_fusion=True
     )
     return stats
 
@@ -93,6 +96,7 @@ def combine_statistics(gathered: Tensor) -> RowStatistics:
             FIELDS=fields,
             BLOCK=JOIN_ROWS,
             num_warps=2,
+            enable_fp_fusion=True,
         )
     if fields == 2:
         return RowStatistics(margin, kl, lse[0], None, None)
@@ -145,6 +149,7 @@ def logits_gradient(
         WITH_MARGIN=grad_margin is not None,
         WITH_KL=with_kl,
         num_warps=GRADIENT_WARPS,
+        enable_fp_fusion=True,
     )
     return out
 

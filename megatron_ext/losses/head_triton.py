@@ -1,7 +1,8 @@
 """Triton's side of the unlearning head: drop-in replacements for the functions of `vocab_parallel`.
 
 Legend: N tokens, V columns of this shard. Imported only where Triton is used. These are the kernels
-that were run and measured on a GPU; `head_candidate` is to replace them once it has been.
+that were run and measured on a GPU; `head_candidate` is to replace them once it has been. Their products
+and sums may be fused, whatever Triton's default: it changes in 3.10, and with it speed and last digits would.
 """
 
 import math
@@ -47,6 +48,7 @@ def shard_statistics(
             valid_columns,
             BLOCK=_block(valid_columns, MARGIN_BLOCK),
             num_warps=8,
+            enable_fp_fusion=True,
         )
         return stats
     assert reference_logits.stride(1) == 1
@@ -62,6 +64,7 @@ def shard_statistics(
         valid_columns,
         BLOCK=_block(valid_columns, DIVERGENCE_BLOCK),
         num_warps=8,
+        enable_fp_fusion=True,
     )
     return stats
 
@@ -111,6 +114,7 @@ def logits_gradient(
         WITH_MARGIN=grad_margin is not None,
         WITH_KL=with_kl,
         num_warps=8,
+        enable_fp_fusion=True,
     )
     return out
 

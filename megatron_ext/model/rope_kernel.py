@@ -93,4 +93,5 @@ def rotate_into(t: Tensor, out: Tensor, cos: Tensor, sin: Tensor) -> None:
             ROWS=rows,
             COLUMNS=columns,
             TOTAL_HEADS=g * heads,
+            enable_fp_fusion=True,
         )

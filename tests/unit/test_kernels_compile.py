@@ -48,6 +48,7 @@ class Target:
 def compiled(request, monkeypatch, tmp_path):
     """Capability, and what was compiled so far: name of a kernel and the kernel."""
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    monkeypatch.setenv("TRITON_DEFAULT_FP_FUSION", "0")  # the default of Triton 3.10
     monkeypatch.setattr(triton.runtime.driver, "_active", Target(request.param))
     found = []
     run = triton.JITFunction.run
@@ -94,6 +95,7 @@ def launch_rotation(dtype):
 
 def check(capability, kernel, cubin):
     """Nothing is kept in slow memory, where spilled registers go, and shared memory suffices."""
+    assert kernel.metadata.enable_fp_fusion
     assert kernel.metadata.shared <= SHARED_MEMORY[capability]
     cubin.write_bytes(kernel.asm["cubin"])
     command = [CUOBJDUMP, "--dump-resource-usage", cubin]
