@@ -19,6 +19,7 @@ logits but not the reference's.
 
 from typing import NamedTuple
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -125,6 +126,7 @@ def unlearning_head(
         backend=backend,
         blocks=blocks,
     )
-    margin, kl = UnlearningHeadFunction.apply(*inputs)
+    with torch.cuda.device_of(hidden):  # where Triton launches
+        margin, kl = UnlearningHeadFunction.apply(*inputs)
     check_cuda_labels(inputs, vocab_size)
     return HeadOutput(margin, kl)

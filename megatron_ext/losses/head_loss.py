@@ -136,11 +136,12 @@ def unlearning_head_loss(
         blocks=blocks,
     )
     plan = inputs.plan
-    if not plan.keep or plan.blocks.whole or hidden.dtype == torch.float16:
-        margin, kl = UnlearningHeadFunction.apply(*inputs)
-        result = HeadLoss(token_loss(margin, kl, slice(None)), margin.detach(), kl.detach())
-    else:
-        result = HeadLoss(*UnlearningHeadLossFunction.apply(token_loss, *inputs))
+    with torch.cuda.device_of(hidden):  # where Triton launches
+        if not plan.keep or plan.blocks.whole or hidden.dtype == torch.float16:
+            margin, kl = UnlearningHeadFunction.apply(*inputs)
+            result = HeadLoss(token_loss(margin, kl, slice(None)), margin.detach(), kl.detach())
+        else:
+            result = HeadLoss(*UnlearningHeadLossFunction.apply(token_loss, *inputs))
     check_cuda_labels(inputs, vocab_size)
     return result
 

@@ -6,10 +6,12 @@ import importlib.util
 import os
 from argparse import ArgumentParser
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import torch
 from packaging.version import Version
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
 from megatron_ext.exceptions import ConfigError
 from megatron_ext.runtime import console, resume, safe_load
@@ -160,6 +162,32 @@ def skip_on_every_layout() -> None:
     loop.dummy_train_step = read_on
 
 
+def read_sizes_and_types() -> None:
+    """Have Megatron read of a checkpoint's tensors what it uses: their sizes and types.
+
+    It hands all that torch has stored about a tensor to ``torch.empty``, which does not take the strides
+    that torch 2.15 stores: no checkpoint could be loaded.
+    """
+    from megatron.core.dist_checkpointing.mapping import ShardedTensor
+    from megatron.core.dist_checkpointing.strategies import torch as strategies
+
+    def load_tensors_metadata(
+        self: strategies.TorchDistLoadShardedStrategy,
+        checkpoint_dir: Path,
+        metadata: Metadata | None = None,
+    ) -> dict[str, ShardedTensor]:
+        if metadata is None:
+            metadata = strategies._get_filesystem_reader(checkpoint_dir).read_metadata()
+        tensors = {}
+        for key, stored in metadata.state_dict_metadata.items():
+            if isinstance(stored, TensorStorageMetadata):
+                empty = torch.empty(stored.size, dtype=stored.properties.dtype, device="meta")
+                tensors[key] = ShardedTensor.from_rank_offsets(key, empty).without_data()
+        return tensors
+
+    strategies.TorchDistLoadShardedStrategy.load_tensors_metadata = load_tensors_metadata
+
+
 def apply() -> None:
     """Apply all of the above that is no matter of flags; called once by the entry point before training."""
     check_megatron_version()
@@ -170,4 +198,5 @@ def apply() -> None:
     find_ranks()
     console.apply()
     skip_on_every_layout()
+    read_sizes_and_types()
     resume.apply()

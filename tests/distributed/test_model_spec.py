@@ -67,6 +67,9 @@ TP_CASES = [name for name in CASES if name not in ("one group", "all recomputed"
 
 def _everything(directory: str) -> dict[str, Any]:
     """All measurements of this file, since starting ranks costs more than any of them."""
+    from megatron_ext.runtime import compat
+
+    compat.read_sizes_and_types()
     results: dict[str, Any] = {
         layout: {
             name: _compare(CASES[name], tensor_parallel=tp, sequence_parallel=sp) for name in names

@@ -77,6 +77,7 @@ def main():
 
     compat.skip_helper_compilation()
     compat.find_ranks()
+    compat.read_sizes_and_types()
 
     def defaults(parser):
         # Megatron's kernel for it comes with Apex; that of the product is not used here.

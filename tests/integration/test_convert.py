@@ -47,7 +47,9 @@ def megatron_logits(checkpoint: Path) -> torch.Tensor:
     from megatron_ext.checkpoint.inspect import check_architecture, open_checkpoint
     from megatron_ext.model.model_config import model_config_from_args
     from megatron_ext.reference import FrozenReference, ReferenceSource
+    from megatron_ext.runtime import compat
 
+    compat.read_sizes_and_types()
     words = (checkpoint / "ARGS.txt").read_text().split()
     sys.argv = ["test", *words, *("--micro-batch-size", "1", "--train-iters", "1", "--lr", "0")]
     args = parse_args(add_arguments)

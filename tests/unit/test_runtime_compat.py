@@ -5,6 +5,13 @@ from unittest import mock
 
 import pytest
 import torch
+from megatron.core.dist_checkpointing.strategies import torch as strategies
+from torch.distributed.checkpoint.metadata import (
+    BytesStorageMetadata,
+    Metadata,
+    TensorProperties,
+    TensorStorageMetadata,
+)
 
 from megatron_ext.exceptions import ConfigError
 from megatron_ext.runtime import compat
@@ -31,6 +38,19 @@ def test_a_torch_that_is_too_old_is_refused(found):
 def test_a_newer_torch_is_taken(found):
     with mock.patch.object(compat, "version", return_value=found):
         compat.check_torch_version()
+
+
+def test_what_else_a_newer_torch_stores_of_a_tensor_is_no_obstacle(monkeypatch):
+    strategy = strategies.TorchDistLoadShardedStrategy
+    monkeypatch.setattr(strategy, "load_tensors_metadata", strategy.load_tensors_metadata)
+    stored = TensorStorageMetadata(TensorProperties(torch.bfloat16), torch.Size([2, 3]), [])
+    stored.properties.strides = (3, 1)  # as torch 2.15 does
+    metadata = Metadata({"weight": stored, "words": BytesStorageMetadata()})
+    with pytest.raises(TypeError, match="strides"):
+        strategy().load_tensors_metadata("", metadata)
+    compat.read_sizes_and_types()
+    (read,) = strategy().load_tensors_metadata("", metadata).values()
+    assert (read.key, read.global_shape, read.dtype) == ("weight", (2, 3), torch.bfloat16)
 
 
 def test_help_with_a_bare_per_cent_sign_is_repaired_and_others_are_left():
