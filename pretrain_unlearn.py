@@ -24,10 +24,12 @@ from megatron_ext.exceptions import MegatronExtError  # noqa: E402
 # again, and waits for it. With torch and Megatron up here a save took 7 s, without 2 s (2-core CPU).
 
 if __name__ == "__mp_main__":
+    from megatron_ext.runtime import console
     from megatron_ext.runtime.children import end_with_parent, ignore_termination
 
     end_with_parent()
     ignore_termination()
+    console.quiet()  # a process that writes while training goes on imports it all
 
 
 def main() -> None:
@@ -67,6 +69,10 @@ def main() -> None:
         print(arguments.describe_runtime(args), flush=True)
     if chat is None and arguments.checks_files():
         check_datasets(args, config)
+    if args.async_save and args.async_strategy == "mcore":
+        from megatron_ext.runtime import async_saves
+
+        async_saves.enable()
     start = arguments.check_checkpoints(args, config)
     if chat is not None and args.rank == 0:
         print(chat.describe(), flush=True)

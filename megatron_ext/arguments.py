@@ -61,6 +61,9 @@ def machine_defaults() -> dict[str, Any]:
         "create_attention_mask_in_dataloader": False,
         "eval_interval": 1000,
         "rerun_mode": "disabled",  # see finite.py
+        # Without it Megatron takes --async-save back; the other strategy is a package of NVIDIA's own.
+        "use_persistent_ckpt_worker": True,
+        "async_strategy": "mcore",
     }
     if not _installed("one_logger"):
         defaults |= {"enable_one_logger": False}  # a warning asks for this package of NVIDIA's own

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_ext.checkpoint.complete import defect
+from megatron_ext.checkpoint.complete import MARKS, defect
 from megatron_ext.checkpoint.inspect import TRACKER
 from megatron_ext.exceptions import CheckpointError
 
@@ -19,8 +19,8 @@ class Recovery:
     """What to go on from instead of the latest checkpoint.
 
     Attributes:
-        iteration: the last complete one; ``None`` starts from the beginning, because only the first save
-            was begun.
+        iteration: the last complete one; ``None`` starts from the beginning, because no save came to its
+            end.
         tracker_is_lost: whether the tracker file is gone or unreadable.
         reason: one line for the user.
     """
@@ -73,17 +73,22 @@ def _choose(
         if (broken := defect(path)) is None:
             return Recovery(iteration, lost, f"{flag}: {reason}; going on from {path}")
         defects.append(f"{path.name}: {broken}")
-    if began and len(found) == 1:
+    # Saves end in their order; several may have begun, if they are asynchronous.
+    if began and found and not any(_was_ending(folder(directory, newer)) for newer in found[:-1]):
         return Recovery(
             None,
             lost,
-            f"{flag}: {reason} and its only checkpoint was not finished ({defects[0]}); starting from "
-            "the beginning",
+            f"{flag}: {reason} and no checkpoint was finished ({defects[-1]}); starting from the beginning",
         )
     others = f" ({'; '.join(defects)})" if defects else ""
     raise CheckpointError(
         f"{flag}: {reason}; expected an older complete checkpoint to go on from, found none{others}"
     )
+
+
+def _was_ending(path: Path) -> bool:
+    """Whether a save had written all tensors of a checkpoint."""
+    return any((path / mark).exists() for mark in MARKS)
 
 
 def folder(directory: Path, iteration: int) -> Path:

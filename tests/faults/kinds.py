@@ -1,5 +1,6 @@
 """The faults. Each happens to a place, during a start of its command or between two starts."""
 
+import contextlib
 import random
 import re
 import shutil
@@ -7,6 +8,8 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+
+import psutil
 
 from tests.faults.disk import Disk
 from tests.faults.processes import LIMIT, Attempt
@@ -82,6 +85,18 @@ def kill_in_save(scene: Scene) -> bool:
     return scene.end(attempt, cause=None)
 
 
+def kill_child(scene: Scene) -> bool:
+    """A process that a rank has started dies at any moment: it reads data, or writes checkpoints."""
+    attempt = scene.start(False)
+    _until(attempt, lambda: len(attempt.children()) > 0)
+    _sleep(attempt, scene.chance.uniform(0, scene.duration))
+    children = attempt.children()
+    if children:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            scene.chance.choice(children).kill()
+    return scene.end(attempt, cause=None)
+
+
 def kill_in_index(scene: Scene) -> bool:
     """One rank or all die while the index of the data is built."""
     shutil.rmtree(scene.place.cache, ignore_errors=True)
@@ -152,6 +167,7 @@ KINDS: Mapping[str, Callable[[Scene], bool]] = {
     "kill one rank under torchrun": kill_one_under_torchrun,
     "kill all ranks": kill_all,
     "kill in a checkpoint's write": kill_in_save,
+    "kill what a rank has started": kill_child,
     "kill in the index's build": kill_in_index,
     "fill the disk": full_disk,
     "truncate a checkpoint's file": truncate,

@@ -85,6 +85,12 @@ class Attempt:
         if ranks:
             ranks[index % len(ranks)].send_signal(signal.SIGKILL)
 
+    def children(self) -> list[psutil.Process]:
+        """What the ranks have started that lives."""
+        self._remember()
+        ranks = [rank.pid for rank in self.ranks()]
+        return [child for pid, child in self.started.items() if pid not in ranks and _alive(child)]
+
     def kill_all(self) -> None:
         """`kill -9` of everything at once, as when a machine goes down."""
         self._remember()

@@ -46,6 +46,12 @@ def test_another_layout_learns_the_same(straight, resumed, layout):
         assert difference < 1e-5, tag
 
 
+def test_saves_are_asynchronous_where_that_is_asked_for(resumed):
+    said = "scheduled an async checkpoint save"
+    assert said in resumed["everything on 4 ranks"].output
+    assert said not in resumed["TP 2"].output
+
+
 def test_leaving_early_is_no_failure(resumed):
     run = resumed["TP 2"]
     assert max(run.scalars["unlearn loss"]) == HALF

@@ -98,6 +98,16 @@ def test_an_unfinished_newer_folder_is_left_alone(directory):
     assert last_good(directory, flag="--load") is None
 
 
+def test_saves_of_which_none_ended_start_from_the_beginning(directory):
+    (directory / TRACKER).unlink()
+    for iteration, marks in ((2, MARKS[:1]), (4, MARKS), (6, MARKS)):
+        for mark in marks:
+            (folder(directory, iteration) / mark).unlink()
+    choice = last_good(directory, flag="--load")
+    assert choice.iteration is None
+    assert "no checkpoint was finished (iter_0000002: metadata.json is missing" in choice.reason
+
+
 def test_only_the_first_save_may_start_from_the_beginning(directory):
     (directory / TRACKER).unlink()
     for iteration in (2, 4, 6):
