@@ -30,6 +30,7 @@ from megatron_ext.model.layer_spec import check_arguments as check_layer_argumen
 from megatron_ext.refusals import (
     NEVER,
     WITH_UNLEARNING,
+    WITHOUT_CUDA,
     WITHOUT_TRANSFORMER_ENGINE,
     WITHOUT_UNLEARNING,
     refuse,
@@ -108,6 +109,7 @@ def parse() -> tuple[Namespace, UnlearnConfig, ChatRun | None]:
         args = parse_and_validate_args(add_all)
     except (AssertionError, ValueError, RuntimeError) as error:
         raise ConfigError(f"refused by Megatron-Core: {_reason(error)}") from error
+    compat.count_evaluations(args)
     record_tokenizer(args)
     args.chat_digest = args.tuned_chat_template = None
     if chat is not None:
@@ -190,6 +192,8 @@ def check_before_megatron(args: Namespace, config: UnlearnConfig) -> None:
     refuse(args, NEVER, where="is not supported")
     if not _installed("transformer_engine"):
         refuse(args, WITHOUT_TRANSFORMER_ENGINE, where="is not supported")
+    if cpu.is_enabled():
+        refuse(args, WITHOUT_CUDA, where="is not supported")
     if args.spec is None and args.transformer_impl == "local":
         check_layer_arguments(args)
     if config.enabled:

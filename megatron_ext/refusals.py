@@ -46,6 +46,10 @@ OF_THE_MODEL: tuple[Refusal, ...] = (
         "multi_latent_attention", "multi-latent attention is not among the layers of this product"
     ),
     Refusal("use_mup", "the head does not scale logits by width"),
+    Refusal("is_hybrid_model", "every layer here is attention and a feed-forward part"),
+    Refusal("hybrid_layer_pattern", "every layer here is attention and a feed-forward part"),
+    Refusal("hybrid_override_pattern", "every layer here is attention and a feed-forward part"),
+    Refusal("linear_attention_freq", "linear attention is not among the layers of this product"),
 )
 NEVER: tuple[Refusal, ...] = (
     *OF_THE_MODEL,
@@ -64,7 +68,16 @@ NEVER: tuple[Refusal, ...] = (
         "defer_embedding_wgrad_compute", "the head computes the output layer's gradient itself"
     ),
     Refusal("use_cpu_initialization", "Megatron-Core leaves such a model off the GPU"),
-    # These four do nothing here, or only in Megatron-LM's pretrain_gpt.py; that must not go unsaid.
+    Refusal("perform_rl_step", "rewards are not among the losses of this product"),
+    Refusal("fake_process_group", "ranks that hear nothing of each other train nothing together"),
+    # Megatron-Core 0.19.2 fails with these, or ends without a step.
+    Refusal("adlr_autoresume", "it needs the scheduler of a cluster of NVIDIA's own"),
+    Refusal(
+        "init_method_xavier_uniform", "Megatron-Core hands it to a config that does not take it"
+    ),
+    Refusal("lazy_mpu_init", "the groups of ranks are needed from the start"),
+    # These five do nothing here, or only in Megatron-LM's pretrain_gpt.py; that must not go unsaid.
+    Refusal("freeze_all_layers", "the layers would be trained all the same"),
     Refusal("check_for_spiky_loss", "losses are checked for NaN and inf alone"),
     Refusal("inprocess_restart", "a run that fails is started again by torchrun or its job"),
     Refusal("logits_save_dir", "the head never holds the logits of all tokens"),
@@ -89,6 +102,22 @@ WITHOUT_TRANSFORMER_ENGINE = (
         "use_precision_aware_optimizer",
         "its optimizer comes with Transformer Engine, which is not installed",
     ),
+    Refusal(
+        "save_activations_interval",
+        "Megatron-Core looks for layers of Transformer Engine, which is not installed",
+    ),
+    Refusal(
+        "save_dgrads_interval",
+        "Megatron-Core looks for layers of Transformer Engine, which is not installed",
+    ),
+)
+_NO_DEVICE = "there is no CUDA device"
+WITHOUT_CUDA: tuple[Refusal, ...] = (
+    Refusal("cuda_graph_impl", _NO_DEVICE, "none", lambda kind: kind != "none"),
+    Refusal("enable_cuda_graph", _NO_DEVICE),
+    Refusal("external_cuda_graph", _NO_DEVICE),
+    Refusal("gpu_sniff_test_interval", _NO_DEVICE),
+    Refusal("record_memory_history", _NO_DEVICE),
 )
 WITH_UNLEARNING: tuple[Refusal, ...] = (
     Refusal("rampup_batch_size", "the composition of a batch is fixed for the whole run"),
@@ -205,6 +234,7 @@ def render() -> str:
     groups = {
         "In every run": NEVER,
         "Without Transformer Engine": WITHOUT_TRANSFORMER_ENGINE,
+        "Without a CUDA device": WITHOUT_CUDA,
         "With `--forget-data-path` (unlearning)": WITH_UNLEARNING,
         "Without `--forget-data-path`": WITHOUT_UNLEARNING,
         "With `--chat-data-path` (chat tuning)": WITH_CHAT,
