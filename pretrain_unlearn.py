@@ -110,9 +110,13 @@ def main() -> None:
     provider = datasets_provider(args, config) if chat is None else chat.provider()
     try:
         pretrain(container, provider, ModelType.encoder_or_decoder, step.forward_step)
-    except SystemExit as leaving:  # after --exit-interval, --exit-duration-in-mins or a signal
+    except (
+        SystemExit
+    ) as leaving:  # with 0 after --exit-interval, --exit-duration-in-mins or a signal
         if leaving.code:
             raise
+        if leaving.code is None and args.ckpt_convert_format is None:
+            raise MegatronExtError("Megatron-Core could not go on, and says why above") from leaving
     # Megatron flushes before the last validation, whose values were then lost now and then.
     if writer := get_tensorboard_writer():
         writer.flush()

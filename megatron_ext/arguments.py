@@ -109,6 +109,10 @@ def parse() -> tuple[Namespace, UnlearnConfig, ChatRun | None]:
         args = parse_and_validate_args(add_all)
     except (AssertionError, ValueError, RuntimeError) as error:
         raise ConfigError(f"refused by Megatron-Core: {_reason(error)}") from error
+    except SystemExit as leaving:
+        if leaving.code:
+            raise
+        raise ConfigError("refused by Megatron-Core, which says why above") from leaving
     compat.count_evaluations(args)
     record_tokenizer(args)
     args.chat_digest = args.tuned_chat_template = None

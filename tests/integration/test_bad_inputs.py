@@ -99,6 +99,14 @@ CASES: dict[str, tuple[list[str], list[str]]] = {
         ["--mtp-num-layers", "1"],
         ["--mtp-num-layers", "--forget-data-path"],
     ),
+    "a flag at which Megatron leaves": (
+        ["--checkpoint-activations"],
+        ["refused by Megatron-Core, which says why above"],
+    ),
+    "plain run whose checkpoint must exist": (
+        ["--load", "{dir}/no_such", "--exit-on-missing-checkpoint"],
+        ["Megatron-Core could not go on, and says why above"],
+    ),
     "resume against another reference": (
         ["--reference-load", "{dir}/other_weights"],
         ["--reference-load", "digest", "{dir}/other_weights"],
