@@ -76,6 +76,14 @@ NEVER: tuple[Refusal, ...] = (
         "init_method_xavier_uniform", "Megatron-Core hands it to a config that does not take it"
     ),
     Refusal("lazy_mpu_init", "the groups of ranks are needed from the start"),
+    Refusal("full_validation", "Megatron-Core fails with it at the first validation"),
+    Refusal("multiple_validation_sets", "it needs --full-validation"),
+    Refusal(
+        "dataloader_type",
+        "the data sets are no iterators",
+        "single or cyclic",
+        lambda loader: loader == "external",
+    ),
     # These five do nothing here, or only in Megatron-LM's pretrain_gpt.py; that must not go unsaid.
     Refusal("freeze_all_layers", "the layers would be trained all the same"),
     Refusal("check_for_spiky_loss", "losses are checked for NaN and inf alone"),
@@ -130,10 +138,6 @@ WITH_UNLEARNING: tuple[Refusal, ...] = (
         "calculate_per_token_loss",
         "each term is already averaged over its tokens of the global batch",
     ),
-    Refusal(
-        "multiple_validation_sets", "forget and replay validation losses are reported apart already"
-    ),
-    Refusal("full_validation", "validation batches are composed of forget and replay samples"),
     Refusal("overlap_moe_expert_parallel_comm", "it replaces the schedule that runs the reference"),
     Refusal("hybrid_context_parallel", "it replaces the schedule that runs the reference"),
     Refusal("mock_data", "there is nothing to forget in random tokens"),
@@ -184,8 +188,6 @@ WITH_CHAT: tuple[Refusal, ...] = (
     Refusal("decrease_batch_size_if_needed", _FIXED),
     Refusal("phase_transition_iterations", _FIXED),
     Refusal("mtp_num_layers", "multi-token prediction adds a loss over other tokens"),
-    Refusal("multiple_validation_sets", "there is one validation set"),
-    Refusal("full_validation", "validation reads --eval-iters batches"),
     Refusal("hybrid_context_parallel", _PACKED),
     Refusal(
         "ddp_average_in_collective", "gradients are summed and then divided by the counted tokens"

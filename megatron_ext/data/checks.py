@@ -128,7 +128,7 @@ def _named(
 
 def _check_splits(args: Namespace, side: Sequence[_NamedBlend]) -> None:
     """Training and validation need data; a test split may be missing, and then nothing is tested."""
-    validates = args.eval_iters > 0 or args.full_validation
+    validates = args.eval_iters > 0
     wanted = {
         Split.train: (not args.skip_train, "training", "--skip-train"),
         Split.valid: (validates, f"validation (--eval-iters {args.eval_iters})", "--eval-iters 0"),
