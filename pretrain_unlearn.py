@@ -52,7 +52,7 @@ def main() -> None:
     from megatron_ext import arguments
     from megatron_ext.chat import write_template
     from megatron_ext.checkpoint.source import find_reference
-    from megatron_ext.data.checks import check_datasets
+    from megatron_ext.data.checks import check_datasets, checks_files
     from megatron_ext.data.overlap import check_overlap
     from megatron_ext.data.providers import datasets_provider
     from megatron_ext.model.model_config import model_config_from_args
@@ -67,7 +67,7 @@ def main() -> None:
     args, config, chat = arguments.parse()
     if args.rank == 0:
         print(arguments.describe_runtime(args), flush=True)
-    if chat is None and arguments.checks_files():
+    if chat is None and checks_files():
         check_datasets(args, config)
     if args.async_save and args.async_strategy == "mcore":
         from megatron_ext.runtime import async_saves
@@ -82,7 +82,7 @@ def main() -> None:
         if args.rank == 0:
             print(reason, flush=True)
         return
-    if arguments.checks_files():
+    if checks_files():
         check_overlap(args, config)
     source = find_reference(args, config, start) if config.needs_reference else None
 

@@ -6,7 +6,6 @@ What a machine without CUDA or without Transformer Engine needs is set here by i
 from __future__ import annotations
 
 import importlib.util
-import os
 import traceback
 from argparse import ArgumentParser, Namespace
 from collections.abc import Mapping
@@ -29,6 +28,7 @@ from megatron_ext.exceptions import ConfigError
 from megatron_ext.model.layer_spec import check_arguments as check_layer_arguments
 from megatron_ext.refusals import (
     NEVER,
+    WITH_DISTRIBUTED_OPTIMIZER,
     WITH_UNLEARNING,
     WITHOUT_CUDA,
     WITHOUT_TRANSFORMER_ENGINE,
@@ -196,6 +196,8 @@ def check_before_megatron(args: Namespace, config: UnlearnConfig) -> None:
     refuse(args, NEVER, where="is not supported")
     if not _installed("transformer_engine"):
         refuse(args, WITHOUT_TRANSFORMER_ENGINE, where="is not supported")
+    if args.use_distributed_optimizer or args.optimizer.startswith("dist_"):
+        refuse(args, WITH_DISTRIBUTED_OPTIMIZER, where="is not supported")
     if cpu.is_enabled():
         refuse(args, WITHOUT_CUDA, where="is not supported")
     if args.spec is None and args.transformer_impl == "local":
@@ -274,15 +276,6 @@ def check_after_megatron(args: Namespace, config: UnlearnConfig) -> None:
                 f"{flag}: expected a multiple of {unit} forgotten samples (micro-batch size {micro} x "
                 f"data-parallel size {args.data_parallel_size}), found {forget} of {batch}"
             )
-
-
-def checks_files() -> bool:
-    """Whether this rank looks at the files of the data before the start.
-
-    One rank of a node does, where torchrun ends the others if it fails: a file server has less to do, and the
-    user one line a node to read. Without torchrun nobody would end them.
-    """
-    return "TORCHELASTIC_RUN_ID" not in os.environ or os.environ.get("LOCAL_RANK") == "0"
 
 
 def describe_runtime(args: Namespace) -> str:

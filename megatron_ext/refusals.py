@@ -119,6 +119,14 @@ WITHOUT_TRANSFORMER_ENGINE = (
         "Megatron-Core looks for layers of Transformer Engine, which is not installed",
     ),
 )
+WITH_DISTRIBUTED_OPTIMIZER = (
+    Refusal(
+        "optimizer",
+        "Megatron-Core's builders of models do not lay out the parameters for the others",
+        "adam",
+        lambda name: name != "adam",
+    ),
+)
 _NO_DEVICE = "there is no CUDA device"
 WITHOUT_CUDA: tuple[Refusal, ...] = (
     Refusal("cuda_graph_impl", _NO_DEVICE, "none", lambda kind: kind != "none"),
@@ -237,6 +245,7 @@ def render() -> str:
         "In every run": NEVER,
         "Without Transformer Engine": WITHOUT_TRANSFORMER_ENGINE,
         "Without a CUDA device": WITHOUT_CUDA,
+        "With `--use-distributed-optimizer`": WITH_DISTRIBUTED_OPTIMIZER,
         "With `--forget-data-path` (unlearning)": WITH_UNLEARNING,
         "Without `--forget-data-path`": WITHOUT_UNLEARNING,
         "With `--chat-data-path` (chat tuning)": WITH_CHAT,

@@ -22,19 +22,28 @@ run_recipe() {
     if [[ ${PREFLIGHT:-0} != 0 ]]; then
         bash examples/slurm/preflight.sbatch
     fi
-    local recipe before code=0 again=1
+    local recipe before code=0 again=1 ended
     before=$(saved)
     ENDED=0
     # To the job's steps, not to this shell: SIGTERM has the ranks save.
     trap 'again=1; scancel --signal=TERM "$SLURM_JOB_ID" || true' USR1
     # From Slurm to all processes of the job: it was cancelled, preempted or is out of time. Slurm decides what follows.
     trap 'again=1; ENDED=1' TERM
-    bash "$@" &
+    ended=$(mktemp)
+    # What it ended with is written down: bash 5.2 may lose it when a signal comes at the same time.
+    {
+        trap : TERM USR1
+        bash "$@" && code=0 || code=$?
+        echo "$code" >"$ended"
+    } &
     recipe=$!
     while ((again)); do # a signal ends a wait before its time
         again=0
-        wait "$recipe" && code=0 || code=$?
+        wait "$recipe" || true
     done
+    code=$(<"$ended")
+    code=${code:-1}
+    rm "$ended"
     if ((code != 0 && !ENDED)); then
         local states
         states="exit code $code; checkpoints: ${before:-none} before, $(saved | grep . || echo none) now"

@@ -60,6 +60,12 @@ def check_resumable(checkpoint: Checkpoint, args: Namespace) -> None:
     lacks_optimizer = checkpoint.path.name == "release" or getattr(saved, "no_save_optim", False)
     if args.no_load_optim or lacks_optimizer:
         return
+    optimizer = getattr(saved, "optimizer", args.optimizer)
+    if optimizer != args.optimizer:
+        raise ConfigError(
+            f"--optimizer: expected {optimizer}, as in {checkpoint.path}, found {args.optimizer}; "
+            "--no-load-optim starts optimizer and learning rate schedule anew"
+        )
     _check_distributed_optimizer(checkpoint, args)
     skips = args.override_opt_param_scheduler or args.use_checkpoint_opt_param_scheduler
     if checkpoint.schedule is not None and not skips:

@@ -126,15 +126,15 @@ def test_torchrun_reads_its_flags_from_the_variables_of_a_node(monkeypatch):
         ("touch $OUT/preempted; exit 1", True),
         # The time limit, in time for a save and too late for one.
         (
-            "kill -USR1 $PPID; sleep 1; echo 4 >$OUT/latest_checkpointed_iteration.txt; exit 1",
+            "kill -USR1 $JOB; sleep 1; echo 4 >$OUT/latest_checkpointed_iteration.txt; exit 1",
             True,
         ),
-        ("kill -USR1 $PPID; sleep 1; exit 1", False),
+        ("kill -USR1 $JOB; sleep 1; exit 1", False),
         (
-            "kill -USR1 $PPID; sleep 0.3; kill -TERM $PPID; sleep 1; exit 1",
+            "kill -USR1 $JOB; sleep 0.3; kill -TERM $JOB; sleep 1; exit 1",
             False,
         ),  # cancelled in the meantime
-        ("echo 4 >$OUT/latest_checkpointed_iteration.txt; kill -TERM $PPID; exit 1", False),
+        ("echo 4 >$OUT/latest_checkpointed_iteration.txt; kill -TERM $JOB; exit 1", False),
     ],
 )
 def test_a_job_is_requeued_when_it_has_more_to_do(tmp_path, ending, requeued):
@@ -146,7 +146,11 @@ def test_a_job_is_requeued_when_it_has_more_to_do(tmp_path, ending, requeued):
         script.write('echo "   PreemptEligibleTime=2026-11-21T15:22:47 PreemptTime=$time"\n')
     executable(tmp_path / "recipe.sh", ending)
     result = subprocess.run(
-        ["bash", "-c", 'set -eu; source examples/slurm/job.sh; run_recipe "$OUT/recipe.sh"'],
+        [
+            "bash",
+            "-c",
+            'export JOB=$$; set -eu; source examples/slurm/job.sh; run_recipe "$OUT/recipe.sh"',
+        ],
         env=JOB | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "OUT": str(tmp_path)},
         **{"cwd": ROOT, "text": True, "capture_output": True},
     )

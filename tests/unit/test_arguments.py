@@ -110,7 +110,7 @@ def test_under_torchrun_one_rank_of_a_node_looks_at_the_files(environment, expec
         monkeypatch.delenv(name, raising=False)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    from megatron_ext.arguments import checks_files
+    from megatron_ext.data.checks import checks_files
 
     assert checks_files() is expected
 

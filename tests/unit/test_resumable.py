@@ -10,6 +10,7 @@ from megatron_ext.checkpoint.resumable import check_resumable, keep_buckets, sch
 from megatron_ext.exceptions import ConfigError
 
 RUN = {
+    "optimizer": "adam",
     "no_load_optim": False,
     "override_opt_param_scheduler": False,
     "use_checkpoint_opt_param_scheduler": False,
@@ -116,6 +117,7 @@ def test_a_release_has_no_optimizer_to_go_on_with():
             "--tensor-model-parallel-size: expected 2, .* --dist-ckpt-optim-fully-reshardable, found 1",
         ),
         ({"pipeline_model_parallel_size": 2}, {}, "--pipeline-model-parallel-size: expected 1,"),
+        ({"optimizer": "muon"}, {}, "--optimizer: expected adam, .*found muon; --no-load-optim"),
         (
             {"virtual_pipeline_model_parallel_size": 2},
             {},
