@@ -11,9 +11,10 @@ import io
 import os
 import pickle
 import re
-from typing import IO, Any
+from typing import IO, Any, ClassVar
 
 import torch
+from torch.distributed.checkpoint.metadata import TensorProperties
 
 from megatron_ext.exceptions import ConfigError
 
@@ -95,12 +96,24 @@ class _MetadataUnpickler(pickle._Unpickler):
     Twice as slow: 1.7 s for the 4 MB of 28,800 shards.
     """
 
+    stack: list[Any]
+
     def find_class(self, module: str, name: str) -> Any:
         """Look up a class of the list, or one of torch's dtypes."""
         known = (module, name) in _METADATA_CLASSES
         if not known and not (module == "torch" and type(getattr(torch, name, 0)) is torch.dtype):
             raise pickle.UnpicklingError(f"refused to load {module}.{name}, which is no metadata")
         return super().find_class(module, name)
+
+    def load_build(self) -> None:
+        """Fill an object; a newer torch may have stored more of a tensor's properties than this one knows."""
+        new, state = self.stack[-2:]
+        if isinstance(new, TensorProperties) and isinstance(state, tuple):
+            self.stack[-1] = state[: len(TensorProperties().__getstate__())]
+        build: Any = pickle._Unpickler.dispatch[pickle.BUILD[0]]
+        build(self)
+
+    dispatch: ClassVar[dict[int, Any]] = {**pickle._Unpickler.dispatch, pickle.BUILD[0]: load_build}
 
 
 class _MetadataPickle:

@@ -1,15 +1,18 @@
 """A checkpoint that would run code when it is unpickled is refused before it does."""
 
 import contextlib
+import io
 import os
 import pickle
 import warnings
 from argparse import Namespace
+from unittest import mock
 
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint import filesystem
+from torch.distributed.checkpoint import filesystem, metadata
+from torch.distributed.checkpoint.metadata import TensorProperties
 
 from megatron_ext.checkpoint import torch_dist
 from megatron_ext.checkpoint.inspect import TRACKER, open_checkpoint
@@ -103,3 +106,18 @@ def test_a_setting_that_allows_code_is_refused(monkeypatch):
     with pytest.raises(ConfigError, match="TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD: expected it unset"):
         safe_load.enable()
     assert "TORCH_FORCE_WEIGHTS_ONLY_LOAD" not in os.environ
+
+
+def test_what_a_newer_torch_stores_besides_is_left_out():
+    class Newer(TensorProperties):
+        def __getstate__(self):
+            return (*super().__getstate__(), (3, 1), "and more")
+
+    name = "PropertiesOfIt_X"  # as long as the true one
+    Newer.__module__, Newer.__qualname__ = TensorProperties.__module__, name
+    with mock.patch.object(metadata, name, Newer, create=True):
+        content = pickle.dumps(Newer(torch.bfloat16), protocol=4)
+    content = content.replace(name.encode(), b"TensorProperties")
+    found = safe_load.load_metadata(io.BytesIO(content))
+    assert type(found) is TensorProperties
+    assert found.dtype == torch.bfloat16
