@@ -32,7 +32,7 @@ from megatron_ext.checkpoint.huggingface import (
     tokenizer_spec,
 )
 from megatron_ext.checkpoint.inspect import TRACKER
-from megatron_ext.checkpoint.llama import Llama
+from megatron_ext.checkpoint.llama import LlamaLike
 from megatron_ext.checkpoint.safetensors import DTYPES, SafetensorsReader
 from megatron_ext.checkpoint.weights import Part, join, megatron_shape, parts, zero_shapes
 from megatron_ext.data.tokenizers import HuggingFaceReference, tokenizer_digest
@@ -43,13 +43,11 @@ ARGS_FILE = "ARGS.txt"
 VOCABULARY_MULTIPLE = 128
 # Layers ask a checkpoint for these beside their weights; they hold nothing without fp8.
 _FINAL_EXTRA_STATE = "decoder.final_layernorm._extra_state"
-_EXTRA_STATES = tuple(
-    f"decoder.layers.{layer}._extra_state"
-    for layer in (
-        *("self_attention.linear_qkv", "self_attention.linear_proj", "mlp.linear_fc1"),
-        *("mlp.linear_fc2", "self_attention.core_attention"),
-    )
+_EXTRA_STATES = (
+    *("self_attention.linear_qkv", "self_attention.linear_proj", "mlp.linear_fc1"),
+    *("mlp.linear_fc2", "self_attention.core_attention"),
 )
+_NORMS_EXTRA_STATES = ("self_attention.q_layernorm", "self_attention.k_layernorm")
 # Sequences longer than this are unlearned by few; the flag can be given again behind the file's.
 _SEQUENCE = 4096
 
@@ -70,7 +68,7 @@ def import_model(
         ConfigError: the tokenizer cannot be loaded, or the output exists.
     """
     config = read_config(source)
-    model = Llama.from_config(config)
+    model = LlamaLike.from_config(config)
     tokenizer = HuggingFaceReference(tokenizer_spec(source))
     if tokenizer.vocab_size > model.vocab_size:
         raise CheckpointError(
@@ -95,10 +93,7 @@ def import_model(
                 [_lazy(part, reader, model, rows) for part in parts(model)],
                 dtype=dtype,
                 args=args,
-                empty_objects=[
-                    (_FINAL_EXTRA_STATE, 1),
-                    *((key, model.num_layers) for key in _EXTRA_STATES),
-                ],
+                empty_objects=_extra_states(model),
             )
             lines = tuple(shlex.join(flag) for flag in flags)
             (folder / ARGS_FILE).write_text("".join(line + "\n" for line in lines))
@@ -106,12 +101,19 @@ def import_model(
     return Converted(output, parameters(model), dtype, lines)
 
 
+def _extra_states(model: LlamaLike) -> list[tuple[str, int]]:
+    """Keys of the extra states of a model, each with the number of its layers."""
+    layers = (*_EXTRA_STATES, *(_NORMS_EXTRA_STATES if model.family.qk_norm else ()))
+    keys = (f"decoder.layers.{layer}._extra_state" for layer in layers)
+    return [(_FINAL_EXTRA_STATE, 1), *((key, model.num_layers) for key in keys)]
+
+
 def _padded(vocab_size: int) -> int:
     return -(-vocab_size // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
 
 
 def _check_tensors(
-    reader: SafetensorsReader, model: Llama, dtype: torch.dtype | None
+    reader: SafetensorsReader, model: LlamaLike, dtype: torch.dtype | None
 ) -> torch.dtype:
     """Every tensor of the config is there with its shape, no other, and all of one dtype."""
     wanted, found = huggingface_shapes(model), reader.names()
@@ -149,7 +151,7 @@ def _check_tensors(
     return DTYPES[min(dtypes)]
 
 
-def _flags(model: Llama, dtype: torch.dtype, tokens: int, tokenizer: Path) -> list[list[str]]:
+def _flags(model: LlamaLike, dtype: torch.dtype, tokens: int, tokenizer: Path) -> list[list[str]]:
     """Megatron's flags for training the model, each with its value."""
     flags = [
         *model.to_flags(),
@@ -179,7 +181,9 @@ def _arguments(flags: list[list[str]]) -> Namespace:
     return args
 
 
-def _lazy(part: Part, reader: SafetensorsReader, model: Llama, rows: int) -> torch_dist.LazyTensor:
+def _lazy(
+    part: Part, reader: SafetensorsReader, model: LlamaLike, rows: int
+) -> torch_dist.LazyTensor:
     def make() -> Tensor:
         tensors = [reader.read(name) for name in part.names]
         return join(part, tensors, groups=model.num_query_groups, rows=rows)

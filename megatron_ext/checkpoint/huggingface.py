@@ -1,4 +1,4 @@
-"""Exchange of Llama-architecture models with Hugging Face folders: what both directions share.
+"""Exchange of Llama and its like with Hugging Face folders: what both directions share.
 
 On import, what the model brought besides its weights (config, tokenizer, chat template, generation
 settings) is kept in the folder `KEPT` of the checkpoint; training takes its tokenizer from there, and
@@ -13,9 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from transformers import LlamaConfig
+from transformers import PreTrainedConfig
 
-from megatron_ext.checkpoint.llama import Llama
+from megatron_ext.checkpoint.families import FAMILIES
+from megatron_ext.checkpoint.llama import LlamaLike
 from megatron_ext.checkpoint.weights import parts, zero_shapes
 from megatron_ext.data.tokenizers import TokenizerSpec
 from megatron_ext.exceptions import CheckpointError
@@ -47,20 +48,22 @@ class Converted:
     flags: tuple[str, ...] = ()
 
 
-def read_config(folder: Path) -> LlamaConfig:
-    """Read `config.json` of a Llama, in the form that `transformers` gives to old and new ones.
+def read_config(folder: Path) -> PreTrainedConfig:
+    """Read `config.json` of a model, in the form that `transformers` gives to old and new ones.
 
     Raises:
-        CheckpointError: there is none, it is of another architecture, or `transformers` refuses it.
+        CheckpointError: there is none, it is of none of the `FAMILIES`, or `transformers` refuses it.
     """
     path = folder / CONFIG
     if not path.is_file():
         raise CheckpointError(f"expected a Hugging Face model, found no {path}")
     try:
         found = json.loads(path.read_text()).get("model_type")
-        if found != "llama":
-            raise CheckpointError(f"{path}: model_type: expected llama, found {found}")
-        return LlamaConfig.from_pretrained(folder, local_files_only=True)
+        if found not in FAMILIES:
+            raise CheckpointError(
+                f"{path}: model_type: expected one of {', '.join(FAMILIES)}, found {found}"
+            )
+        return FAMILIES[found].config.from_pretrained(folder, local_files_only=True)
     except CheckpointError:
         raise
     except Exception as error:  # whatever transformers raises, the user needs the file's name
@@ -81,7 +84,7 @@ def copy_files(source: Path, target: Path, names: tuple[str, ...]) -> None:
             shutil.copyfile(source / name, target / name)
 
 
-def huggingface_shapes(model: Llama) -> dict[str, tuple[int, ...]]:
+def huggingface_shapes(model: LlamaLike) -> dict[str, tuple[int, ...]]:
     """Shape of every Hugging Face tensor of a model, in the order of `parts`."""
     shapes = {
         name: shape for p in parts(model) for name, shape in zip(p.names, p.shapes, strict=True)
@@ -89,6 +92,6 @@ def huggingface_shapes(model: Llama) -> dict[str, tuple[int, ...]]:
     return shapes | zero_shapes(model)
 
 
-def parameters(model: Llama) -> int:
+def parameters(model: LlamaLike) -> int:
     """Parameters of a model; padding and tied copies do not count."""
     return sum(torch.Size(shape).numel() for shape in huggingface_shapes(model).values())

@@ -1,4 +1,4 @@
-"""The Llama architecture, as a Hugging Face config and as Megatron's flags.
+"""Llama and its like, as a Hugging Face config and as Megatron's flags.
 
 What either side can say and the other cannot is refused here, by the name of the field or flag.
 """
@@ -8,8 +8,9 @@ from __future__ import annotations
 from argparse import Namespace
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, NoReturn
 
+from megatron_ext.checkpoint.families import FAMILIES, Bias, Family
 from megatron_ext.exceptions import CheckpointError
 
 # Megatron's llama3 rotary scaling has these built in; only the factor is a flag.
@@ -21,12 +22,11 @@ LLAMA3_ROPE = {
 
 # Fields of a Hugging Face config that must be as here (or missing).
 _CONFIG = {
-    "model_type": "llama",
-    "architectures": ["LlamaForCausalLM"],
     "hidden_act": "silu",
+    "sliding_window": None,
     "quantization_config": None,
 }
-# Megatron's arguments that must be as here for the model to be a Llama (or missing).
+# Megatron's arguments that must be as here for the model to be Llama's like (or missing).
 _ARGUMENTS: dict[str, object] = {
     "position_embedding_type": "rope",
     "rotary_percent": 1.0,
@@ -39,7 +39,6 @@ _ARGUMENTS: dict[str, object] = {
     "swiglu": True,
     "glu_linear_offset": 0.0,
     "activation_func_clamp_value": None,
-    "qk_layernorm": False,
     "qk_l2_norm": False,
     "softmax_type": "vanilla",
     "window_size": None,
@@ -52,10 +51,11 @@ _ARGUMENTS: dict[str, object] = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class Llama:
+class LlamaLike:
     """Sizes and switches of a model that both sides can hold.
 
     Attributes:
+        family: the architecture of `transformers` that it is.
         vocab_size: rows of the embedding without padding.
         kv_channels: size of a head.
         rope_scaling_factor: of llama3's rotary scaling, `None` without it.
@@ -63,6 +63,7 @@ class Llama:
         tied: whether the output layer is the embedding.
     """
 
+    family: Family
     vocab_size: int
     hidden_size: int
     ffn_hidden_size: int
@@ -74,54 +75,63 @@ class Llama:
     norm_epsilon: float
     rotary_base: int
     rope_scaling_factor: float | None
-    bias: Literal["none", "qkv", "all"]
+    bias: Bias
     tied: bool
 
     @classmethod
-    def from_config(cls, config: Any) -> Llama:
+    def from_config(cls, config: Any) -> LlamaLike:
         """Read a Hugging Face config.
 
         Args:
-            config: `transformers.LlamaConfig`, or the config of a model that will be refused.
+            config: of one of the `FAMILIES`, or of a model that will be refused.
 
         Raises:
-            CheckpointError: the model is no Llama that Megatron can run; names the field.
+            CheckpointError: the model is none that Megatron can run; names the field.
         """
-        for field, expected in _CONFIG.items():
+        family = FAMILIES.get(config.model_type)
+        if family is None:
+            _refuse("model_type", f"one of {', '.join(FAMILIES)}", config.model_type)
+        fixed = {"architectures": [family.architecture], **_CONFIG}
+        for field, expected in fixed.items():
             found = getattr(config, field, None)
             if found not in (expected, None):
                 _refuse(field, expected, found)
-        if config.mlp_bias and not config.attention_bias:
+        if getattr(config, "mlp_bias", False) and not config.attention_bias:
             _refuse("mlp_bias", "False where attention_bias is False", True)
         if config.num_attention_heads % config.num_key_value_heads:
             divisor = f"a divisor of num_attention_heads {config.num_attention_heads}"
             _refuse("num_key_value_heads", divisor, config.num_key_value_heads)
         return cls(
+            family=family,
             vocab_size=config.vocab_size,
             hidden_size=config.hidden_size,
             ffn_hidden_size=config.intermediate_size,
             num_layers=config.num_hidden_layers,
             num_attention_heads=config.num_attention_heads,
             num_query_groups=config.num_key_value_heads,
-            kv_channels=config.head_dim,
+            kv_channels=getattr(config, "head_dim", None)
+            or config.hidden_size // config.num_attention_heads,
             max_position_embeddings=config.max_position_embeddings,
             norm_epsilon=config.rms_norm_eps,
             rotary_base=_rotary_base(config.rope_parameters),
             rope_scaling_factor=_rope_scaling_factor(config.rope_parameters),
-            bias="all" if config.mlp_bias else "qkv" if config.attention_bias else "none",
+            bias=family.bias(config),
             tied=config.tie_word_embeddings,
         )
 
     @classmethod
-    def from_arguments(cls, args: Namespace, *, vocab_size: int) -> Llama:
+    def from_arguments(
+        cls, args: Namespace, *, vocab_size: int, family: Family | None = None
+    ) -> LlamaLike:
         """Read the arguments that a Megatron checkpoint holds.
 
         Args:
             args: arguments of the run that wrote it.
             vocab_size: rows of the embedding without padding.
+            family: the architecture to prefer, if it holds the model.
 
         Raises:
-            CheckpointError: the model is not a Llama; names the argument.
+            CheckpointError: the model is in none of the families; names the argument.
         """
         for name, expected in _ARGUMENTS.items():
             found = getattr(args, name, expected)
@@ -130,7 +140,9 @@ class Llama:
         heads = args.num_attention_heads
         scaled = getattr(args, "use_rope_scaling", False)
         qkv_bias = getattr(args, "add_qkv_bias", False)
+        bias: Bias = "all" if args.add_bias_linear else "qkv" if qkv_bias else "none"
         return cls(
+            family=_family(family, bias=bias, qk_norm=getattr(args, "qk_layernorm", False)),
             vocab_size=vocab_size,
             hidden_size=args.hidden_size,
             ffn_hidden_size=args.ffn_hidden_size,
@@ -142,7 +154,7 @@ class Llama:
             norm_epsilon=args.layernorm_epsilon,
             rotary_base=args.rotary_base,
             rope_scaling_factor=args.rope_scaling_factor if scaled else None,
-            bias="all" if args.add_bias_linear else "qkv" if qkv_bias else "none",
+            bias=bias,
             tied=not args.untie_embeddings_and_output_weights,
         )
 
@@ -151,7 +163,7 @@ class Llama:
         rope: dict[str, Any] = {"rope_theta": float(self.rotary_base), "rope_type": "default"}
         if self.rope_scaling_factor is not None:
             rope |= {"rope_type": "llama3", "factor": self.rope_scaling_factor, **LLAMA3_ROPE}
-        return {
+        sizes = {
             "vocab_size": self.vocab_size,
             "hidden_size": self.hidden_size,
             "intermediate_size": self.ffn_hidden_size,
@@ -162,11 +174,17 @@ class Llama:
             "max_position_embeddings": self.max_position_embeddings,
             "rms_norm_eps": self.norm_epsilon,
             "rope_parameters": rope,
-            "attention_bias": self.bias != "none",
-            "mlp_bias": self.bias == "all",
             "tie_word_embeddings": self.tied,
             "hidden_act": "silu",
         }
+        switches = {
+            "attention_bias": self.bias != "none",
+            "mlp_bias": self.bias == "all",
+            "use_sliding_window": False,
+            "sliding_window": None,
+            "layer_types": ["full_attention"] * self.num_layers,
+        }
+        return sizes | self.family.known(switches)
 
     def to_flags(self) -> list[list[str]]:
         """Megatron's flags of the architecture, each with its value."""
@@ -191,9 +209,19 @@ class Llama:
             flags += [["--disable-bias-linear"]]
         if self.bias != "none":
             flags += [["--add-qkv-bias"]]
+        if self.family.qk_norm:
+            flags += [["--qk-layernorm"]]
         if not self.tied:
             flags += [["--untie-embeddings-and-output-weights"]]
         return [[str(word) for word in flag] for flag in flags]
+
+
+def _family(preferred: Family | None, *, bias: Bias, qk_norm: bool) -> Family:
+    candidates = [*([preferred] if preferred else []), *FAMILIES.values()]
+    fitting = [family for family in candidates if family.holds(bias=bias, qk_norm=qk_norm)]
+    if not fitting:
+        _refuse("--qk-layernorm", "--disable-bias-linear beside it", "biases in all linear layers")
+    return fitting[0]
 
 
 def _rotary_base(rope: Mapping[str, Any]) -> int:
@@ -219,5 +247,5 @@ def _rope_scaling_factor(rope: Mapping[str, Any]) -> float | None:
     return float(rope["factor"])
 
 
-def _refuse(field: str, expected: object, found: object) -> None:
+def _refuse(field: str, expected: object, found: object) -> NoReturn:
     raise CheckpointError(f"{field}: expected {expected}, found {found}")

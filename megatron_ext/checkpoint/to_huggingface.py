@@ -11,10 +11,11 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, LlamaConfig
+from transformers import GenerationConfig, PreTrainedConfig
 
 from megatron_ext.checkpoint import torch_dist
 from megatron_ext.checkpoint.chat_files import ChatFiles
+from megatron_ext.checkpoint.families import FAMILIES, Family
 from megatron_ext.checkpoint.folder import new_folder
 from megatron_ext.checkpoint.huggingface import (
     CONFIG,
@@ -30,7 +31,7 @@ from megatron_ext.checkpoint.huggingface import (
     tokenizer_spec,
 )
 from megatron_ext.checkpoint.inspect import Checkpoint, open_checkpoint
-from megatron_ext.checkpoint.llama import Llama
+from megatron_ext.checkpoint.llama import LlamaLike
 from megatron_ext.checkpoint.safetensors import write_safetensors
 from megatron_ext.checkpoint.weights import megatron_shape, parts, split, zero_shapes
 from megatron_ext.data.tokenizers import HuggingFaceReference, tokenizer_digest
@@ -64,7 +65,7 @@ def export_model(
         overwrite: whether a model that is there may be replaced.
 
     Raises:
-        CheckpointError: the checkpoint is unreadable or no Llama; names the flag, or the tensor.
+        CheckpointError: the checkpoint is unreadable or no such model; names the flag, or the tensor.
         ConfigError: the tokenizer is missing, another one, or does not fit the chat template; or the output
             exists.
     """
@@ -72,11 +73,13 @@ def export_model(
     kept = tokenizer or _kept(checkpoint)
     tokens = _check_tokenizer(kept, checkpoint)
     chat = ChatFiles.of_run(checkpoint.args, tokenizer=kept)
-    template = read_config(kept) if (kept / CONFIG).is_file() else None
+    template = _template(kept)
     reader = torch_dist.Reader(checkpoint.path)
     (rows, *_), stored = reader.describe("embedding.word_embeddings.weight")
-    model = Llama.from_arguments(
-        checkpoint.args, vocab_size=_vocab_size(template, tokens=tokens, rows=rows)
+    model = LlamaLike.from_arguments(
+        checkpoint.args,
+        vocab_size=_vocab_size(template, tokens=tokens, rows=rows),
+        family=FAMILIES[template.model_type] if template else None,
     )
     _check_tensors(reader, model, rows)
     dtype = dtype or stored
@@ -110,6 +113,19 @@ def _kept(checkpoint: Checkpoint) -> Path:
     )
 
 
+def _template(folder: Path) -> PreTrainedConfig | None:
+    """The config beside the tokenizer, if it is of such a model; a tokenizer may come from any other."""
+    if not (folder / CONFIG).is_file():
+        return None
+    try:
+        config = read_config(folder)
+        LlamaLike.from_config(config)
+    except CheckpointError as error:
+        logger.warning("%s of the tokenizer is passed over: %s", CONFIG, error)
+        return None
+    return config
+
+
 def _check_tokenizer(folder: Path, checkpoint: Checkpoint) -> int:
     """Whether it is the tokenizer that the model was trained with; its number of tokens."""
     args = checkpoint.args
@@ -134,7 +150,7 @@ def _check_tokenizer(folder: Path, checkpoint: Checkpoint) -> int:
     return tokens
 
 
-def _vocab_size(template: LlamaConfig | None, *, tokens: int, rows: int) -> int:
+def _vocab_size(template: PreTrainedConfig | None, *, tokens: int, rows: int) -> int:
     """Rows of the embedding that are no padding."""
     if template is None or not tokens <= template.vocab_size <= rows:
         if template is not None:
@@ -147,7 +163,7 @@ def _vocab_size(template: LlamaConfig | None, *, tokens: int, rows: int) -> int:
     return vocab_size
 
 
-def _check_tensors(reader: torch_dist.Reader, model: Llama, rows: int) -> None:
+def _check_tensors(reader: torch_dist.Reader, model: LlamaLike, rows: int) -> None:
     """Every tensor of the architecture is there with its shape, and no other."""
     wanted = {}
     for part in parts(model):
@@ -166,7 +182,7 @@ def _check_tensors(reader: torch_dist.Reader, model: Llama, rows: int) -> None:
             )
 
 
-def _tensors(reader: torch_dist.Reader, model: Llama) -> Iterator[tuple[str, Tensor]]:
+def _tensors(reader: torch_dist.Reader, model: LlamaLike) -> Iterator[tuple[str, Tensor]]:
     """Hugging Face tensors by name, in the order of `huggingface_shapes`."""
     for part in parts(model):
         tensor = reader.read(part.key, layer=part.layer)
@@ -176,25 +192,36 @@ def _tensors(reader: torch_dist.Reader, model: Llama) -> Iterator[tuple[str, Ten
 
 
 def _write_config(
-    folder: Path, model: Llama, *, kept: Path, template: LlamaConfig | None, dtype: torch.dtype
+    folder: Path,
+    model: LlamaLike,
+    *,
+    kept: Path,
+    template: PreTrainedConfig | None,
+    dtype: torch.dtype,
 ) -> None:
     """The imported model's config as it was where it still holds, else one that says what changed."""
-    if template is not None and template.dtype == dtype and Llama.from_config(template) == model:
+    if template is not None and template.model_type != model.family.name:
+        template = None
+    if (
+        template is not None
+        and template.dtype == dtype
+        and LlamaLike.from_config(template) == model
+    ):
         copy_files(kept, folder, (CONFIG,))
         return
-    config = template or _config_of_tokenizer(kept)
+    config = template or _config_of_tokenizer(kept, model.family)
     for field, value in model.to_config().items():
         setattr(config, field, value)
-    config.dtype, config.architectures = dtype, ["LlamaForCausalLM"]
+    config.dtype, config.architectures = dtype, [model.family.architecture]
     config.save_pretrained(folder)
     if not (folder / GENERATION).is_file():
         GenerationConfig.from_model_config(config).save_pretrained(folder)
 
 
-def _config_of_tokenizer(folder: Path) -> LlamaConfig:
+def _config_of_tokenizer(folder: Path, family: Family) -> PreTrainedConfig:
     """A config that knows the ids at which generation begins and ends."""
     tokenizer = HuggingFaceReference(tokenizer_spec(folder)).tokenizer
-    return LlamaConfig(
+    return family.config(
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,

@@ -1,4 +1,4 @@
-"""The tensors of a Llama: which of Megatron's are made of which of Hugging Face's, and how."""
+"""The tensors of a Llama or its like: which of Megatron's are made of which of Hugging Face's, and how."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from megatron_ext.checkpoint.llama import Llama
+from megatron_ext.checkpoint.llama import LlamaLike
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Part:
     kind: Literal["plain", "qkv", "vocabulary"] = "plain"
 
 
-def parts(model: Llama) -> Iterator[Part]:
+def parts(model: LlamaLike) -> Iterator[Part]:
     """Every tensor of a model, in the order of a forward pass."""
     hidden = (model.hidden_size,)
     table = ((model.vocab_size, model.hidden_size),)
@@ -45,7 +45,7 @@ def parts(model: Llama) -> Iterator[Part]:
         yield Part("output_layer.weight", None, ("lm_head.weight",), table, "vocabulary")
 
 
-def _layer_parts(model: Llama, layer: int) -> Iterator[Part]:
+def _layer_parts(model: LlamaLike, layer: int) -> Iterator[Part]:
     hidden, ffn = model.hidden_size, model.ffn_hidden_size
     query = model.num_attention_heads * model.kv_channels
     key_value = model.num_query_groups * model.kv_channels
@@ -70,6 +70,10 @@ def _layer_parts(model: Llama, layer: int) -> Iterator[Part]:
     yield part(f"{attention}qkv.layer_norm_weight", "", ("input_layernorm",), ".weight", (hidden,))
     shapes = ((query, hidden), (key_value, hidden), (key_value, hidden))
     yield from linear(f"{attention}qkv", "self_attn.", qkv, *shapes, bias=model.bias != "none")
+    if model.family.qk_norm:
+        for letter in "qk":
+            key, head = f"self_attention.{letter}_layernorm.weight", (model.kv_channels,)
+            yield part(key, "self_attn.", (f"{letter}_norm",), ".weight", head)
     everywhere = model.bias == "all"
     output = (hidden, query)
     yield from linear(f"{attention}proj", "self_attn.", ("o_proj",), output, bias=everywhere)
@@ -79,12 +83,12 @@ def _layer_parts(model: Llama, layer: int) -> Iterator[Part]:
     yield from linear(f"{mlp}fc2", "mlp.", ("down_proj",), (hidden, ffn), bias=everywhere)
 
 
-def zero_shapes(model: Llama) -> dict[str, tuple[int, ...]]:
+def zero_shapes(model: LlamaLike) -> dict[str, tuple[int, ...]]:
     """Hugging Face tensors that Megatron has none for, so that they must be, and are written as, zero.
 
-    `attention_bias` gives the output projection a bias; Megatron's `--add-qkv-bias` does not.
+    Llama's `attention_bias` gives the output projection a bias; Megatron's `--add-qkv-bias` does not.
     """
-    if model.bias != "qkv":
+    if model.bias != "qkv" or not model.family.output_bias:
         return {}
     names = (f"model.layers.{layer}.self_attn.o_proj.bias" for layer in range(model.num_layers))
     return dict.fromkeys(names, (model.hidden_size,))

@@ -1,12 +1,18 @@
-"""Tiny Llamas as Hugging Face folders, with random weights and a tokenizer trained on the licence."""
+"""Tiny Llamas and their like as Hugging Face folders: random weights, a tokenizer trained on the licence."""
 
 from pathlib import Path
 from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 
+from megatron_ext.checkpoint.families import FAMILIES
 from tests.helpers.entry import ROOT
 
 TOKENS, POSITIONS = 500, 256
@@ -35,6 +41,11 @@ CASES: dict[str, dict[str, Any]] = {
     "rows_beyond_the_tokenizer": {"vocab_size": 650},
     "attention_bias": {"attention_bias": True},
     "all_biases": {"attention_bias": True, "mlp_bias": True},
+    "mistral": {"model_type": "mistral", "sliding_window": None, "head_dim": 16},
+    "qwen2_tied": {"model_type": "qwen2", "tie_word_embeddings": True, "rms_norm_eps": 1e-6},
+    "qwen2_wide_heads": {"model_type": "qwen2", "head_dim": 16},
+    "qwen3": {"model_type": "qwen3", "head_dim": 16, "vocab_size": 650, "rms_norm_eps": 1e-2},
+    "qwen3_attention_bias": {"model_type": "qwen3", "head_dim": 8, "attention_bias": True},
 }
 
 
@@ -45,7 +56,8 @@ def tokenizer() -> PreTrainedTokenizerFast:
     bpe.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=TOKENS,
-        special_tokens=["<s>", "</s>"],
+        # transformers gives Qwen's tokenizers the third where they lack it.
+        special_tokens=["<s>", "</s>", "<|endoftext|>"],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
@@ -55,7 +67,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
     return fast
 
 
-def config(**changes: Any) -> LlamaConfig:
+def config(model_type: str = "llama", **changes: Any) -> PreTrainedConfig:
     """Four layers of four heads."""
     fields: dict[str, Any] = {
         "vocab_size": TOKENS,
@@ -69,19 +81,20 @@ def config(**changes: Any) -> LlamaConfig:
         "bos_token_id": 0,
         "eos_token_id": 1,
     }
-    return LlamaConfig(**fields | changes)
+    built: PreTrainedConfig = FAMILIES[model_type].config(**fields | changes)
+    return built
 
 
-def model(**changes: Any) -> LlamaForCausalLM:
+def model(**changes: Any) -> PreTrainedModel:
     """Every weight random, so that scales of one and biases of zero hide nothing."""
-    built = LlamaForCausalLM(config(**changes)).eval()
+    built: PreTrainedModel = AutoModelForCausalLM.from_config(config(**changes)).eval()
     generator = torch.Generator().manual_seed(5)
     with torch.no_grad():
         for name, weight in built.named_parameters():
             noise = torch.randn(weight.shape, generator=generator)
             weight.copy_(1 + 0.3 * noise if "norm.weight" in name else 0.2 * noise)
             # Megatron has no bias for this layer alone.
-            if name.endswith("o_proj.bias") and not built.config.mlp_bias:
+            if name.endswith("o_proj.bias") and not getattr(built.config, "mlp_bias", False):
                 weight.zero_()
     return built
 

@@ -9,7 +9,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from megatron_ext.checkpoint import from_huggingface, huggingface
-from megatron_ext.checkpoint.llama import LLAMA3_ROPE, Llama
+from megatron_ext.checkpoint.families import FAMILIES
+from megatron_ext.checkpoint.llama import LLAMA3_ROPE, LlamaLike
 from megatron_ext.checkpoint.safetensors import SafetensorsReader
 from megatron_ext.exceptions import CheckpointError, ConfigError
 from tests.helpers import llama
@@ -29,16 +30,19 @@ def arguments(model, **changes):
 
 @pytest.mark.parametrize("name", llama.CASES)
 def test_config_flags_arguments_and_config_say_the_same(name):
-    model = Llama.from_config(llama.config(**llama.CASES[name]))
-    again = Llama.from_arguments(arguments(model), vocab_size=model.vocab_size)
+    model = LlamaLike.from_config(llama.config(**llama.CASES[name]))
+    again = LlamaLike.from_arguments(
+        arguments(model), vocab_size=model.vocab_size, family=model.family
+    )
     assert again == model
-    assert Llama.from_config(llama.config(**model.to_config())) == model
+    config = llama.config(model_type=model.family.name, **model.to_config())
+    assert LlamaLike.from_config(config) == model
 
 
 def test_old_spellings_of_the_rotary_fields_are_read():
     old = {key: value for key, value in ROPE.items() if key != "rope_theta"}
     config = llama.config(rope_theta=50000.0, rope_scaling=old)
-    model = Llama.from_config(config)
+    model = LlamaLike.from_config(config)
     assert (model.rotary_base, model.rope_scaling_factor) == (50000, 4.0)
 
 
@@ -47,6 +51,8 @@ def test_old_spellings_of_the_rotary_fields_are_read():
     [
         ({"hidden_act": "gelu"}, "hidden_act: expected silu, found gelu"),
         ({"architectures": ["LlamaForTokenClassification"]}, "architectures: .*ForTokenClass"),
+        ({"model_type": "mistral"}, "sliding_window: expected None, found 4096"),
+        ({"model_type": "qwen2", "use_sliding_window": True}, "sliding_window: expected None"),
         ({"quantization_config": {"bits": 4}}, "quantization_config: expected None, found .*bits"),
         ({"mlp_bias": True}, "mlp_bias: expected False where attention_bias is False, found True"),
         ({"num_key_value_heads": 3}, "num_key_value_heads: expected a divisor of .* 4, found 3"),
@@ -69,7 +75,7 @@ def test_old_spellings_of_the_rotary_fields_are_read():
 )
 def test_a_config_that_does_not_fit_is_refused_by_its_field(changes, message):
     with pytest.raises(CheckpointError, match=message):
-        Llama.from_config(llama.config(**changes))
+        LlamaLike.from_config(llama.config(**changes))
 
 
 @pytest.mark.parametrize(
@@ -80,22 +86,45 @@ def test_a_config_that_does_not_fit_is_refused_by_its_field(changes, message):
         ("position_embedding_type", "learned_absolute"),
         ("rotary_percent", 0.5),
         ("rotary_interleaved", True),
-        ("qk_layernorm", True),
         ("layernorm_zero_centered_gamma", True),
         ("num_experts", 8),
     ],
 )
 def test_arguments_that_do_not_fit_are_refused_by_their_flag(name, value):
-    args = arguments(Llama.from_config(llama.config()), **{name: value})
+    args = arguments(LlamaLike.from_config(llama.config()), **{name: value})
     with pytest.raises(
         CheckpointError, match=f"--{name.replace('_', '-')}: expected .*, found {value}"
     ):
-        Llama.from_arguments(args, vocab_size=500)
+        LlamaLike.from_arguments(args, vocab_size=500)
+
+
+@pytest.mark.parametrize(
+    ("changes", "preferred", "expected"),
+    [
+        ({}, None, "llama"),
+        ({}, "mistral", "mistral"),
+        ({}, "qwen3", "llama"),
+        ({"add_qkv_bias": True}, None, "llama"),
+        ({"add_qkv_bias": True}, "qwen2", "qwen2"),
+        ({"qk_layernorm": True}, "llama", "qwen3"),
+    ],
+)
+def test_a_trained_model_becomes_the_architecture_that_holds_it(changes, preferred, expected):
+    args = arguments(LlamaLike.from_config(llama.config()), **changes)
+    family = FAMILIES[preferred] if preferred else None
+    assert LlamaLike.from_arguments(args, vocab_size=500, family=family).family.name == expected
+
+
+def test_norms_of_queries_beside_biases_everywhere_are_in_no_architecture():
+    model = LlamaLike.from_config(llama.config(**llama.CASES["all_biases"]))
+    args = arguments(model, qk_layernorm=True)
+    with pytest.raises(CheckpointError, match="--qk-layernorm: expected --disable-bias-linear"):
+        LlamaLike.from_arguments(args, vocab_size=500)
 
 
 def test_another_architecture_is_refused_before_it_is_read(tmp_path):
-    (tmp_path / "config.json").write_text('{"model_type": "qwen2", "hidden_size": 8}')
-    with pytest.raises(CheckpointError, match="model_type: expected llama, found qwen2"):
+    (tmp_path / "config.json").write_text('{"model_type": "gemma3", "hidden_size": 8}')
+    with pytest.raises(CheckpointError, match=r"expected one of llama, .* found gemma3"):
         huggingface.read_config(tmp_path)
     with pytest.raises(CheckpointError, match=r"found no .*config\.json"):
         huggingface.read_config(tmp_path / "nowhere")

@@ -1,0 +1,68 @@
+"""The architectures of `transformers` that are a Llama but for biases and norms of the attention."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from transformers import (
+    LlamaConfig,
+    MistralConfig,
+    PreTrainedConfig,
+    Qwen2Config,
+    Qwen3Config,
+)
+
+Bias = Literal["none", "qkv", "all"]
+
+
+@dataclass(frozen=True)
+class Family:
+    """One architecture.
+
+    Attributes:
+        name: `model_type` of its config.
+        config: class of its config.
+        architecture: class of its language model.
+        biases: which linear layers can have a bias: none, queries, keys and values, or all.
+        qk_norm: whether each head's query and key are normed.
+        output_bias: whether a bias of queries, keys and values brings one of the attention's output along.
+    """
+
+    name: str
+    config: type[Any]
+    architecture: str
+    biases: tuple[Bias, ...]
+    qk_norm: bool = False
+    output_bias: bool = True
+
+    def holds(self, *, bias: Bias, qk_norm: bool) -> bool:
+        """Whether a model with these biases and norms is one of the family."""
+        return bias in self.biases and qk_norm == self.qk_norm
+
+    def bias(self, config: PreTrainedConfig) -> Bias:
+        """Which layers of a model have a bias; a config that has no say in it is not asked."""
+        if len(self.biases) == 1:
+            return self.biases[0]
+        if getattr(config, "mlp_bias", False):
+            return "all"
+        return "qkv" if config.attention_bias else "none"
+
+    def known(self, fields: Mapping[str, Any]) -> dict[str, Any]:
+        """Those of some fields that the family's config has."""
+        names = {field.name for field in dataclasses.fields(self.config)}
+        return {name: value for name, value in fields.items() if name in names}
+
+
+# By `model_type`. A model that was not imported becomes the first that holds it.
+FAMILIES = {
+    family.name: family
+    for family in (
+        Family("llama", LlamaConfig, "LlamaForCausalLM", ("none", "qkv", "all")),
+        Family("qwen3", Qwen3Config, "Qwen3ForCausalLM", ("none", "qkv"), qk_norm=True),
+        Family("qwen2", Qwen2Config, "Qwen2ForCausalLM", ("qkv",), output_bias=False),
+        Family("mistral", MistralConfig, "MistralForCausalLM", ("none",)),
+    )
+}
