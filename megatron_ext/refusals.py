@@ -7,9 +7,10 @@ from __future__ import annotations
 
 from argparse import Namespace
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
+from megatron_ext.config import UnlearnConfig
 from megatron_ext.exceptions import ConfigError
 
 
@@ -162,12 +163,11 @@ WITH_UNLEARNING: tuple[Refusal, ...] = (
         lambda kind: kind == "full_iteration",
     ),
 )
+# Every flag of unlearning that is off unless it is given; naming the text is what turns unlearning on.
 WITHOUT_UNLEARNING = tuple(
-    Refusal(name, "nothing is unlearned")
-    for name in (
-        *("reference_load", "allow_data_overlap"),
-        *("max_mitigation_kl", "min_forget_probability", "max_replay_increase"),
-    )
+    Refusal(field.name, "nothing is unlearned")
+    for field in fields(UnlearnConfig)
+    if not field.default and not field.name.endswith("data_path")
 )
 
 _ONE_OF_TWO = "a run either unlearns or tunes; unlearn first, then tune the result"

@@ -63,6 +63,21 @@ def test_what_chat_tuning_needs_exists(destinations):
     assert set(REQUIRED_WITH_CHAT) <= destinations.keys()
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *((name, True) for name in ("fp32_logits", "reference_offload", "allow_data_overlap")),
+        *(("reference_hidden_offload", True), ("forget_batch_size", 4), ("reference_load", "base")),
+    ],
+)
+def test_a_flag_of_unlearning_is_not_dropped_where_nothing_is_unlearned(name, value):
+    flag = f"--{name.replace('_', '-')}"
+    with pytest.raises(ConfigError, match=f"^{flag} needs --forget-data-path: nothing is unlearn"):
+        refuse(Namespace(**{name: value}), WITHOUT_UNLEARNING, where="needs --forget-data-path")
+    # What turns unlearning on cannot need itself.
+    assert not [row.name for row in WITHOUT_UNLEARNING if row.name.endswith("data_path")]
+
+
 def test_the_first_row_that_applies_is_named():
     with pytest.raises(ConfigError, match=r"^--num-experts is not supported: mixture-of-experts"):
         refuse(Namespace(num_experts=8, sft=True), NEVER, where="is not supported")
