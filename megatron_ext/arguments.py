@@ -25,10 +25,10 @@ from megatron_ext.checkpoint.source import Start, check_resume, resolve_start
 from megatron_ext.config import ChatConfig, UnlearnConfig
 from megatron_ext.data.tokenizers import TOKENIZER_TYPES, TokenizerSpec, tokenizer_digest
 from megatron_ext.exceptions import ConfigError
-from megatron_ext.model.layer_spec import check_arguments as check_layer_arguments
 from megatron_ext.refusals import (
     NEVER,
     WITH_DISTRIBUTED_OPTIMIZER,
+    WITH_TORCH_NATIVE_LAYERS,
     WITH_UNLEARNING,
     WITHOUT_CUDA,
     WITHOUT_TRANSFORMER_ENGINE,
@@ -201,7 +201,7 @@ def check_before_megatron(args: Namespace, config: UnlearnConfig) -> None:
     if cpu.is_enabled():
         refuse(args, WITHOUT_CUDA, where="is not supported")
     if args.spec is None and args.transformer_impl == "local":
-        check_layer_arguments(args)
+        refuse(args, WITH_TORCH_NATIVE_LAYERS, where="is not supported")
     if config.enabled:
         refuse(args, WITH_UNLEARNING, where="cannot be combined with --forget-data-path")
         _check_start(args, flag="--forget-data-path")

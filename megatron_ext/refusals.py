@@ -36,8 +36,8 @@ class Refusal:
         return f"--{self.name.replace('_', '-')}"
 
 
-def _is_no_single(loader: str | None) -> bool:
-    return loader not in (None, "single")
+def _is_no_single(loader: str) -> bool:
+    return loader != "single"
 
 
 # These make another model of the same weights, or weights that no model here has.
@@ -120,6 +120,14 @@ WITHOUT_TRANSFORMER_ENGINE = (
         "Megatron-Core looks for layers of Transformer Engine, which is not installed",
     ),
 )
+WITH_TORCH_NATIVE_LAYERS = (
+    Refusal(
+        "attention_backend",
+        "Megatron-Core's own attention is not among these layers",
+        "auto, flash, fused or unfused",
+        lambda backend: backend.name == "local",
+    ),
+)
 WITH_DISTRIBUTED_OPTIMIZER = (
     Refusal(
         "optimizer",
@@ -187,15 +195,12 @@ WITH_CHAT: tuple[Refusal, ...] = (
     Refusal("valid_data_path", _OTHER_DATA),
     Refusal("test_data_path", _OTHER_DATA),
     Refusal("mock_data", _OTHER_DATA),
-    Refusal("sft", "it is another way to do the same"),
     Refusal("eod_mask_loss", _EVERY_TOKEN),
     Refusal("reset_position_ids", _PACKED),
-    Refusal("reset_attention_mask", _PACKED),
     Refusal("rampup_batch_size", _FIXED),
     Refusal("step_batch_size_schedule", _FIXED),
     Refusal("decrease_batch_size_if_needed", _FIXED),
     Refusal("phase_transition_iterations", _FIXED),
-    Refusal("mtp_num_layers", "multi-token prediction adds a loss over other tokens"),
     Refusal("hybrid_context_parallel", _PACKED),
     Refusal(
         "ddp_average_in_collective", "gradients are summed and then divided by the counted tokens"
@@ -226,7 +231,8 @@ def refuse(args: Namespace, refusals: Iterable[Refusal], *, where: str) -> None:
         if value is None or not row.is_refused(value):
             continue
         if row.expected:
-            raise ConfigError(f"{row.flag}: expected {row.expected}, found {value}; {row.reason}")
+            found = getattr(value, "name", value)  # an enum's, as it is typed
+            raise ConfigError(f"{row.flag}: expected {row.expected}, found {found}; {row.reason}")
         raise ConfigError(f"{row.flag} {where}: {row.reason}")
 
 
@@ -245,6 +251,7 @@ def render() -> str:
         "In every run": NEVER,
         "Without Transformer Engine": WITHOUT_TRANSFORMER_ENGINE,
         "Without a CUDA device": WITHOUT_CUDA,
+        "With the torch-native layers (`--transformer-impl local`)": WITH_TORCH_NATIVE_LAYERS,
         "With `--use-distributed-optimizer`": WITH_DISTRIBUTED_OPTIMIZER,
         "With `--forget-data-path` (unlearning)": WITH_UNLEARNING,
         "Without `--forget-data-path`": WITHOUT_UNLEARNING,
@@ -257,6 +264,6 @@ def render() -> str:
             lines.append(f"| `{row.flag}` | {what} | {row.reason} |")
     required = ", ".join(f"`--{name.replace('_', '-')}`" for name in REQUIRED_WITH_CHAT)
     lines += ["", f"Chat tuning needs {required}."]
-    lines += ["", "## With the torch-native layers (`--transformer-impl local`)", ""]
+    lines += ["", "## What the torch-native layers do not compute", ""]
     lines += [f"- {text}" for text in UNSUPPORTED.values()]
     return "\n".join(lines) + "\n"

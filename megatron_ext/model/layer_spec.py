@@ -6,7 +6,6 @@ turn gives the keys of the Transformer Engine spec (there the norms live inside 
 that follow them), so a checkpoint of either loads here, and the reverse.
 """
 
-from argparse import Namespace
 from collections.abc import Callable
 from typing import Any
 
@@ -79,33 +78,6 @@ def check_config(config: TransformerConfig) -> None:
     ]
     if wrong:
         raise ConfigError(f"the torch-native layers do not support: {'; '.join(wrong)}")
-
-
-def check_arguments(args: Namespace) -> None:
-    """Refuse flags outside the model config that the torch-native layers would silently ignore.
-
-    Attention is causal over the whole sample. A mask that stops at document ends would be dropped
-    without a word, so asking for one is an error. `--no-create-attention-mask-in-dataloader` saves
-    building and sending the `[s, s]` mask that nothing reads.
-
-    Args:
-        args: Megatron's parsed arguments.
-
-    Raises:
-        ConfigError: A flag asks for another mask or another attention.
-    """
-    for name in ("reset_attention_mask", "dataloader_inter_document_masking"):
-        if getattr(args, name, False):
-            raise ConfigError(
-                f"--{name.replace('_', '-')}: the torch-native layers attend causally over the "
-                "whole sample and know no other mask; drop the flag"
-            )
-    backend = getattr(args, "attention_backend", None)
-    if getattr(backend, "name", backend) == "local":
-        raise ConfigError(
-            "--attention-backend local selects Megatron's own attention; expected auto, flash, "
-            "fused or unfused with the torch-native layers"
-        )
 
 
 def _layer_spec(config: TransformerConfig) -> ModuleSpec:

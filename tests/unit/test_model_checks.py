@@ -1,6 +1,5 @@
 """What the torch-native layers refuse, before anything is built."""
 
-from argparse import Namespace
 from dataclasses import fields
 from types import SimpleNamespace
 
@@ -11,7 +10,6 @@ from megatron.core.transformer import TransformerConfig
 from megatron_ext.exceptions import ConfigError
 from megatron_ext.model.layer_spec import (
     UNSUPPORTED,
-    check_arguments,
     check_config,
     torch_native_layer_spec,
 )
@@ -47,23 +45,6 @@ def test_the_message_lists_all_problems():
         ConfigError, match=r"fp8; .*--context-parallel-size .* found 2; .* learnable"
     ):
         check_config(cfg)
-
-
-@pytest.mark.parametrize(
-    ("changes", "named"),
-    [
-        ({"reset_attention_mask": True}, "--reset-attention-mask"),
-        ({"dataloader_inter_document_masking": True}, "--dataloader-inter-document-masking"),
-        ({"attention_backend": "local"}, "--attention-backend local"),
-    ],
-)
-def test_another_mask_or_attention_is_refused(changes, named):
-    with pytest.raises(ConfigError, match=named):
-        check_arguments(Namespace(**changes))
-
-
-def test_flags_of_the_layers_own_attention_pass():
-    check_arguments(Namespace(attention_backend="flash", reset_attention_mask=False))
 
 
 def test_a_stage_builds_its_own_layers_only():

@@ -3,6 +3,7 @@
 from argparse import ArgumentParser, Namespace
 
 import pytest
+from megatron.core.transformer.enums import AttnBackend
 
 from megatron_ext import refusals
 from megatron_ext.exceptions import ConfigError
@@ -11,6 +12,7 @@ from megatron_ext.refusals import (
     REQUIRED_WITH_CHAT,
     WITH_CHAT,
     WITH_DISTRIBUTED_OPTIMIZER,
+    WITH_TORCH_NATIVE_LAYERS,
     WITH_UNLEARNING,
     WITHOUT_CUDA,
     WITHOUT_TRANSFORMER_ENGINE,
@@ -21,7 +23,7 @@ from tests.helpers.entry import ROOT
 
 TABLES = (
     *(NEVER, WITHOUT_TRANSFORMER_ENGINE, WITHOUT_CUDA, WITH_DISTRIBUTED_OPTIMIZER),
-    *(WITH_UNLEARNING, WITHOUT_UNLEARNING, WITH_CHAT),
+    *(WITH_TORCH_NATIVE_LAYERS, WITH_UNLEARNING, WITHOUT_UNLEARNING, WITH_CHAT),
 )
 ROWS = [row for table in TABLES for row in table]
 
@@ -57,6 +59,11 @@ def test_each_is_an_argument_that_exists_and_may_be_left_out(destinations, row):
     flags, default = destinations[row.name]
     assert row.flag in flags
     assert default is None or not row.is_refused(default)
+
+
+def test_what_is_always_refused_has_one_reason():
+    always = [row.name for row in NEVER if not row.expected]
+    assert [row.name for row in ROWS if row.name in always] == always
 
 
 def test_what_chat_tuning_needs_exists(destinations):
@@ -95,4 +102,7 @@ def test_the_first_row_that_applies_is_named():
         refuse(Namespace(ckpt_format="torch"), NEVER, where="")
     with pytest.raises(ConfigError, match=r"^--logits-load-dir is not supported: the loss of dist"):
         refuse(Namespace(logits_load_dir="a"), NEVER, where="is not supported")
+    backend = Namespace(attention_backend=AttnBackend.local)
+    with pytest.raises(ConfigError, match=r"^--attention-backend: expected auto, .* found local; "):
+        refuse(backend, WITH_TORCH_NATIVE_LAYERS, where="")
     refuse(Namespace(num_experts=None, dataloader_type="single"), ROWS, where="")
