@@ -16,39 +16,33 @@ from megatron_ext.exceptions import ConfigError
 from megatron_ext.losses import TokenLoss, unlearning_head, unlearning_head_loss
 
 
-def head_terms(
+def head_margins(
     hidden_states: torch.Tensor,
     *,
     output_layer: torch.nn.Module,
     output_weight: torch.Tensor | None,
     labels: torch.Tensor,
-    vocab_size: int | None,
-    reference_hidden: torch.Tensor | None = None,
-    reference_weight: torch.Tensor | None = None,
-    fp32_logits: bool = False,
+    vocab_size: int,
+    fp32_logits: bool,
 ) -> torch.Tensor:
-    """Margin and reference KL of every token of a microbatch.
+    """Margin of every token of a microbatch.
 
     Args:
         hidden_states: ``[s, b, H]``, or ``[s/tp, b, H]`` under sequence parallelism.
         output_layer: Megatron's column-parallel output layer.
         output_weight: the tied embedding weight ``[V, H]``, or ``None`` where the layer has its own.
         labels: int64 ``[b, s]``.
-        vocab_size: real columns of the vocabulary over all shards; ``None`` counts padding as Megatron does.
-        reference_hidden: like ``hidden_states``, of the reference; ``None`` leaves every KL at 0.
-        reference_weight: ``[V, H]``, the reference's output weight.
+        vocab_size: real columns of the vocabulary over all shards.
         fp32_logits: leave the logits unrounded (see ``unlearning_head``).
 
     Returns:
-        fp32 ``[2, s * b]``: margins and KLs, sequence-major.
+        fp32 ``[s * b]``, sequence-major.
     """
-    terms = unlearning_head(
-        **_head_arguments(hidden_states, output_layer, output_weight, labels, reference_hidden),
-        reference_weight=reference_weight,
+    return unlearning_head(
+        **_head_arguments(hidden_states, output_layer, output_weight, labels, None),
         vocab_size=vocab_size,
         fp32_logits=fp32_logits,
-    )
-    return torch.stack((terms.margin, terms.kl))
+    ).margin
 
 
 def head_loss(
@@ -66,19 +60,19 @@ def head_loss(
     """The loss of a microbatch, and the terms it is made of.
 
     Args:
-        hidden_states: as in :func:`head_terms`, like all arguments but the next.
+        hidden_states: as in :func:`head_margins`, like all arguments that are not described here.
         token_loss: the loss, a sum over tokens, of the margins and KLs of any of them (see
             ``unlearning_head_loss``); places are sequence-major.
         output_layer: see there.
         output_weight: see there.
         labels: see there.
-        vocab_size: see there.
-        reference_hidden: see there.
-        reference_weight: see there.
+        vocab_size: see there; ``None`` counts padding as Megatron does.
+        reference_hidden: like ``hidden_states``, of the reference; ``None`` leaves every KL at 0.
+        reference_weight: ``[V, H]``, the reference's output weight.
         fp32_logits: see there.
 
     Returns:
-        The scalar loss, and fp32 ``[2, s * b]`` as of :func:`head_terms`, without a gradient.
+        The scalar loss, and fp32 ``[2, s * b]``: margins and KLs, sequence-major, without a gradient.
     """
     out = unlearning_head_loss(
         token_loss=token_loss,

@@ -95,7 +95,7 @@ def summed_loss(
 
     Args:
         loss_mask: ``[b, s]``, 1 where a token counts.
-        hidden_states: as in :func:`~megatron_ext.head.head_terms`, like the others.
+        hidden_states: as in :func:`~megatron_ext.head.head_margins`, like the others.
         output_layer: see there.
         output_weight: see there.
         labels: see there.

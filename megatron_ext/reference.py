@@ -32,7 +32,7 @@ from megatron_ext.checkpoint.extra_state import keep_own
 from megatron_ext.checkpoint.source import ReferenceSource
 from megatron_ext.data.batch import MicroBatch
 from megatron_ext.exceptions import CheckpointError
-from megatron_ext.head import head_terms
+from megatron_ext.head import head_margins
 from megatron_ext.runtime.offload import HostWeights, to_host
 
 # The parts of a GPT model in a checkpoint; the rest is optimizer and random state.
@@ -206,14 +206,14 @@ class FrozenReference:
         Returns:
             fp32 ``[s * b]``, sequence-major.
         """
-        return head_terms(
+        return head_margins(
             hidden,
             output_layer=unwrap_model(self.chunks)[-1].output_layer,
             output_weight=self.output_weight(),
             labels=labels,
             vocab_size=self._vocab_size,
             fp32_logits=fp32_logits,
-        )[0]
+        )
 
     @torch.no_grad()
     def hidden_states(

@@ -13,12 +13,10 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from megatron.core import parallel_state
-from megatron.core.utils import unwrap_model
 
 from megatron_ext.analysis.forward import final_states
 from megatron_ext.analysis.statistics import perplexity
 from megatron_ext.data.batch import MicroBatch
-from megatron_ext.head import head_terms
 from megatron_ext.losses import cross_entropy
 from megatron_ext.reference import FrozenReference
 
@@ -60,7 +58,7 @@ def score_samples(
     Args:
         model: the model's chunks on this rank.
         samples: int64 token arrays of at most ``args.seq_length`` tokens; the same on every rank.
-        args: Megatron's arguments: sequence length, micro-batch size, vocabulary.
+        args: Megatron's arguments: sequence length, micro-batch size.
         eod: id of the end-of-document token.
 
     Returns:
@@ -69,7 +67,7 @@ def score_samples(
     losses: list[torch.Tensor] = []
     probabilities: list[torch.Tensor] = []
     for batch, states in final_states(model, samples, args=args, eod=eod):
-        loss, probability = _score(model, states, batch, args)
+        loss, probability = _score(model, states, batch)
         losses.append(loss)
         probabilities.append(probability)
     if not parallel_state.is_pipeline_last_stage(ignore_virtual=True):
@@ -81,22 +79,15 @@ def score_samples(
     )
 
 
-@torch.no_grad()
 def _score(
-    model: FrozenReference, states: torch.Tensor, batch: MicroBatch, args: Namespace
+    model: FrozenReference, states: torch.Tensor, batch: MicroBatch
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Mean loss and mean probability of each sequence, fp64 ``[b]`` on the CPU."""
     assert batch.labels is not None
     assert batch.loss_mask is not None
-    terms = head_terms(
-        states,
-        output_layer=unwrap_model(model.chunks)[-1].output_layer,
-        output_weight=model.output_weight(),
-        labels=batch.labels,
-        vocab_size=args.unpadded_vocab_size,
-    )
     rows, length = batch.labels.shape
-    margin = terms[0].view(length, rows).transpose(0, 1)
+    margins = model.margins(states, batch.labels, fp32_logits=False)
+    margin = margins.view(length, rows).transpose(0, 1)
     mask = batch.loss_mask.double()
     count = mask.sum(dim=1).clamp(min=1)
     loss = (cross_entropy(margin).double() * mask).sum(dim=1) / count
