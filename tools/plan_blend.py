@@ -24,11 +24,10 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from megatron_ext.data.blend import Part, Source, bare_prefix, plan_blend
+from megatron_ext.data.blend import MOST_EPOCHS, Part, Source, bare_prefix, plan_blend
 from megatron_ext.exceptions import ConfigError
 from tools.common import ToolParser, run_tool
 
-MOST_EPOCHS = 4
 _ROLES = {"learn": "--data-path", "forget": "--forget-data-path", "replay": "--data-path"}
 
 

@@ -1,10 +1,11 @@
 """The model's sizes: parameters, tensor by tensor, and FLOPs.
 
 For the architecture of arXiv 2406.12397 (table 1): a Llama-like decoder with RoPE, RMSNorm, SwiGLU
-and no biases.
+and no biases; and for those that add biases of queries, keys and values (Qwen2) or norms of queries and
+keys (Qwen3).
 
-Symbols: h hidden size, f FFN size, q = heads x head size, k = query groups x head size, L layers,
-V padded vocabulary, s sequence length.
+Symbols: h hidden size, f FFN size, d head size, q = heads x d, k = query groups x d, L layers, V padded
+vocabulary, s sequence length.
 """
 
 from __future__ import annotations
@@ -40,6 +41,8 @@ class Architecture:
         vocab_size: ids of the tokenizer.
         vocab_multiple: `--make-vocab-size-divisible-by`.
         tied: whether the output layer is the embedding.
+        qkv_bias: whether queries, keys and values have a bias.
+        qk_norm: whether each head's query and key are normed.
         fused_norms: whether each norm is part of the matrix that follows, as in Transformer Engine's layers.
             That changes the order of a layer's parameters, and with it the padding of buckets.
     """
@@ -53,6 +56,8 @@ class Architecture:
     vocab_size: int
     vocab_multiple: int = 128
     tied: bool = False
+    qkv_bias: bool = False
+    qk_norm: bool = False
     fused_norms: bool = False
 
     @property
@@ -77,7 +82,7 @@ class Architecture:
     def parameters(self, tp: int = 1) -> int:
         """Exact number of parameters with the vocabulary padded for `tp`."""
         embeddings = self.padded_vocab(tp) * self.hidden * (1 if self.tied else 2)
-        return self.layers * (self.layer_matrices + 2 * self.hidden) + self.hidden + embeddings
+        return self.layers * sum(self._layer_tensors(1)) + self.hidden + embeddings
 
     def chunk_tensors(
         self, stage: int, chunk: int = 0, *, tp: int, pp: int, vpp: int = 1
@@ -107,11 +112,13 @@ class Architecture:
         return tensors
 
     def _layer_tensors(self, tp: int) -> tuple[int, ...]:
-        """Norm, attention output, query-key-value, norm, gate and up, down."""
+        """Norm, attention output, query-key-value, their norms, norm, gate and up, down."""
         h, f = self.hidden, self.ffn // tp
-        output = self.query // tp * h
+        output, qkv = self.query // tp * h, (self.query + 2 * self.key) // tp
         first = (output, h) if self.fused_norms else (h, output)
-        return *first, h * (self.query + 2 * self.key) // tp, h, 2 * h * f, f * h
+        bias = (qkv,) if self.qkv_bias else ()
+        norms = (self.head_size, self.head_size) if self.qk_norm else ()
+        return *first, h * qkv, *bias, *norms, h, 2 * h * f, f * h
 
     def stage_parameters(self, stage: int, *, tp: int, pp: int, vpp: int = 1) -> int:
         """Parameters on one GPU of a pipeline stage, all of its chunks."""

@@ -5,11 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from megatron_ext.data.indexed import read_index_summary
-from megatron_ext.exceptions import ConfigError
-
-# Up to 4 epochs repeated data is nearly as good as new data (arXiv 2305.16264, section 6).
-MAX_EPOCHS = 4.0
+from megatron_ext.data.blend import training_tokens
 
 
 @dataclass(frozen=True)
@@ -33,17 +29,14 @@ def dataset_uses(blend: Sequence[str], *, tokens: float, split: str) -> list[Dat
     Args:
         blend: one prefix, weights and prefixes in turn, or prefixes alone (shares by size).
         tokens: tokens that the run reads of the blend.
-        split: Megatron's `--split`; it divides documents, so tokens only on average.
+        split: Megatron's `--split`.
 
     Raises:
         ConfigError: a split that leaves nothing to train on.
         DataError: a dataset is missing or broken.
     """
     weights, prefixes = _parse_blend(blend)
-    parts = [float(part) for part in split.split(",")]
-    if not sum(parts) or not parts[0]:
-        raise ConfigError(f"--split: expected a share for training, found {split}")
-    sizes = [read_index_summary(prefix).tokens * parts[0] / sum(parts) for prefix in prefixes]
+    sizes = [float(training_tokens(prefix, split)) for prefix in prefixes]
     weights = weights or sizes
     shares = [weight / sum(weights) for weight in weights]
     return [

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 from argparse import Namespace
 from collections.abc import Sequence
 
-from megatron_ext.config import ChatConfig
+from megatron_ext.config import ChatConfig, UnlearnConfig
 from megatron_ext.data.tokenizers import TokenizerSpec, build_reference
 from megatron_ext.exceptions import ConfigError
 from megatron_ext.planning.architecture import Architecture
@@ -26,6 +27,7 @@ _SWITCHES = (
     *("use-distributed-optimizer", "sequence-parallel", "overlap-grad-reduce"),
     *("overlap-param-gather", "reference-offload", "reference-hidden-offload", "fp32-logits"),
     *("accumulate-allreduce-grads-in-fp32", "group-query-attention"),
+    *("add-qkv-bias", "qk-layernorm"),
 )
 DROPOUTS = ("hidden-dropout", "attention-dropout")
 # Flags that change the numbers in ways that this plan does not know.
@@ -34,10 +36,10 @@ _NOT_PLANNED = (
     *("train-data-path", "forget-train-data-path", "train-samples", "recompute-modules"),
     *("use-precision-aware-optimizer", "optimizer-cpu-offload", "grad-reduce-in-bf16"),
     *("use-megatron-fsdp", "use-torch-fsdp2", "num-distributed-optimizer-instances"),
-    *("ddp-num-buckets", "ddp-pad-buckets-for-high-nccl-busbw", "qk-layernorm"),
+    *("ddp-num-buckets", "ddp-pad-buckets-for-high-nccl-busbw"),
     *("decoder-first-pipeline-num-layers", "decoder-last-pipeline-num-layers"),
     *("account-for-embedding-in-pipeline-split", "account-for-loss-in-pipeline-split"),
-    *("pipeline-model-parallel-layout", "distribute-saved-activations", "add-qkv-bias"),
+    *("pipeline-model-parallel-layout", "distribute-saved-activations"),
     *("microbatch-group-size-per-virtual-pipeline-stage", "fp8-format", "multi-latent-attention"),
     "overlap-param-gather-with-optimizer-step",
 )
@@ -85,9 +87,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--tokenizer-model")
     parser.add_argument("--data-path", nargs="+")
     parser.add_argument("--forget-data-path", nargs="+")
-    parser.add_argument("--mitigation-weight", type=float, default=1.0)
-    parser.add_argument("--max-mitigation-kl", type=float)
-    parser.add_argument("--max-replay-increase", type=float)
+    for name in ("forget", "replay", "mitigation"):
+        weight = getattr(UnlearnConfig, f"{name}_weight")
+        parser.add_argument(f"--{name}-weight", type=float, default=weight)
+    for name in ("max-mitigation-kl", "max-replay-increase", "min-forget-probability"):
+        parser.add_argument(f"--{name}", type=float)
     parser.add_argument("--split", default="969,30,1")  # Megatron's
     parser.add_argument("--chat-data-path", nargs="+")
     parser.add_argument("--chat-epochs", type=int, default=ChatConfig.chat_epochs)
@@ -127,6 +131,8 @@ def architecture(flags: Namespace) -> Architecture:
         vocab_size=vocab_size,
         vocab_multiple=flags.make_vocab_size_divisible_by,
         tied=not flags.untie_embeddings_and_output_weights,
+        qkv_bias=flags.add_qkv_bias,
+        qk_norm=flags.qk_layernorm,
     )
 
 
@@ -177,14 +183,20 @@ def layout(flags: Namespace, *, gpus: int, cpu: bool = False) -> Layout:
 
 
 def unlearning(flags: Namespace) -> Unlearning | None:
-    """What unlearning adds, None for plain training."""
+    """What unlearning adds, None for plain training.
+
+    Raises:
+        ConfigError: a value that no run could use.
+    """
     if not flags.forget_data_path:
         return None
-    watched = (flags.max_mitigation_kl, flags.max_replay_increase) != (None, None)
+    names = [field.name for field in dataclasses.fields(UnlearnConfig)]
+    config = UnlearnConfig(**{name: getattr(flags, name) for name in names if name in flags})
+    batch = flags.global_batch_size
     return Unlearning(
-        forget_batch=flags.forget_batch_size or flags.global_batch_size // 2,
-        reference=flags.mitigation_weight > 0 or watched,
-        reference_offload=flags.reference_offload,
-        hidden_offload=flags.reference_hidden_offload,
-        fp32_logits=flags.fp32_logits,
+        forget_batch=config.forget_samples(batch, train_global_batch_size=batch),
+        reference=config.needs_reference,
+        reference_offload=config.reference_offload,
+        hidden_offload=config.reference_hidden_offload,
+        fp32_logits=config.fp32_logits,
     )

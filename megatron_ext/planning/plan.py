@@ -6,10 +6,11 @@ from argparse import Namespace
 from dataclasses import replace
 from typing import Any
 
+from megatron_ext.data.blend import MOST_EPOCHS
 from megatron_ext.exceptions import ConfigError
 from megatron_ext.planning import flags as entry
 from megatron_ext.planning.architecture import Architecture
-from megatron_ext.planning.data import MAX_EPOCHS, dataset_uses
+from megatron_ext.planning.data import dataset_uses
 from megatron_ext.planning.gpus import Cluster
 from megatron_ext.planning.layout import Layout, Unlearning
 from megatron_ext.planning.memory import StageMemory, all_stages, checkpoint_bytes
@@ -162,9 +163,9 @@ def _warnings(numbers: dict[str, Any], flags: Namespace) -> list[str]:
             f"{numbers['gpu_memory'] / gib:.2f}; see --rank-layouts"
         )
     found += [
-        f"{use['prefix']}: {use['epochs']:.1f} epochs, more than {MAX_EPOCHS:g} (arXiv 2305.16264)"
+        f"{use['prefix']}: {use['epochs']:.1f} epochs, more than {MOST_EPOCHS} (arXiv 2305.16264)"
         for use in numbers["data"]
-        if use["epochs"] > MAX_EPOCHS
+        if use["epochs"] > MOST_EPOCHS
     ]
     return found
 

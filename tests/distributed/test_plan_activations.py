@@ -9,7 +9,7 @@ from megatron_ext.planning.activations import layer_bytes_per_token
 from megatron_ext.planning.memory import stage_memory
 from tests.helpers.entry import ROOT, Launch
 from tests.helpers.forked import Server
-from tests.helpers.plan_cases import ARCH, CASES, EACH, GROUPED
+from tests.helpers.plan_cases import ARCH, CASES, EACH, GROUPED, NORMED
 
 STATE = ("weights", "gradients", "optimizer")
 
@@ -39,5 +39,5 @@ def test_a_step_allocates_what_the_plan_says(name, measured):
 
 
 def test_a_layer_keeps_exactly_what_the_plan_says(measured):
-    planned = [layer_bytes_per_token(arch, EACH) for arch in (ARCH, GROUPED)]
+    planned = [layer_bytes_per_token(arch, EACH) for arch in (ARCH, GROUPED, NORMED)]
     assert [kept for _, kept in measured] == [planned, planned]

@@ -21,6 +21,7 @@ ARCH = Architecture(
 )
 DEEP = replace(ARCH, layers=9)
 GROUPED = replace(ARCH, query_groups=2, head_size=32)
+NORMED = replace(GROUPED, qk_norm=True, qkv_bias=True)
 # On two ranks; a copy of the model each, unless the case says otherwise.
 EACH = Layout(gpus=2, micro_batch=2, global_batch=4, sequence=128, cpu=True)
 TP = replace(EACH, tp=2)
@@ -40,6 +41,7 @@ CASES = {
         replace(EACH, **FULL, recompute_method="block", recompute_layers=3),
     ),
     "TP 2": (ARCH, TP),
+    "TP 2, norms and biases": (NORMED, TP),
     "TP 2, full": (DEEP, replace(TP, **FULL)),
     "TP 2, sequence parallel": (ARCH, SP),
     "TP 2, sequence parallel, selective": (ARCH, replace(SP, recompute="selective")),
@@ -54,7 +56,7 @@ def main() -> None:
     torch.distributed.init_process_group("gloo")
     peaks = {name: _peak(arch, layout) for name, (arch, layout) in CASES.items()}
     _start(EACH)
-    stacks = [[_saved(replace(a, layers=n)) for n in (1, 2)] for a in (ARCH, GROUPED)]
+    stacks = [[_saved(replace(a, layers=n)) for n in (1, 2)] for a in (ARCH, GROUPED, NORMED)]
     layers = [(two - one) / EACH.sequence for one, two in stacks]
     text = json.dumps([torch.distributed.get_rank(), peaks, layers])
     print(f"\nmeasured {text}\n", end="", flush=True)
@@ -161,6 +163,8 @@ def _config(arch: Architecture, **more: Any) -> Any:
         num_query_groups=arch.query_groups,
         kv_channels=arch.head_size,
         ffn_hidden_size=arch.ffn,
+        qk_layernorm=arch.qk_norm,
+        add_qkv_bias=arch.qkv_bias,
         **more,
     )
 

@@ -23,6 +23,7 @@ SMALL_BUCKETS = ("--overlap-grad-reduce", "--overlap-param-gather", "--ddp-bucke
 TP2, PP2 = ("--tensor-model-parallel-size", 2), ("--pipeline-model-parallel-size", 2)
 CHUNKS = (*TP2, "--pipeline-model-parallel-size", 4, "--num-layers-per-virtual-pipeline-stage", 1)
 GROUPS = ("--group-query-attention", "--num-query-groups", 2, "--sequence-parallel")
+QWEN = ("--add-qkv-bias", "--qk-layernorm", "--kv-channels", 40)
 # The checkpoint need not exist yet.
 UNLEARN = ("--pretrained-checkpoint", "/nowhere", "--forget-data-path", DATA)
 # GPUs, rank, flags.
@@ -33,6 +34,11 @@ CASES = {
         12,
         3,
         (*UNTIED, "--use-distributed-optimizer", *TP2, *GROUPS),
+    ),
+    "norms and biases": (
+        24,
+        19,
+        (*UNTIED, *SHARED, *PP2, *SMALL_BUCKETS, *GROUPS[:-1], *QWEN),
     ),
     "buckets": (12, 7, (*UNTIED, *SHARED, *SMALL_BUCKETS)),
     "tied, first stage": (24, 0, (*SHARED, *PP2, *SMALL_BUCKETS)),

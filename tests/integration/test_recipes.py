@@ -35,7 +35,7 @@ def world(tmp_path_factory) -> World:
         "OUT": str(directory / "out"),
         "TOKENIZER": str(directory / "tokenizer.model"),
         "REAL": f"3 {write_index(directory / 'web', 10**9)} 1 {write_index(directory / 'code', 10**8)}",
-        "SYNTHETIC": write_index(directory / "qa", 10**7),
+        "SYNTHETIC": write_index(directory / "qa", 10**7, 1000),
         "U33B": write_index(directory / "u33b", 10**7),
         "CHAT_DATA": str(directory / "chat.jsonl"),
     }

@@ -107,6 +107,9 @@ def test_activations_of_a_layer_by_hand():
     assert layer_bytes_per_token(SMALL, two) == 72 + (216 + 16) / 2
     assert layer_bytes_per_token(SMALL, replace(two, sequence_parallel=True)) == 304 / 2
     assert layer_bytes_per_token(SMALL, replace(ONE, half=True, recompute="full")) == 16
+    # Outputs of the norms of queries and keys, 2 x 18, and scales of 6 heads.
+    normed = replace(SMALL, qk_norm=True)
+    assert layer_bytes_per_token(normed, replace(ONE, half=True)) == 304 + 36 + 4 * 6
     # fp32 doubles all that is not fp32 already.
     assert layer_bytes_per_token(SMALL, ONE) == 2 * (64 + 216) + 8 + 16
 
@@ -204,27 +207,34 @@ def test_flops_by_hand():
     assert step_flops(SMALL, ONE, Unlearning(forget_batch=2)) == pytest.approx(10 * 16 * token)
 
 
-def write_index(prefix, tokens):
-    """A dataset of one document; the tokens' bytes are a hole in the file."""
+def write_index(prefix, tokens, documents=1):
+    """A dataset of equal documents; the tokens' bytes are a hole in the file."""
+    size = tokens // documents
+    starts = [2 * size * document for document in range(documents)]
     with open(f"{prefix}.idx", "wb") as stream:
-        stream.write(HEADER.pack(MAGIC, 1, 8, 1, 2) + struct.pack("<iqqq", tokens, 0, 0, 1))
+        stream.write(HEADER.pack(MAGIC, 1, 8, documents, documents + 1))
+        stream.write(struct.pack(f"<{documents}i", *[size] * documents))
+        stream.write(struct.pack(f"<{documents}q", *starts))
+        stream.write(struct.pack(f"<{documents + 1}q", *range(documents + 1)))
     with open(f"{prefix}.bin", "wb") as stream:
         os.truncate(stream.fileno(), tokens * np.dtype(np.uint16).itemsize)
     return str(prefix)
 
 
 def test_epochs_follow_weights_and_split(tmp_path):
-    real, synthetic = write_index(tmp_path / "a", 1000), write_index(tmp_path / "b", 100)
+    real, synthetic = write_index(tmp_path / "a", 1000, 10), write_index(tmp_path / "b", 100)
     blend = ["0.98", real, "0.02", synthetic]
-    uses = dataset_uses(blend, tokens=5000, split="999,1,0")
-    assert [use.tokens for use in uses] == pytest.approx([999, 99.9])
-    assert [use.epochs for use in uses] == pytest.approx([4900 / 999, 100 / 99.9])
+    # Documents are split, and Megatron rounds their number: 7 of 10 here, and all of 1.
+    uses = dataset_uses(blend, tokens=5000, split="74,26,0")
+    assert [use.tokens for use in uses] == [700, 100]
+    assert [use.epochs for use in uses] == pytest.approx([4900 / 700, 100 / 100])
     assert dataset_uses([real], tokens=250, split="1,0,0")[0].epochs == 0.25
     # Without weights Megatron blends by size: equally many epochs of each.
     by_size = dataset_uses([real, synthetic], tokens=550, split="1,0,0")
     assert [use.epochs for use in by_size] == pytest.approx([0.5, 0.5])
-    with pytest.raises(ConfigError, match="--split"):
-        dataset_uses([real], tokens=1, split="0,1,0")
+    for split in ("0,1,0", "a,b"):
+        with pytest.raises(ConfigError, match=f"--split: expected .*, found {split}"):
+            dataset_uses([real], tokens=1, split=split)
 
 
 @pytest.mark.parametrize(

@@ -29,7 +29,7 @@ def run(*words: object) -> subprocess.CompletedProcess[str]:
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     folder = tmp_path_factory.mktemp("plan")
-    return write_index(folder / "real", 10**9), write_index(folder / "qa", 10**8)
+    return write_index(folder / "real", 10**9, 1000), write_index(folder / "qa", 10**8, 1000)
 
 
 def test_text_and_numbers_say_the_same(data, tmp_path):
