@@ -67,13 +67,12 @@ def stage_memory(
     parts["activations"] = kept_bytes(arch, layout, stage)
     reference_pass = host = 0
     if unlearning is not None and unlearning.reference:
-        held, cache, all_weights = _reference(arch, layout, stage, unlearning)
-        parts["reference"], parts["hidden-state cache"] = held, cache[0]
+        held, all_weights, cache, host = _reference(arch, layout, stage, unlearning)
+        parts["reference"], parts["hidden-state cache"] = held, cache
         # One layer's tensors: its input, the projection, context, both halves and their product.
         width = arch.hidden + 2 * arch.query / layout.tp + 3 * arch.ffn / layout.tp
         forward = round(layout.element * width * layout.tokens)
-        reference_pass = state + all_weights + cache[0] + forward
-        host = cache[1] + (all_weights - held)
+        reference_pass = state + all_weights + cache + forward
     working, head = working_bytes(arch, layout), None
     if stage == layout.pp - 1:
         head = head_logits(arch, layout, unlearning, capacity=capacity)
@@ -87,20 +86,32 @@ def stage_memory(
 
 def _reference(
     arch: Architecture, layout: Layout, stage: int, unlearning: Unlearning
-) -> tuple[int, tuple[int, int], int]:
-    """Bytes of weights that stay, of hidden states on device and host, and of all weights."""
+) -> tuple[int, int, int, int]:
+    """Bytes of weights that stay, of all weights, of hidden states on the device, and of host memory."""
     e, last = layout.element, stage == layout.pp - 1
-    tensors = arch.stage_parameters(stage, tp=layout.tp, pp=layout.pp, vpp=layout.vpp)
-    output = arch.padded_vocab(layout.tp) // layout.tp * arch.hidden if last else 0
-    held = e * (output if unlearning.reference_offload else tensors)
+    tensors = [
+        e * tensor.elements
+        for chunk in range(layout.vpp)
+        for tensor in arch.chunk_tensors(stage, chunk, tp=layout.tp, pp=layout.pp, vpp=layout.vpp)
+    ]
+    held, host = sum(tensors), 0
+    if unlearning.reference_offload:
+        held = e * arch.padded_vocab(layout.tp) // layout.tp * arch.hidden if last else 0
+        host = sum(_pinned(size, layout) for size in tensors) - _pinned(held, layout)
     if not last:
-        return held, (0, 0), e * tensors
+        return held, sum(tensors), 0, host
     replayed = (layout.global_batch - unlearning.forget_batch) // layout.data_parallel
     one = layout.tokens * arch.hidden * e // layout.sequence_split
     # The interleaved schedule is given at least as many microbatches as it has stages.
     count = max(replayed // layout.micro_batch, layout.pp if layout.vpp > 1 else 0)
-    cache = (one, count * one) if unlearning.hidden_offload else (count * one, 0)
-    return held, cache, e * tensors
+    if unlearning.hidden_offload:
+        return held, sum(tensors), one, host + count * _pinned(one, layout)
+    return held, sum(tensors), count * one, host
+
+
+def _pinned(size: int, layout: Layout) -> int:
+    """Bytes of pinned host memory that torch takes for a tensor: the next power of two."""
+    return size if layout.cpu or not size else 1 << (size - 1).bit_length()
 
 
 def all_stages(
