@@ -29,26 +29,23 @@ from megatron_ext.model.attention import SdpaCoreAttention, TorchSelfAttention
 from megatron_ext.model.mlp import TorchMLP
 from megatron_ext.model.norm import TorchNorm
 
-# Field of the config -> what to call it in the error, for everything that must be left unset.
+# Field of the config -> what to call it in the error, for what must be left unset. Other architectures are
+# refused before (refusals.py).
 UNSUPPORTED = {
-    "multi_latent_attention": "multi-latent attention",
-    "num_moe_experts": "mixture of experts (--num-experts)",
     "window_size": "sliding-window attention (--window-size)",
     "attention_output_gate": "gated attention output (--attention-output-gate)",
     "experimental_attention_variant": "--experimental-attention-variant",
     "heterogeneous_block_specs": "heterogeneous layers",
-    "mtp_num_layers": "multi-token prediction (--mtp-num-layers)",
     "qk_clip": "--qk-clip",
     "log_max_attention_logit": "--log-max-attention-logit",
     "fp8": "fp8",
     "fp4": "fp4",
-    "use_kitchen": "--use-kitchen",
+    "use_kitchen": "quantization with NVIDIA's kitchen",
     "fused_residual_rmsnorm": "--fused-residual-rmsnorm",
     "fine_grained_activation_offloading": "--fine-grained-activation-offloading",
-    "cpu_offloading": "--cpu-offloading",
+    "cpu_offloading": "activations on the host (--cpu-offloading-num-layers)",
     "rotary_interleaved": "interleaved rotary embedding (--rotary-interleaved)",
     "mrope_section": "multi-dimensional rotary embedding (--mrope-section)",
-    "fused_single_qkv_rope": "Transformer Engine's rotary kernel (--fused-single-qkv-rope)",
     "use_te_activation_func": "Transformer Engine's activation (--use-te-activation-func)",
     "batch_invariant_mode": "--batch-invariant-mode",
     "context_parallel_size": "context parallelism (--context-parallel-size above 1)",

@@ -7,7 +7,7 @@ from typing import Any
 
 from megatron.training.argument_utils import gpt_config_from_args
 
-from megatron_ext.model.layer_spec import torch_native_spec_for_builder
+from megatron_ext.model.layer_spec import check_config, torch_native_spec_for_builder
 
 
 def model_config_from_args(args: Namespace) -> Any:
@@ -21,9 +21,14 @@ def model_config_from_args(args: Namespace) -> Any:
 
     Returns:
         `megatron.training.models.gpt.GPTModelConfig`.
+
+    Raises:
+        ConfigError: the torch-native layers are used and do not compute what is asked for.
     """
     config = gpt_config_from_args(args)
     config.rope_scaling_factor = args.rope_scaling_factor
     if args.spec is None and args.transformer_impl == "local":
+        # The builder checks too, but only once all process groups are up.
+        check_config(config.transformer)
         config.transformer_layer_spec = torch_native_spec_for_builder
     return config

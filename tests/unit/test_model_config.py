@@ -18,6 +18,7 @@ cpu.enable()
 from megatron.training.argument_utils import gpt_config_from_args
 from megatron.training.arguments import add_megatron_arguments, parse_args, validate_args
 from megatron_ext.arguments import machine_defaults
+from megatron_ext.exceptions import ConfigError
 from megatron_ext.model.layer_spec import torch_native_spec_for_builder
 from megatron_ext.model.model_config import model_config_from_args
 
@@ -41,6 +42,12 @@ def config(*flags):
         "layers": ours.transformer.num_layers,
     }
 
+def refused(*flags):
+    try:
+        config(*flags)
+    except ConfigError as error:
+        return str(error)
+
 flags = {}
 for action in add_megatron_arguments(ArgumentParser(allow_abbrev=False))._actions:
     flags.setdefault(action.dest, []).extend(action.option_strings)
@@ -49,6 +56,7 @@ result = {
     "llama": config("--use-rope-scaling", "--rope-scaling-factor", "32", "--position-embedding-type",
                     "rope"),
     "own spec": config("--spec", "megatron.core.models.gpt.gpt_layer_specs", "get_gpt_layer_local_spec"),
+    "interleaved": refused("--position-embedding-type", "rope", "--rotary-interleaved"),
 }
 print(json.dumps(result))
 """
@@ -76,6 +84,10 @@ def test_the_factor_of_rope_scaling_reaches_the_model(parsed):
 def test_local_layers_are_torch_native_unless_a_spec_is_named(parsed):
     assert parsed["llama"]["torch-native"]
     assert not parsed["own spec"]["torch-native"]
+
+
+def test_what_the_layers_do_not_compute_is_refused_before_any_process_group(parsed):
+    assert "(--rotary-interleaved)" in parsed["interleaved"]
 
 
 def test_the_rest_is_megatrons_config(parsed):

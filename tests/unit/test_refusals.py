@@ -1,5 +1,6 @@
 """The tables of what is refused: they are listed in the docs, and their arguments exist."""
 
+import re
 from argparse import ArgumentParser, Namespace
 
 import pytest
@@ -59,6 +60,11 @@ def test_each_is_an_argument_that_exists_and_may_be_left_out(destinations, row):
     flags, default = destinations[row.name]
     assert row.flag in flags
     assert default is None or not row.is_refused(default)
+
+
+def test_every_flag_on_the_page_exists(destinations):
+    known = {flag for flags, _ in destinations.values() for flag in flags}
+    assert set(re.findall(r"--[a-z][a-z0-9-]*", refusals.render())) <= known
 
 
 def test_what_is_always_refused_has_one_reason():
