@@ -11,16 +11,10 @@ from pathlib import Path
 from transformers import GenerationConfig, LlamaConfig
 
 from megatron_ext.checkpoint.huggingface import GENERATION, tokenizer_spec
-from megatron_ext.data.chat import Message
 from megatron_ext.data.chat_template import TEMPLATE_FILE, ChatTemplate
 from megatron_ext.data.tokenizers import HuggingFaceReference
 
 logger = logging.getLogger(__name__)
-
-_PROBE: list[Message] = [
-    {"role": "user", "content": "one"},
-    {"role": "assistant", "content": "two"},
-]
 
 
 @dataclass(frozen=True)
@@ -49,8 +43,7 @@ class ChatFiles:
         template = getattr(args, "tuned_chat_template", None)
         if template is None:
             return None
-        ids, mask = ChatTemplate(template, tokenizer_spec(tokenizer)).encode(_PROBE)
-        return cls(template, max((i, t) for i, t in enumerate(ids) if mask[i])[1])
+        return cls(template, ChatTemplate(template, tokenizer_spec(tokenizer)).end_of_turn)
 
     def write(self, folder: Path) -> None:
         """Put both into an exported model where what the base model brought says something else.

@@ -60,6 +60,10 @@ class ChatTemplate:
             tokens BOS and EOS), but no clock, so that text does not change with the day.
         tokenizer: type and model of the tokenizer.
 
+    Attributes:
+        source: the template.
+        end_of_turn: id of the token that ends an assistant's answer.
+
     Raises:
         ConfigError: the template has an error, or does not tell answers from prompts (see `encode`).
     """
@@ -69,9 +73,10 @@ class ChatTemplate:
         self._text = _special_text(tokenizer)
         try:
             self._template = environment().from_string(source)
-            self.encode(_PROBE)
+            ids, mask = self.encode(_PROBE)
         except (jinja2.TemplateError, DataError) as error:
             raise ConfigError(f"--chat-template: {error}") from error
+        self.end_of_turn = [i for i, written in zip(ids, mask, strict=True) if written][-1]
 
     @property
     def eod_id(self) -> int:

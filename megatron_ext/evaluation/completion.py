@@ -20,11 +20,6 @@ from megatron_ext.exceptions import ConfigError
 
 logger = logging.getLogger(__name__)
 
-_PROBE: list[Message] = [
-    {"role": "user", "content": "one"},
-    {"role": "assistant", "content": "two"},
-]
-
 
 class Generator(Protocol):
     """A model that continues prompts.
@@ -90,11 +85,6 @@ class Codec:
         """The chat template."""
         return load_template(self._spec, path=self._template_path)
 
-    @cached_property
-    def _end_of_turn(self) -> int:
-        ids, mask = self.template.encode(_PROBE)
-        return max((i, token) for i, token in enumerate(ids) if mask[i])[1]
-
     def prompt(self, key: str, text: str, sampling: Sampling) -> Request:
         """A request to continue a text; an empty one begins a document."""
         tokens = self.encode(text) or [self.eod]
@@ -107,7 +97,7 @@ class Codec:
 
     def stops(self, *, chat: bool) -> frozenset[int]:
         """Tokens that end a document, or an answer in a conversation."""
-        return frozenset([self.eod, self._end_of_turn] if chat else [self.eod])
+        return frozenset([self.eod, self.template.end_of_turn] if chat else [self.eod])
 
     def encode(self, text: str, *, special: bool = True) -> list[int]:
         """Tokens of a text, as preprocessing makes them, but for what ends a document: a text goes on.

@@ -186,6 +186,15 @@ def test_a_prompt_has_at_inference_the_tokens_of_training(
         assert answers == sum(later > now for now, later in zip([0, *mask], mask, strict=False))
 
 
+def test_the_token_that_ends_an_answer(sentencepiece_spec, huggingface_spec):
+    built_in = ChatTemplate(BUILT_IN, sentencepiece_spec)
+    assert built_in.end_of_turn == built_in.eod_id
+    # What follows it in the text of the turn, a newline here, is no part of the answer.
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(huggingface_spec.tokenizer_model)
+    chatml = load_template(huggingface_spec)
+    assert chatml.end_of_turn == tokenizer.convert_tokens_to_ids("<|im_end|>") != chatml.eod_id
+
+
 @pytest.mark.parametrize("text", ["</s>", "\ufdd0eos\ufdd1"])
 def test_sentencepiece_text_cannot_forge_the_end_of_a_turn(sentencepiece_spec, text):
     template = load_template(sentencepiece_spec)
