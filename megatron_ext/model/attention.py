@@ -16,7 +16,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.attention import SelfAttention
-from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.enums import AttnBackend, AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 from torch.nn import functional
@@ -32,14 +32,18 @@ _FLASH_HEAD = 256
 
 
 @cache
-def _gpu_backends(device: torch.device) -> list[SDPBackend]:
-    """What torch may choose from, in order of preference, but MATH, which forms `[s, s]`.
+def _gpu_backends(device: torch.device, chosen: AttnBackend) -> list[SDPBackend]:
+    """What torch may choose from, in order of preference.
 
-    cuDNN's is the fastest one on Hopper; elsewhere it was not measured.
+    MATH, which forms `[s, s]`, only where `--attention-backend unfused` asks for it. cuDNN's is the fastest
+    one on Hopper; elsewhere it was not measured, and `fused` asks for it.
     """
+    if chosen is AttnBackend.unfused:
+        return [SDPBackend.MATH]
     others = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION]
     hopper = torch.cuda.get_device_capability(device)[0] == 9
-    if hopper and (torch.backends.cudnn.version() or 0) > _UNSOUND_CUDNN:
+    wanted = chosen is AttnBackend.fused or (chosen is AttnBackend.auto and hopper)
+    if wanted and (torch.backends.cudnn.version() or 0) > _UNSOUND_CUDNN:
         return [SDPBackend.CUDNN_ATTENTION, *others]
     return others
 
@@ -53,7 +57,7 @@ class SdpaCoreAttention(MegatronModule):
     falls back to the whole matrix of scores.
 
     Args:
-        config: Model config.
+        config: Model config; its `attention_backend` chooses among a GPU's kernels.
         layer_number: Unused, part of Megatron's interface.
         attn_mask_type: Must be `causal`.
         attention_type: Unused, part of Megatron's interface.
@@ -114,7 +118,8 @@ class SdpaCoreAttention(MegatronModule):
         forked = dropout > 0 and not self.config.sequence_parallel
         kernels: AbstractContextManager[None] = nullcontext()
         if query.is_cuda:
-            kernels = sdpa_kernel(_gpu_backends(query.device), set_priority=True)
+            order = _gpu_backends(query.device, self.config.attention_backend)
+            kernels = sdpa_kernel(order, set_priority=True)
         grouped = query.shape[2] != key.shape[2]
         alone = query.dtype == torch.float32 or query.shape[3] > _FLASH_HEAD
         if grouped and query.is_cuda and alone:

@@ -36,8 +36,10 @@ def enable() -> None:
         # A fork server would be the parent of the process, which then would not learn of the rank's end.
         process = start(rank, "spawn", *priorities)
         if started:
+            failures: list[BaseException] = []
             for name in ("_persistent_queue", "_persistent_preload_q", "_persistent_comp_q"):
-                setattr(_Caller, name, WatchedQueue(getattr(_Caller, name), process))
+                queue = WatchedQueue(getattr(_Caller, name), process, failures)
+                setattr(_Caller, name, queue)
             # It leaves signals alone; multiprocessing would send it one at exit and wait for it.
             atexit.register(process.kill)
         return process
@@ -68,16 +70,19 @@ def serve(*arguments: Any) -> None:
 
 
 class WatchedQueue:
-    """A queue to or from a process, at which nobody waits longer than the process lives.
+    """A queue to or from a process: nobody waits at it for one that has ended, or that never got its work.
 
     Args:
         queue: of ``multiprocessing``.
         process: the other end.
+        failures: of all queues to and from the process: what could not be handed over, and why.
     """
 
-    def __init__(self, queue: Any, process: BaseProcess) -> None:
+    def __init__(self, queue: Any, process: BaseProcess, failures: list[BaseException]) -> None:
         self.put = queue.put
-        self._queue, self._process = queue, process
+        self._queue, self._process, self._failures = queue, process, failures
+        # Python's thread that feeds the queue would print a traceback and drop the item.
+        queue._on_queue_feeder_error = lambda error, _: failures.append(error)
 
     def get_nowait(self) -> Any:
         """The next item.
@@ -86,11 +91,11 @@ class WatchedQueue:
             Empty: there is none yet.
             CheckpointError: there will be none.
         """
-        ended = not self._process.is_alive()
+        lost = self._lost()
         try:
             return self._queue.get_nowait()
         except Empty:
-            if ended:
+            if lost:
                 raise self._error() from None
             raise
 
@@ -102,11 +107,19 @@ class WatchedQueue:
         """
         with self._queue._cond:
             while not self._queue._unfinished_tasks._semlock._is_zero():
-                if not self._process.is_alive():
+                if self._lost():
                     raise self._error()
                 self._queue._cond.wait(INTERVAL)
 
+    def _lost(self) -> bool:
+        return bool(self._failures) or not self._process.is_alive()
+
     def _error(self) -> CheckpointError:
+        if self._failures:
+            return CheckpointError(
+                "--async-save: expected tensors that another process can be handed, found "
+                f"{type(self._failures[0]).__name__}: {self._failures[0]}; the checkpoint is lost"
+            )
         return CheckpointError(
             f"--async-save: expected a process that writes checkpoints, found it ended with exit code "
             f"{self._process.exitcode}; what it was writing is lost"

@@ -62,6 +62,8 @@ def scale(
 ) -> None:
     """Write `factor` times the first list into the second; in place where they are the same."""
     sources, targets = tensor_lists
+    if not targets:  # on a rank of whose parameters none has a gradient
+        return
     if all(a.data_ptr() == b.data_ptr() for a, b in zip(sources, targets, strict=True)):
         torch._foreach_mul_(targets, factor)
     else:

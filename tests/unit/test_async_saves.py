@@ -25,7 +25,7 @@ def ended():
 
 def test_nobody_waits_for_a_process_that_has_ended():
     queue = fork.JoinableQueue()
-    watched = async_saves.WatchedQueue(queue, ended())
+    watched = async_saves.WatchedQueue(queue, ended(), [])
     watched.join()  # nothing is to be done
     watched.put("a save")
     with pytest.raises(CheckpointError, match=r"--async-save: .* found it ended with exit code 3"):
@@ -40,9 +40,25 @@ def test_nobody_waits_for_a_process_that_has_ended():
 def test_what_it_had_done_before_counts_and_a_living_one_is_waited_for():
     queue, living = Queue(), SimpleNamespace(is_alive=lambda: True)
     with pytest.raises(Empty):
-        async_saves.WatchedQueue(queue, living).get_nowait()
+        async_saves.WatchedQueue(queue, living, []).get_nowait()
     queue.put(7)
-    assert async_saves.WatchedQueue(queue, ended()).get_nowait() == 7
+    assert async_saves.WatchedQueue(queue, ended(), []).get_nowait() == 7
+
+
+def test_nobody_waits_for_what_could_not_be_handed_over():
+    living, failures = SimpleNamespace(is_alive=lambda: True), []
+    requests, preloads, results = (
+        async_saves.WatchedQueue(make(), living, failures)
+        for make in (fork.JoinableQueue, fork.JoinableQueue, fork.Queue)
+    )
+    preloads.put(1)
+    requests.put(lambda: "cannot be pickled")
+    # The process lives, and never learns that there is something to do.
+    message = "--async-save: expected tensors that another process can be handed, found .*pickle"
+    with pytest.raises(CheckpointError, match=message):
+        preloads.join()
+    with pytest.raises(CheckpointError, match=message):
+        results.get_nowait()
 
 
 def test_tensors_in_host_memory_are_copied_before_training_changes_them(monkeypatch):

@@ -1,20 +1,31 @@
 """Which of torch's attention kernels a GPU is asked for, found out without one."""
 
 from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
+from megatron.core.transformer.enums import AttnBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional
 
 from megatron_ext.model.attention import SdpaCoreAttention, _gpu_backends
 
 
-def _asked_for(monkeypatch, *, dtype, head_size, capability=(9, 0), cudnn=91900):
+def _asked_for(
+    monkeypatch,
+    *,
+    dtype=torch.bfloat16,
+    head_size=64,
+    capability=(9, 0),
+    cudnn=91900,
+    chosen=AttnBackend.auto,
+):
     """Shapes and backends of the attention of 8 query heads and 2 key heads on a GPU; no GPU is used."""
     attention = object.__new__(SdpaCoreAttention)
     torch.nn.Module.__init__(attention)
     attention.dropout, attention.softmax_scale = 0.0, None
+    attention.config = SimpleNamespace(attention_backend=chosen)
     seen = {}
 
     def record(query, key, value, *, enable_gqa, **_):
@@ -65,7 +76,17 @@ def test_a_gpu_shares_key_heads_only_where_it_has_a_kernel(monkeypatch, dtype, h
     ],
 )
 def test_cudnn_is_preferred_where_it_is_sound_and_faster(monkeypatch, capability, cudnn, order):
-    seen = _asked_for(
-        monkeypatch, dtype=torch.bfloat16, head_size=64, capability=capability, cudnn=cudnn
-    )
+    seen = _asked_for(monkeypatch, capability=capability, cudnn=cudnn)
     assert seen["backends"] == order
+
+
+@pytest.mark.parametrize(
+    ("chosen", "capability", "order"),
+    [
+        (AttnBackend.flash, (9, 0), ["FLASH", "EFFICIENT"]),
+        (AttnBackend.fused, (8, 0), ["CUDNN", "FLASH", "EFFICIENT"]),
+        (AttnBackend.unfused, (9, 0), ["MATH"]),
+    ],
+)
+def test_the_flag_chooses_the_kernels(monkeypatch, chosen, capability, order):
+    assert _asked_for(monkeypatch, capability=capability, chosen=chosen)["backends"] == order

@@ -155,6 +155,7 @@ def test_norm_and_scale_equal_plain_ones():
     torch.testing.assert_close(targets, expected)
     kernels.scale(0, torch.zeros(1), [tensors, tensors], 0.25)
     torch.testing.assert_close(tensors, expected)
+    kernels.scale(0, torch.zeros(1), [[], []], 0.25)
 
 
 def test_norm_of_half_precision_gradients_is_not_rounded_to_their_type():
