@@ -27,23 +27,21 @@ class Limit:
         flag: the flag that sets it.
         metric: the metric's name, as it is logged.
         value: the bound.
-        falling: whether the metric comes from above.
-        forgotten: whether it is a mean over forgotten tokens, not over replayed ones.
+        forgotten: whether it is a mean over forgotten tokens, and falls; one over replayed tokens rises.
     """
 
     flag: str
     metric: str
     value: float
-    falling: bool = False
-    forgotten: bool = False
+    forgotten: bool
 
     def is_reached(self, found: float) -> bool:
         """Whether the metric, NaN for a step without its tokens, is at the bound or beyond."""
-        return found <= self.value if self.falling else found >= self.value
+        return found <= self.value if self.forgotten else found >= self.value
 
     def share(self, found: float) -> float:
         """How far the metric is on its way: 1 at the bound, more beyond it."""
-        return self.value / max(found, 1e-30) if self.falling else found / self.value
+        return self.value / max(found, 1e-30) if self.forgotten else found / self.value
 
 
 def limits(config: UnlearnConfig) -> list[Limit]:
@@ -54,7 +52,7 @@ def limits(config: UnlearnConfig) -> list[Limit]:
         ("--max-replay-increase", INCREASE, config.max_replay_increase, False),
     )
     return [
-        Limit(flag, metric, value, falling=forgotten, forgotten=forgotten)
+        Limit(flag, metric, value, forgotten)
         for flag, metric, value, forgotten in every
         if value is not None
     ]
