@@ -31,13 +31,11 @@ _FACTORIES = (
     *("ones_like", "rand", "randint", "randn", "randperm", "tensor", "zeros", "zeros_like"),
 )
 
-# The flags that a machine without CUDA, Transformer Engine and Apex needs; users do not type them.
+# The flags that a machine without CUDA needs; users do not type them. Those that one without Transformer
+# Engine and Apex needs are set where `hide_packages` has hidden them.
 CPU_FLAGS: dict[str, Any] = {
     "distributed_backend": "gloo",
     "gradient_accumulation_fusion": False,
-    "masked_softmax_fusion": False,
-    "no_persist_layer_norm": True,
-    "apply_rope_fusion": False,
     "num_workers": 0,
     "barrier_with_L1_time": False,
 }

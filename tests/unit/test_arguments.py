@@ -11,8 +11,9 @@ from tests.helpers.entry import ROOT
 
 # In a process of its own: machine_defaults depends on the CPU runtime, which changes torch for good.
 DEFAULTS = """
-import json
+import json, sys
 from argparse import ArgumentParser
+sys.path.insert(0, sys.argv.pop())
 from megatron_ext.runtime import cpu
 cpu.enable()
 from megatron.training.arguments import add_megatron_arguments
@@ -26,15 +27,21 @@ print(json.dumps({
     "unknown": sorted(defaults.keys() - known),
     "not taken": sorted(k for k, v in defaults.items() if given[k] != v),
     "ours": sorted(k for k in given if k.startswith(("forget", "replay", "mitigation", "reference"))),
+    "fused": [k for k in ("masked_softmax_fusion", "apply_rope_fusion") if given[k]],
+    "no persistent norm": given["no_persist_layer_norm"],
     "weights": [given[f"{k}_weight"] for k in ("forget", "replay", "mitigation")],
 }))
 """
 
 
 @pytest.fixture(scope="module")
-def parsed():
+def parsed(tmp_path_factory):
+    packages = tmp_path_factory.mktemp("packages")
+    for name in ("apex", "transformer_engine"):  # as in a container for GPUs
+        (packages / name).mkdir()
+        (packages / name / "__init__.py").write_text("raise ImportError('no CUDA device')")
     result = subprocess.run(
-        [sys.executable, "-c", DEFAULTS], cwd=ROOT, capture_output=True, text=True
+        [sys.executable, "-c", DEFAULTS, str(packages)], cwd=ROOT, capture_output=True, text=True
     )
     assert result.returncode == 0, result.stderr
     return json.loads(result.stdout.splitlines()[-1])
@@ -46,6 +53,11 @@ def test_defaults_of_the_machine_are_flags_that_megatron_has(parsed):
 
 def test_a_typed_flag_wins_over_a_default_of_the_machine(parsed):
     assert parsed["not taken"] == ["num_workers"]
+
+
+def test_without_a_device_nothing_of_the_gpu_packages_is_asked_for(parsed):
+    assert parsed["fused"] == []
+    assert parsed["no persistent norm"]
 
 
 def test_each_field_of_the_config_is_a_flag(parsed):
