@@ -35,7 +35,6 @@ from megatron_ext.analysis.samples import describe_dataset, parse_sets  # noqa: 
 from megatron_ext.data.atomic import AtomicFiles  # noqa: E402
 from megatron_ext.exceptions import ConfigError  # noqa: E402
 from tools.common import ToolParser, run_tool  # noqa: E402
-from tools.compare_losses import read_scalars  # noqa: E402
 
 if TYPE_CHECKING:
     from megatron_ext.analysis.figures import Panel
@@ -182,7 +181,7 @@ def run_report(options: Namespace) -> None:
 
     # It reports the end of every file that it reads.
     logging.getLogger("tensorboard").setLevel(logging.WARNING)
-    inputs = read_inputs(options, read_scalars=read_scalars)
+    inputs = read_inputs(options)
     path, panels = Path(options.output), curves(inputs)
     contents = {path: write_page(inputs, title=options.title).encode()}
     if panels:

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from tools.compare_losses import read_scalars
+from megatron_ext.analysis.scalars import read_scalars
 
 MODELS = {
     "base": "BaseLM",

@@ -9,12 +9,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from megatron_ext.analysis.figures import Panel, colour, line
+from megatron_ext.analysis.scalars import Scalars
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-
-# By tag of a run: values by step.
-Scalars = Mapping[str, Mapping[int, float]]
 
 TAGS = {
     "lm loss": "cross-entropy, nats a token",

@@ -9,9 +9,10 @@ from typing import Any
 from megatron_ext.analysis import html
 from megatron_ext.analysis.embedding_report import embedding_panels
 from megatron_ext.analysis.figures import Panel, render
-from megatron_ext.analysis.loss_report import TAGS, Scalars, loss_panels, loss_rows
+from megatron_ext.analysis.loss_report import TAGS, loss_panels, loss_rows
 from megatron_ext.analysis.perplexity_report import perplexity_panels
 from megatron_ext.analysis.report_tables import run_section, score_section
+from megatron_ext.analysis.scalars import Scalars
 from megatron_ext.analysis.scores import Score
 from megatron_ext.analysis.token_report import structural_tokens, token_panels
 from megatron_ext.analysis.verdict import (

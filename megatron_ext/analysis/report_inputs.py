@@ -4,25 +4,25 @@ from __future__ import annotations
 
 import json
 from argparse import Namespace
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_ext.analysis.loss_report import TAGS, Scalars
+from megatron_ext.analysis.loss_report import TAGS
 from megatron_ext.analysis.report import Inputs
 from megatron_ext.analysis.samples import parse_sets
+from megatron_ext.analysis.scalars import Scalars, read_scalars
 from megatron_ext.analysis.scores import Score, read_scores
 from megatron_ext.analysis.verdict import Roles
 from megatron_ext.exceptions import ConfigError, DataError
 
 
-def read_inputs(options: Namespace, *, read_scalars: Callable[[Path], Scalars]) -> Inputs:
+def read_inputs(options: Namespace) -> Inputs:
     """Read everything that the command line names.
 
     Args:
         options: ``tokens``, ``embeddings``, ``perplexity``, ``losses``, ``evaluation``, ``before``,
             ``after``, ``forgotten``, ``instruction``.
-        read_scalars: reads a TensorBoard directory.
 
     Raises:
         ConfigError: nothing is named, or a role names a model or a set that no file has.
@@ -33,7 +33,7 @@ def read_inputs(options: Namespace, *, read_scalars: Callable[[Path], Scalars]) 
         tokens=[_read(path, verb="tokens") for path in options.tokens],
         embeddings=[_read(path, verb="embeddings") for path in options.embeddings],
         perplexity=perplexity,
-        losses=_read_losses(options, read_scalars),
+        losses=_read_losses(options),
         scores=_read_evaluations(options.evaluation),
         roles=Roles(options.before, options.after, options.forgotten, options.instruction),
     )
@@ -63,7 +63,7 @@ def _read(path: str, *, verb: str) -> dict[str, Any]:
     return content
 
 
-def _read_losses(options: Namespace, read_scalars: Callable[[Path], Scalars]) -> dict[str, Scalars]:
+def _read_losses(options: Namespace) -> dict[str, Scalars]:
     losses: dict[str, Scalars] = {}
     for name, path in parse_sets(options.losses, flag="--losses").items():
         scalars = read_scalars(Path(path))

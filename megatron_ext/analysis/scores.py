@@ -11,19 +11,12 @@ from typing import Any
 from megatron_ext.evaluation import paper
 from megatron_ext.exceptions import DataError
 
-KNOWLEDGE = paper.BENCHMARKS
+KNOWLEDGE = tuple(paper.BENCHMARKS)
 AVERAGE = "average"
 CHAT = ("FollowBench SSR", "FollowBench HSR", "MT-Bench")
 
 # The paper's names by the harness's.
-_NAMES = {
-    "ceval-valid": "C-Eval",
-    "cmmlu": "CMMLU",
-    "mmlu": "MMLU",
-    "humaneval": "HumanEval",
-    "mbpp": "MBPP",
-    "gsm8k": "GSM8K",
-}
+_NAMES = {task: column for column, (task, _) in paper.BENCHMARKS.items()}
 # Their parts, such as mmlu_anatomy, are in their own scores; so told in files that do not say what is a part.
 _GROUPS = tuple(f"{name}_" for name in ("mmlu", "cmmlu", "ceval-valid"))
 # What is taken of a task that has several metrics; otherwise its first.

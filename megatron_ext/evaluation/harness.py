@@ -25,15 +25,6 @@ logger = logging.getLogger(__name__)
 
 OWN_TASKS = Path(__file__).parent / "tasks"
 INSTALL = "pip install -r requirements-eval.txt"
-# Task of the harness and its score, for each column of the paper's table.
-COLUMNS = {
-    "C-Eval": ("ceval-valid", "acc,none"),
-    "CMMLU": ("cmmlu", "acc,none"),
-    "MMLU": ("mmlu", "acc,none"),
-    "HumanEval": ("humaneval", "pass@1,create_test"),
-    "MBPP": ("mbpp", "pass_at_1,none"),
-    "GSM8K": ("gsm8k", "exact_match,strict-match"),
-}
 _KEPT = (
     "results",
     "groups",
@@ -157,7 +148,7 @@ def report(name: str, results: Mapping[str, Any]) -> str:
     """The table beside the paper's, and every score of the other tasks."""
     scores: Mapping[str, Mapping[str, Any]] = results["results"]
     values = []
-    for task, metric in COLUMNS.values():
+    for task, metric in paper.BENCHMARKS.values():
         value = scores.get(task, {}).get(metric)
         values.append(100 * value if isinstance(value, int | float) else None)
     known = [value for value in values if value is not None]
@@ -165,7 +156,7 @@ def report(name: str, results: Mapping[str, Any]) -> str:
     if known:
         average = fmean(known) if len(known) == len(values) else None
         theirs = {model: (*numbers, fmean(numbers)) for model, numbers in paper.BASE.items()}
-        table = paper.table((*COLUMNS, "average"), {name: (*values, average)}, theirs)
+        table = paper.table((*paper.BENCHMARKS, "average"), {name: (*values, average)}, theirs)
         lines.append(f"{table}\n")
     for task, metrics in scores.items():
         shown = {

@@ -4,8 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-# Percent; averages of the paper are over these six.
-BENCHMARKS = ("C-Eval", "CMMLU", "MMLU", "HumanEval", "MBPP", "GSM8K")
+# For each column of the paper's table the task of lm-evaluation-harness and its score. Averages of the
+# paper are over these six.
+BENCHMARKS = {
+    "C-Eval": ("ceval-valid", "acc,none"),
+    "CMMLU": ("cmmlu", "acc,none"),
+    "MMLU": ("mmlu", "acc,none"),
+    "HumanEval": ("humaneval", "pass@1,create_test"),
+    "MBPP": ("mbpp", "pass_at_1,none"),
+    "GSM8K": ("gsm8k", "exact_match,strict-match"),
+}
+# Percent, a column each.
 BASE: dict[str, tuple[float, ...]] = {
     "BaseLM": (39.05, 38.83, 38.08, 9.76, 12.00, 15.09),
     "SynthLM": (47.71, 47.56, 47.27, 18.90, 18.40, 16.60),

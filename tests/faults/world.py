@@ -9,11 +9,11 @@ from typing import Any
 import torch.distributed.checkpoint as dcp
 from megatron.core import dist_checkpointing
 
+from megatron_ext.analysis.scalars import read_scalars
 from megatron_ext.runtime import safe_load
 from tests.faults.processes import Attempt
 from tests.helpers.entry import METRICS
 from tests.helpers.tiny import Tiny
-from tools.compare_losses import read_scalars
 
 STEPS, INTERVAL = 8, 2
 LOGGED = (*METRICS, "grad-norm", "learning-rate")

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from tools.compare_losses import read_scalars
+from megatron_ext.analysis.scalars import read_scalars
 
 ROOT = Path(__file__).resolve().parents[2]
 ENTRY = ROOT / "pretrain_unlearn.py"

@@ -13,7 +13,7 @@ from tokenizers import processors
 from transformers import AutoModelForCausalLM
 
 from megatron_ext.checkpoint.huggingface import tokenizer_spec
-from megatron_ext.evaluation import harness
+from megatron_ext.evaluation import harness, paper
 from megatron_ext.evaluation.completion import Codec
 from megatron_ext.evaluation.harness_model import HarnessModel
 from megatron_ext.exceptions import ConfigError, DataError
@@ -119,7 +119,7 @@ def test_all_benchmarks_by_name(world, tmp_path, capsys):
     results = run(
         world, tmp_path / "scores.json", "--allow-code-execution", "--limit", 2, "--tasks", *tasks
     )
-    for task, metric in harness.COLUMNS.values():
+    for task, metric in paper.BENCHMARKS.values():
         assert 0 <= results["results"][task][metric] <= 1, task
     assert "prompt_level_strict_acc,none" in results["results"]["ifeval"]
     assert results["n-samples"]["gsm8k"]["effective"] == 2

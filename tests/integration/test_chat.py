@@ -2,13 +2,13 @@
 
 import pytest
 
+from megatron_ext.analysis.scalars import compare
 from megatron_ext.checkpoint.inspect import open_checkpoint
 from megatron_ext.data.chat_template import BUILT_IN, TEMPLATE_FILE, load_template
 from megatron_ext.data.tokenizers import TokenizerSpec
 from tests.helpers.conversations import chat_flags, conversations, write_jsonl
 from tests.helpers.entry import ROOT, Launch
 from tests.helpers.tiny import BATCH, at_iteration
-from tools.compare_losses import compare
 
 # The same sums in another order, in fp32 (6e-8), and each step starts from the weights of the one before.
 # 3e-7 was seen after 4 steps; the mean of means differs by 8e-2 and more in the first gradient already.

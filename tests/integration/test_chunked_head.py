@@ -2,9 +2,9 @@
 
 import pytest
 
+from megatron_ext.analysis.scalars import compare
 from tests.helpers.entry import LOSSES, ROOT, Launch
 from tests.integration.conftest import SHARDED, STEPS, TRAIN
-from tools.compare_losses import compare
 
 TP2 = ("--tensor-model-parallel-size", 2)
 # Small buckets, so that the output layer's weight is gathered and its gradient reduced by itself.

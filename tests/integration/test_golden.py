@@ -9,8 +9,8 @@ import os
 
 import pytest
 
+from megatron_ext.analysis.scalars import compare, format_scalars, read_scalars
 from tests.helpers.entry import LOSSES, ROOT
-from tools.compare_losses import compare, format_scalars, read_scalars
 
 GOLDEN = ROOT / "tests" / "integration" / "golden"
 # Other CPUs sum in another order: 1e-7 in the first step, more with each step that Adam makes of it. A

@@ -2,8 +2,8 @@
 
 import pytest
 
+from megatron_ext.analysis.scalars import compare
 from tests.helpers.entry import ROOT, Launch
-from tools.compare_losses import compare
 
 STEPS = 10
 # Attention, norms and the loss are summed in another order than Megatron's, in fp32 (6e-8), and each step

@@ -2,11 +2,11 @@
 
 import pytest
 
+from megatron_ext.analysis.scalars import compare
 from megatron_ext.checkpoint.inspect import open_checkpoint
 from megatron_ext.checkpoint.resumable import schedule_of
 from tests.helpers.entry import METRICS
 from tests.integration.conftest import HALF, STEPS
-from tools.compare_losses import compare
 
 TAGS = (*METRICS, "grad-norm", "learning-rate")
 

@@ -4,10 +4,10 @@ from types import SimpleNamespace
 
 import pytest
 
+from megatron_ext.analysis.scalars import compare
 from tests.helpers import naive_gpt
 from tests.helpers.entry import LOSSES, Launch
 from tests.helpers.tiny import BATCH, FORGET, SEQUENCE, VOCAB, at_iteration
-from tools.compare_losses import compare
 
 TAGS = (*LOSSES, "grad-norm")
 LAYOUTS = {

@@ -4,9 +4,14 @@ import sys
 
 import pytest
 
+from megatron_ext.analysis.scalars import (
+    compare,
+    format_scalars,
+    parse_scalars,
+    relative_difference,
+)
 from megatron_ext.exceptions import DataError
 from tests.helpers.entry import ROOT
-from tools.compare_losses import compare, format_scalars, parse_scalars, relative_difference
 
 SCALARS = {"a": {1: 1.00000012, 2: -2e-9}, "b": {1: 3.0, 2: 4e20}}
 

@@ -86,7 +86,7 @@ def test_files_are_found_by_split(tmp_path):
 
 
 def test_the_table_stands_beside_the_papers():
-    scores = {task: {metric: 0.5} for task, metric in harness.COLUMNS.values()}
+    scores = {task: {metric: 0.5} for task, metric in paper.BENCHMARKS.values()}
     scores["demo_sums"] = {"acc,none": 0.25, "acc_stderr,none": 0.1}
     shown = harness.report("mine", {"results": scores})
     rows = [
