@@ -3,7 +3,8 @@
 Megatron asks ``torch.cuda`` for devices, streams, events and random states even where the arithmetic
 would run anywhere. :func:`enable` answers those calls on the CPU, and does nothing at all where a CUDA
 device exists, so nothing here can change a run on a GPU. Each answer is listed with the call that
-needs it; no other module of the product knows that this one exists, except the entry point and the tests.
+needs it. What starts a process with Megatron in it switches this on first, and the flags' defaults and
+checks ask whether it is on; nothing that computes knows of it.
 """
 
 from __future__ import annotations
