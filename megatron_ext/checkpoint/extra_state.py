@@ -11,14 +11,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.dict_utils import dict_list_map_inplace
 from megatron.core.dist_checkpointing.mapping import (
     LocalNonpersistentObject,
     ShardedObject,
     ShardedTensor,
 )
-from megatron.core.dist_checkpointing.serialization import load_sharded_metadata
 
 _SUFFIX = "._extra_state"
 # The scale of a norm that is a layer of its own under every spec: the final one, of queries, of keys.
@@ -66,33 +64,3 @@ def add_empty(sharded_state: dict[str, Any]) -> None:
 
 def _is_extra(value: Any) -> bool:
     return isinstance(value, ShardedObject) and value.key.endswith(_SUFFIX)
-
-
-def apply() -> None:
-    """Let Megatron's loop load and save so; called once before training."""
-    from megatron.training import checkpointing
-
-    load, save = checkpointing._load_global_dist_base_checkpoint, dist_checkpointing.save
-
-    def load_with_own(
-        load_dir: str,
-        args: Any,
-        rank0: bool,
-        sharded_state_dict: dict[str, Any] | None,
-        iteration: int,
-        release: bool,
-        **more: Any,
-    ) -> Any:
-        if not rank0 and sharded_state_dict is not None:
-            folder = checkpointing.get_checkpoint_name(
-                load_dir, iteration, release, return_base_dir=True
-            )
-            keep_own(sharded_state_dict, load_sharded_metadata(folder))
-        return load(load_dir, args, rank0, sharded_state_dict, iteration, release, **more)
-
-    def save_with_empty(sharded_state_dict: dict[str, Any], *more: Any, **named: Any) -> Any:
-        add_empty(sharded_state_dict)
-        return save(sharded_state_dict, *more, **named)
-
-    checkpointing._load_global_dist_base_checkpoint = load_with_own
-    dist_checkpointing.save = save_with_empty

@@ -10,34 +10,49 @@ import torch
 from torch.distributed.checkpoint import CheckpointException
 
 from megatron_ext.exceptions import CheckpointError
-from megatron_ext.runtime import safe_load
+from megatron_ext.runtime import packed, safe_load
 
 
 def apply() -> None:
     """Apply all of the following and what checkpoints need; called once before training."""
-    from megatron_ext.checkpoint import extra_state, packed
-
-    extra_state.apply()
     packed.apply()
-    explain_loads()
+    prepare_loads()
+    complete_saves()
     prepare_saves()
     give_loaders_generators()
 
 
-def explain_loads() -> None:
-    """Say what a load means that fails because the gradients lie in other buckets.
+def prepare_loads() -> None:
+    """Wrap the load of Megatron's loop.
 
-    The distributed optimizer's state is saved bucket by bucket unless it is asked to be reshardable.
+    Layers keep the extra states that a checkpoint lacks. And a load that fails because the gradients lie in
+    other buckets says so: the distributed optimizer's state is saved bucket by bucket unless it is asked to
+    be reshardable.
     """
+    from megatron.core.dist_checkpointing.serialization import load_sharded_metadata
     from megatron.training import checkpointing
 
+    from megatron_ext.checkpoint.extra_state import keep_own
     from megatron_ext.checkpoint.resumable import BUCKETS, WAYS_OUT
 
     load = checkpointing._load_global_dist_base_checkpoint
 
-    def load_or_explain(load_dir: str, *args: Any, **kwargs: Any) -> Any:
+    def load_or_explain(
+        load_dir: str,
+        args: Any,
+        rank0: bool,
+        sharded_state_dict: dict[str, Any] | None,
+        iteration: int,
+        release: bool,
+        **more: Any,
+    ) -> Any:
         try:
-            return load(load_dir, *args, **kwargs)
+            if not rank0 and sharded_state_dict is not None:
+                path = checkpointing.get_checkpoint_name(
+                    load_dir, iteration, release, return_base_dir=True
+                )
+                keep_own(sharded_state_dict, load_sharded_metadata(path))
+            return load(load_dir, args, rank0, sharded_state_dict, iteration, release, **more)
         # torch's error is no Exception.
         except (Exception, CheckpointException) as error:
             if ".bucket_idx_" not in str(error):
@@ -49,6 +64,21 @@ def explain_loads() -> None:
             ) from error
 
     checkpointing._load_global_dist_base_checkpoint = load_or_explain
+
+
+def complete_saves() -> None:
+    """Save the empty extra states that stock Megatron with Transformer Engine would miss."""
+    from megatron.core import dist_checkpointing
+
+    from megatron_ext.checkpoint.extra_state import add_empty
+
+    save = dist_checkpointing.save
+
+    def save_with_empty(sharded_state_dict: dict[str, Any], *more: Any, **named: Any) -> Any:
+        add_empty(sharded_state_dict)
+        return save(sharded_state_dict, *more, **named)
+
+    dist_checkpointing.save = save_with_empty
 
 
 def prepare_saves() -> None:

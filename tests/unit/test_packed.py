@@ -2,7 +2,7 @@
 
 from types import SimpleNamespace
 
-from megatron_ext.checkpoint.packed import places
+from megatron_ext.runtime.packed import places
 
 
 def test_each_bucket_moves_up_by_the_padding_before_it():

@@ -8,6 +8,9 @@ from pathlib import Path
 import megatron.training.training as loop
 import pytest
 import torch
+from megatron.core.dist_checkpointing import serialization
+from megatron.core.dist_checkpointing.mapping import LocalNonpersistentObject, ShardedObject
+from megatron.training import checkpointing
 
 from megatron_ext.checkpoint.complete import MARKS
 from megatron_ext.exceptions import CheckpointError
@@ -54,6 +57,39 @@ def test_a_save_that_fails_names_its_folder_and_the_room_on_its_disk(tmp_path, m
     resume.prepare_saves()
     with pytest.raises(CheckpointError, match=rf"--save {tmp_path}: .* 6 .* MiB free .* pos 704"):
         loop.save_checkpoint(6)
+
+
+def test_a_load_leaves_a_model_its_extra_states_and_explains_other_buckets(tmp_path, monkeypatch):
+    loaded = []
+
+    def load(load_dir, args, rank0, state, iteration, release, **more):
+        loaded.append((load_dir, rank0, state and type(state["extra"]), iteration, release, more))
+        if release:
+            raise KeyError("optimizer.bucket_idx_3.exp_avg")
+
+    read = []
+    monkeypatch.setattr(
+        serialization, "load_sharded_metadata", lambda path: read.append(path) or {}
+    )
+    monkeypatch.setattr(checkpointing, "_load_global_dist_base_checkpoint", load)
+    resume.prepare_loads()
+
+    def state():
+        return {"extra": ShardedObject("layers._extra_state", None, (1,), (0,))}
+
+    prepared = checkpointing._load_global_dist_base_checkpoint
+    prepared(str(tmp_path), None, True, state(), 4, False, key=1)
+    assert read == []
+    prepared(str(tmp_path), None, False, state(), 4, False)
+    with pytest.raises(CheckpointError, match=rf"--load {tmp_path}: .* in other buckets"):
+        prepared(str(tmp_path), None, False, state(), 0, True)
+    own = LocalNonpersistentObject
+    assert loaded == [
+        (str(tmp_path), True, ShardedObject, 4, False, {"key": 1}),
+        (str(tmp_path), False, own, 4, False, {}),
+        (str(tmp_path), False, own, 0, True, {}),
+    ]
+    assert read == [f"{tmp_path}/iter_0000004", f"{tmp_path}/release"]
 
 
 def test_reading_data_leaves_the_random_state_alone(monkeypatch):
