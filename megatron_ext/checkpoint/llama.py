@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any, NoReturn
 
 from megatron_ext.checkpoint.families import FAMILIES, Bias, Family
+from megatron_ext.checkpoint.inspect import flag_of
 from megatron_ext.exceptions import CheckpointError
 
 # Megatron's llama3 rotary scaling has these built in; only the factor is a flag.
@@ -136,7 +137,7 @@ class LlamaLike:
         for name, expected in _ARGUMENTS.items():
             found = getattr(args, name, expected)
             if found != expected:
-                _refuse(f"--{name.replace('_', '-')}", expected, found)
+                _refuse(f"--{flag_of(name)}", expected, found)
         heads = args.num_attention_heads
         scaled = getattr(args, "use_rope_scaling", False)
         qkv_bias = getattr(args, "add_qkv_bias", False)

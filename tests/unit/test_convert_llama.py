@@ -79,22 +79,20 @@ def test_a_config_that_does_not_fit_is_refused_by_its_field(changes, message):
 
 
 @pytest.mark.parametrize(
-    ("name", "value"),
+    ("name", "value", "flag"),
     [
-        ("normalization", "LayerNorm"),
-        ("swiglu", False),
-        ("position_embedding_type", "learned_absolute"),
-        ("rotary_percent", 0.5),
-        ("rotary_interleaved", True),
-        ("layernorm_zero_centered_gamma", True),
-        ("num_experts", 8),
+        ("normalization", "LayerNorm", "--normalization"),
+        ("swiglu", False, "--swiglu"),
+        ("position_embedding_type", "learned_absolute", "--position-embedding-type"),
+        ("rotary_percent", 0.5, "--rotary-percent"),
+        ("rotary_interleaved", True, "--rotary-interleaved"),
+        ("layernorm_zero_centered_gamma", True, "--apply-layernorm-1p"),
+        ("num_experts", 8, "--num-experts"),
     ],
 )
-def test_arguments_that_do_not_fit_are_refused_by_their_flag(name, value):
+def test_arguments_that_do_not_fit_are_refused_by_their_flag(name, value, flag):
     args = arguments(LlamaLike.from_config(llama.config()), **{name: value})
-    with pytest.raises(
-        CheckpointError, match=f"--{name.replace('_', '-')}: expected .*, found {value}"
-    ):
+    with pytest.raises(CheckpointError, match=f"{flag}: expected .*, found {value}"):
         LlamaLike.from_arguments(args, vocab_size=500)
 
 
