@@ -92,6 +92,11 @@ class Checkpoint:
     schedule: dict[str, Any] | None = None
 
 
+def folder_name(iteration: int) -> str:
+    """Megatron's name for the folder of an iteration."""
+    return f"iter_{iteration:07d}"
+
+
 def has_checkpoint(directory: str | Path | None) -> bool:
     """Whether a directory holds a finished checkpoint."""
     return directory is not None and (Path(directory) / TRACKER).is_file()
@@ -118,7 +123,7 @@ def open_checkpoint(
         )
     if folder is None:
         latest = _latest(directory, flag)
-        folder = latest if iteration is None else f"iter_{iteration:07d}"
+        folder = latest if iteration is None else folder_name(iteration)
     number = 0 if folder == "release" else int(folder.removeprefix("iter_"))
     path = directory / folder
     if not (path / CONFIG_FNAME).exists():
@@ -152,7 +157,7 @@ def _latest(directory: Path, flag: str) -> str:
         raise CheckpointError(
             f"{tracker}: expected an iteration number or 'release', found {text!r}"
         )
-    return "release" if text == "release" else f"iter_{int(text):07d}"
+    return "release" if text == "release" else folder_name(int(text))
 
 
 def _load_common(path: Path, flag: str) -> Any:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_ext.checkpoint.complete import MARKS, defect
-from megatron_ext.checkpoint.inspect import TRACKER
+from megatron_ext.checkpoint.inspect import TRACKER, folder_name
 from megatron_ext.exceptions import CheckpointError
 
 
@@ -92,8 +92,8 @@ def _was_ending(path: Path) -> bool:
 
 
 def folder(directory: Path, iteration: int) -> Path:
-    """Megatron's name for the folder of an iteration."""
-    return directory / f"iter_{iteration:07d}"
+    """Where Megatron saves an iteration."""
+    return directory / folder_name(iteration)
 
 
 def _iterations(directory: Path) -> list[int]:

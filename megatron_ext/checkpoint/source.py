@@ -17,10 +17,11 @@ from megatron_ext.checkpoint.inspect import (
     TRACKER,
     Checkpoint,
     check_architecture,
+    folder_name,
     has_checkpoint,
     open_checkpoint,
 )
-from megatron_ext.checkpoint.recovery import folder, last_good
+from megatron_ext.checkpoint.recovery import last_good
 from megatron_ext.config import UnlearnConfig
 from megatron_ext.exceptions import CheckpointError, ConfigError
 
@@ -120,7 +121,7 @@ def _go_on_from_complete(args: Namespace) -> str | None:
             partial.replace(directory / TRACKER)
         except OSError as error:
             raise CheckpointError(f"{directory / TRACKER} cannot be written: {error}") from error
-    return folder(directory, choice.iteration).name
+    return folder_name(choice.iteration)
 
 
 def check_resume(start: Start, composition: dict[str, int]) -> None:

@@ -92,6 +92,7 @@ def prepare_saves() -> None:
     import megatron.training.training as loop
 
     from megatron_ext.checkpoint.complete import MARKS
+    from megatron_ext.checkpoint.inspect import folder_name
 
     save = loop.save_checkpoint
 
@@ -102,7 +103,7 @@ def prepare_saves() -> None:
         if options.save and options.rank == 0:
             # Rank 0 alone writes these files, after all ranks have written their tensors.
             for mark in MARKS:
-                (Path(options.save) / f"iter_{iteration:07d}" / mark).unlink(missing_ok=True)
+                (Path(options.save) / folder_name(iteration) / mark).unlink(missing_ok=True)
         try:
             return save(iteration, *args, **kwargs)
         # torch's error is no Exception.
