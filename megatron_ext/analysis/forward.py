@@ -15,11 +15,11 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from tqdm import tqdm
 
 from megatron_ext.data.batch import MicroBatch
-from megatron_ext.reference import FrozenReference
+from megatron_ext.frozen import FrozenModel
 
 
 def final_states(
-    model: FrozenReference,
+    model: FrozenModel,
     samples: Sequence[np.ndarray],
     *,
     args: Namespace,
@@ -59,7 +59,7 @@ def final_states(
 
 
 def embed_samples(
-    model: FrozenReference, samples: Sequence[np.ndarray], *, args: Namespace, eod: int
+    model: FrozenModel, samples: Sequence[np.ndarray], *, args: Namespace, eod: int
 ) -> np.ndarray | None:
     """Mean of the final hidden states over the tokens of each sample.
 

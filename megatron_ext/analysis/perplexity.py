@@ -17,8 +17,8 @@ from megatron.core import parallel_state
 from megatron_ext.analysis.forward import final_states
 from megatron_ext.analysis.statistics import perplexity
 from megatron_ext.data.batch import MicroBatch
+from megatron_ext.frozen import FrozenModel
 from megatron_ext.losses import cross_entropy
-from megatron_ext.reference import FrozenReference
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class SampleScores:
 
 
 def score_samples(
-    model: FrozenReference,
+    model: FrozenModel,
     samples: Sequence[np.ndarray],
     *,
     args: Namespace,
@@ -80,7 +80,7 @@ def score_samples(
 
 
 def _score(
-    model: FrozenReference, states: torch.Tensor, batch: MicroBatch
+    model: FrozenModel, states: torch.Tensor, batch: MicroBatch
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Mean loss and mean probability of each sequence, fp64 ``[b]`` on the CPU."""
     assert batch.labels is not None

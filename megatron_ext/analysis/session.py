@@ -27,11 +27,10 @@ from megatron_ext.checkpoint.inspect import (
     check_architecture,
     open_checkpoint,
 )
-from megatron_ext.checkpoint.source import ReferenceSource
 from megatron_ext.data.manifest import check_prefix
 from megatron_ext.exceptions import CheckpointError, ConfigError
+from megatron_ext.frozen import FrozenModel
 from megatron_ext.model.model_config import model_config_from_args
-from megatron_ext.reference import FrozenReference
 from megatron_ext.runtime import console
 
 logger = logging.getLogger(__name__)
@@ -117,7 +116,7 @@ class Session:
                 found[name] = embedded
         return report, found
 
-    def _open_model(self, directory: str) -> tuple[FrozenReference, dict[str, Any]]:
+    def _open_model(self, directory: str) -> tuple[FrozenModel, dict[str, Any]]:
         """Load a checkpoint; the model, and what it is."""
         checkpoint = open_checkpoint(directory, flag="--checkpoint")
         check_architecture(checkpoint, self.args, flag="--checkpoint")
@@ -127,9 +126,10 @@ class Session:
                 "%s was trained in %s and is computed in %s, as --checkpoint %s is",
                 *(directory, trained, computed, self.options.checkpoint[0]),
             )
-        source = ReferenceSource(checkpoint, recorded_digest=None)
         with console.hidden():
-            model = FrozenReference(self.model_config, args=self.args, source=source)
+            model = FrozenModel(
+                self.model_config, args=self.args, checkpoint=checkpoint, flag="--checkpoint"
+            )
         names = dict(
             zip(self.options.checkpoint, short_names(self.options.checkpoint), strict=True)
         )
@@ -201,8 +201,8 @@ def open_session(options: Namespace, *, length: int | None = None) -> Iterator[S
                 f"--tokenizer-model {options.tokenizer_model} cannot be loaded: {error}"
             ) from error
         record_tokenizer(args)
+        model_config = model_config_from_args(args)
         loop.initialize_megatron()
-    model_config = model_config_from_args(args)
     try:
         yield Session(args, options, model_config, eod=get_tokenizer().eod)
     finally:

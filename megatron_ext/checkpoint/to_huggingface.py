@@ -39,9 +39,6 @@ from megatron_ext.exceptions import CheckpointError, ConfigError
 
 logger = logging.getLogger(__name__)
 
-# The parts of a model in a checkpoint; the rest is optimizer and random state.
-_MODEL_KEYS = ("embedding.", "decoder.", "output_layer.")
-
 
 def export_model(
     source: Path,
@@ -169,7 +166,7 @@ def _check_tensors(reader: torch_dist.Reader, model: LlamaLike, rows: int) -> No
     for part in parts(model):
         layers = () if part.layer is None else (model.num_layers,)
         wanted[part.key] = (*layers, *megatron_shape(part, rows=rows))
-    extra = reader.keys(_MODEL_KEYS) - wanted.keys()
+    extra = reader.keys(torch_dist.MODEL_KEYS) - wanted.keys()
     if extra:
         raise CheckpointError(
             f"{reader.path} has, beyond its arguments, {len(extra)} tensors, {min(extra)} among them"

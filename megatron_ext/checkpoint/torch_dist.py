@@ -44,6 +44,8 @@ from megatron_ext.exceptions import CheckpointError
 CHECKPOINT_VERSION = (
     3.0  # of Megatron's training checkpoints: no reordering of queries, keys, values
 )
+# The parts of a GPT model in a checkpoint; the rest is optimizer and random state.
+MODEL_KEYS = ("embedding.", "decoder.", "output_layer.")
 
 
 @dataclass(frozen=True)

@@ -112,9 +112,8 @@ def _huggingface(options: Namespace, template: Path | None) -> Iterator[tuple[Ge
 def _megatron(options: Namespace, template: Path | None) -> Iterator[tuple[Generator, Codec]]:
     from megatron_ext.analysis.session import open_session
     from megatron_ext.checkpoint.inspect import check_architecture, open_checkpoint
-    from megatron_ext.checkpoint.source import ReferenceSource
     from megatron_ext.evaluation.megatron_generator import MegatronGenerator
-    from megatron_ext.reference import FrozenReference
+    from megatron_ext.frozen import FrozenModel
     from megatron_ext.runtime import compat, console
 
     compat.apply()
@@ -141,8 +140,8 @@ def _megatron(options: Namespace, template: Path | None) -> Iterator[tuple[Gener
     with open_session(wanted) as session:
         check_architecture(checkpoint, session.args, flag="--model")
         with console.hidden():
-            model = FrozenReference(
-                session.model_config, args=session.args, source=ReferenceSource(checkpoint, None)
+            model = FrozenModel(
+                session.model_config, args=session.args, checkpoint=checkpoint, flag="--model"
             )
         yield MegatronGenerator(model, args=session.args), codec
 

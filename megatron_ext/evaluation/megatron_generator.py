@@ -24,7 +24,7 @@ from torch import Tensor
 
 from megatron_ext.evaluation.sampling import Chooser, Request, Scored
 from megatron_ext.evaluation.scoring import label_scores, rows_to_score, sum_scores
-from megatron_ext.reference import FrozenReference
+from megatron_ext.frozen import FrozenModel
 
 # From hidden states `[s, b, H]` to logits `[s, b, V]` of the whole vocabulary.
 Projection = Callable[[Tensor], Tensor]
@@ -41,7 +41,7 @@ class MegatronGenerator:
         use_cache: whether to keep keys and values; without, every step reads all from the start.
     """
 
-    def __init__(self, model: FrozenReference, *, args: Namespace, use_cache: bool = True) -> None:
+    def __init__(self, model: FrozenModel, *, args: Namespace, use_cache: bool = True) -> None:
         assert len(model.chunks) == 1, "generation needs a layout without virtual pipeline stages"
         self._chunk = model.chunks[0]
         self._rows: int = args.micro_batch_size

@@ -160,8 +160,8 @@ def _measure(args: Any, *, reference: bool) -> dict[str, int]:
     from megatron.training.argument_utils import pretrain_cfg_container_from_args
     from megatron.training.training import get_megatron_optimizer_config
 
+    from megatron_ext.frozen import FrozenModel
     from megatron_ext.model.model_config import model_config_from_args
-    from megatron_ext.reference import FrozenReference
 
     model_config = model_config_from_args(args)
     model_config.transformer.init_model_with_meta_device = True
@@ -185,7 +185,7 @@ def _measure(args: Any, *, reference: bool) -> dict[str, int]:
         "optimizer": _optimizer_bytes(optimizer),
     }
     if reference:
-        built = FrozenReference._build(model_config)
+        built = FrozenModel.build(model_config)
         counted["reference"] = _bytes(p for chunk in built for p in chunk.parameters())
     return counted
 

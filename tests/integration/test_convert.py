@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -45,8 +46,8 @@ def megatron_logits(checkpoint: Path) -> torch.Tensor:
 
     from megatron_ext.arguments import add_arguments
     from megatron_ext.checkpoint.inspect import check_architecture, open_checkpoint
+    from megatron_ext.frozen import FrozenModel
     from megatron_ext.model.model_config import model_config_from_args
-    from megatron_ext.reference import FrozenReference, ReferenceSource
     from megatron_ext.runtime import compat
 
     compat.read_sizes_and_types()
@@ -58,10 +59,8 @@ def megatron_logits(checkpoint: Path) -> torch.Tensor:
     args.padded_vocab_size = args.padded_vocab_size or 512  # what Megatron makes of 500 tokens
     opened = open_checkpoint(checkpoint, flag="--load")
     check_architecture(opened, args, flag="--load")
-    reference = FrozenReference(
-        model_config_from_args(args), args=args, source=ReferenceSource(opened, None)
-    )
-    (model,) = unwrap_model(reference.chunks)
+    frozen = FrozenModel(model_config_from_args(args), args=args, checkpoint=opened, flag="--load")
+    (model,) = unwrap_model(frozen.chunks)
     tokens = llama.ids()
     with torch.no_grad():
         out: torch.Tensor = model(tokens, torch.arange(tokens.shape[1]).expand_as(tokens), None)
@@ -115,6 +114,23 @@ def test_a_round_trip_is_exact_to_the_bit(converted, name, kind):
     copied = [file.name for file in source.iterdir() if file.suffix != ".safetensors"]
     assert {"tokenizer.json", "chat_template.jinja", "config.json"} <= set(copied)
     assert filecmp.cmpfiles(source, back, copied, shallow=False)[0] == copied
+
+
+@pytest.mark.parametrize("name", ["MHA", "qwen3"])
+def test_stock_megatron_with_transformer_engine_finds_the_extra_states_of_its_layers(
+    converted, name
+):
+    folder = converted[0] / name / "float32" / "megatron" / "iter_0000000"
+    keys = dcp.FileSystemReader(folder).read_metadata().state_dict_metadata
+    layers = {"self_attention.linear_qkv", "self_attention.linear_proj", "mlp.linear_fc1"}
+    layers |= {"mlp.linear_fc2", "self_attention.core_attention"}
+    if name == "qwen3":
+        layers |= {"self_attention.q_layernorm", "self_attention.k_layernorm"}
+    expected = {
+        f"decoder.layers.{layer}._extra_state/shard_{i}_4" for layer in layers for i in range(4)
+    }
+    expected.add("decoder.final_layernorm._extra_state/shard_0_1")
+    assert {key for key in keys if "_extra_state" in key} == expected
 
 
 def torchrun(ranks, script, *arguments):

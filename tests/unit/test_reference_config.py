@@ -2,13 +2,17 @@
 
 from argparse import Namespace
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from megatron.core.dist_checkpointing.mapping import ShardedTensor
 
-from megatron_ext import reference
+from megatron_ext import frozen
+from megatron_ext.exceptions import CheckpointError
+from megatron_ext.frozen import FrozenModel
 from megatron_ext.reference import FrozenReference
 
 OFF = {
@@ -56,9 +60,9 @@ def student():
 
 def test_nothing_of_the_reference_is_recorded_offloaded_or_trained(monkeypatch, student):
     groups = SimpleNamespace(use_mpu_process_groups=lambda: None)
-    monkeypatch.setattr(reference, "ProcessGroupCollection", groups)
+    monkeypatch.setattr(frozen, "ProcessGroupCollection", groups)
     before = dict(vars(student.transformer))
-    (chunk,) = FrozenReference._build(student)
+    (chunk,) = FrozenModel.build(student)
     assert vars(chunk.config.transformer) == OFF | {"hidden_size": 7}
     assert not chunk.config.post_wrap_hooks  # or it would build a reference of its own
     assert not chunk.training
@@ -69,13 +73,48 @@ def test_nothing_of_the_reference_is_recorded_offloaded_or_trained(monkeypatch, 
 def test_it_is_read_in_parts_as_the_student_is(monkeypatch):
     group = SimpleNamespace(size=lambda: 2)
     monkeypatch.setattr(
-        reference.parallel_state, "get_data_parallel_group", lambda with_context_parallel: group
+        frozen.parallel_state, "get_data_parallel_group", lambda with_context_parallel: group
     )
     args = Namespace(
         ckpt_fully_parallel_load=True, ckpt_fully_parallel_load_exchange_algo="gather_object"
     )
-    strategy = reference._load_strategy(args)
+    strategy = frozen._load_strategy(args)
     assert strategy.parallelization_group is group
     assert strategy.exchange_algo == "gather_object"
     args.ckpt_fully_parallel_load = False
-    assert reference._load_strategy(args) is None
+    assert frozen._load_strategy(args) is None
+
+
+def tensors(**shapes):
+    """What a model or a checkpoint holds, all of it on one rank."""
+    found = [
+        ShardedTensor.from_rank_offsets(f"decoder.{k}", torch.zeros(s)) for k, s in shapes.items()
+    ]
+    return {tensor.key: tensor for tensor in found}
+
+
+@pytest.mark.parametrize(
+    ("present", "message"),
+    [
+        ({"a": (2,)}, "the tensors of this architecture, found 1 missing, decoder.b among them"),
+        ({"a": (2,), "b": (3,), "c": (4,), "d": (5,)}, "found 2 more, decoder.c among them"),
+        ({"a": (2,), "b": (4,)}, r"decoder.b of shape \(3,\), found \(4,\)"),
+    ],
+)
+def test_a_tensor_that_does_not_fit_is_named_with_the_flag(monkeypatch, present, message):
+    """`--model` and `--checkpoint` open models that are nobody's reference."""
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 1)
+    monkeypatch.setattr(
+        torch.distributed, "all_gather_object", lambda parts, own: parts.__setitem__(0, own)
+    )
+    monkeypatch.setattr(frozen, "load_sharded_metadata", lambda path: tensors(**present))
+    monkeypatch.setattr(FrozenModel, "_shards", lambda self: list(tensors(a=(2,), b=(3,)).values()))
+    monkeypatch.setattr(FrozenModel, "build", lambda self, config: [])
+    args = Namespace(unpadded_vocab_size=7, ckpt_fully_parallel_load=False)
+    checkpoint = SimpleNamespace(path=Path("runs/x/iter_0000003"))
+    with pytest.raises(
+        CheckpointError, match=f"^--model runs/x/iter_0000003: expected .*{message}"
+    ):
+        FrozenModel(None, args=args, checkpoint=checkpoint, flag="--model")
+    with pytest.raises(CheckpointError, match=f"^--reference-load runs/x/iter_.*{message}"):
+        FrozenReference(None, args=args, source=Namespace(checkpoint=checkpoint))
