@@ -38,15 +38,13 @@ class MegatronGenerator:
     Args:
         model: the model's chunks on this rank.
         args: Megatron's validated arguments: micro-batch size, positions, vocabulary.
-        use_cache: whether to keep keys and values; without, every step reads all from the start.
     """
 
-    def __init__(self, model: FrozenModel, *, args: Namespace, use_cache: bool = True) -> None:
+    def __init__(self, model: FrozenModel, *, args: Namespace) -> None:
         assert len(model.chunks) == 1, "generation needs a layout without virtual pipeline stages"
         self._chunk = model.chunks[0]
         self._rows: int = args.micro_batch_size
         self._vocab_size: int = args.unpadded_vocab_size
-        self._use_cache = use_cache
         self.context_length: int = args.max_position_embeddings
         self.identity = model.digest
         self.is_writer = torch.distributed.get_rank() == 0
@@ -109,7 +107,7 @@ class MegatronGenerator:
                     ends[row] = end + 1
             if all(stop <= end + 1 for stop in ends):
                 break
-            start = end if self._use_cache else 0
+            start = end
         for row in range(len(requests)):
             yield tokens[row, lengths[row] : ends[row]].tolist()
 
@@ -149,8 +147,7 @@ class MegatronGenerator:
         def last_logits(hidden: Tensor, project: Projection) -> Tensor:
             return project(hidden[-1:])[0]
 
-        caches = contexts if self._use_cache else [None] * len(contexts)
-        return self._run(tokens, start, caches, last_logits)
+        return self._run(tokens, start, contexts, last_logits)
 
     def _run(
         self,

@@ -19,8 +19,8 @@ from megatron_ext.evaluation.backends import open_generator  # noqa: E402
 from megatron_ext.evaluation.sampling import Request, Sampling, Scored  # noqa: E402
 
 NEW = 12
-# Of very different lengths; in batches of two, so that one is padded out and rows wait for each other. The text
-# of the second alone ends.
+# Of very different lengths; in batches of two, so that one is padded out and rows wait for each other. The
+# text of the second alone ends.
 PROMPTS = ["the License", "in the", "copyright notice for the work " * 6, "a", "Grant of patents"]
 SETTINGS = {
     "greedy": Sampling(max_new_tokens=NEW),
