@@ -190,7 +190,7 @@ def open_session(options: Namespace, *, length: int | None = None) -> Iterator[S
     from megatron.training.global_vars import set_global_variables
 
     os.environ.setdefault("MASTER_ADDR", "localhost")
-    os.environ.setdefault("MASTER_PORT", "0" if "RANK" not in os.environ else "29500")
+    os.environ.setdefault("MASTER_PORT", "29500")
     checkpoint = open_checkpoint(options.checkpoint[0], flag="--checkpoint")
     with console.hidden():
         args = _arguments(options, checkpoint, length)
