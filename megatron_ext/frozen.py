@@ -85,6 +85,9 @@ class FrozenModel:
         # a run, which is the reference's, would decide what is offloaded.
         transformer.cuda_graph_impl = "none"
         transformer.fine_grained_activation_offloading = False
+        # fp8's scales are learnt where gradients are: without them a KL would be against another model.
+        transformer.fp8 = transformer.fp4 = None
+        transformer.fp8_param = transformer.fp4_param = False
         frozen_config = dataclasses.replace(
             model_config, transformer=transformer, pre_wrap_hooks=[], post_wrap_hooks=[]
         )
@@ -243,17 +246,29 @@ class FrozenModel:
     ) -> tuple[list[Iterator[MicroBatch]], int]:
         """Give the interleaved schedule at least as many microbatches as it has stages.
 
-        It also wants them in groups; one group of all is always allowed. Microbatches that only fill
-        the pipeline repeat the last one, and their hidden states are dropped.
+        Microbatches that only fill the pipeline repeat the last one, and their hidden states are dropped.
         """
         count = len(batches[0])
         if len(self.chunks) > 1:
-            config = unwrap_model(self.chunks)[0].config
-            count = max(count, config.pipeline_model_parallel_size)
+            stages = unwrap_model(self.chunks)[0].config.pipeline_model_parallel_size
+            count = max(count, stages)
             for chunk in unwrap_model(self.chunks):
-                chunk.config.microbatch_group_size_per_vp_stage = count
+                chunk.config.microbatch_group_size_per_vp_stage = schedule_group(count, stages)
         padded = [[*chunk, *[chunk[-1]] * (count - len(chunk))] for chunk in batches]
         return [iter(chunk) for chunk in padded], count
+
+
+def schedule_group(microbatches: int, stages: int) -> int:
+    """Microbatches that a chunk sees before the next chunk does, in Megatron's interleaved schedule.
+
+    As few as it allows, because the first stage holds what comes round for the next chunk: at least as many
+    as there are stages, in the last group too.
+    """
+    return next(
+        group
+        for group in range(stages, microbatches + 1)
+        if microbatches % group == 0 or microbatches % group >= stages
+    )
 
 
 def _load_strategy(args: Namespace) -> Any:

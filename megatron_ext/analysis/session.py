@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from megatron.core import parallel_state
+from megatron.core.transformer.enums import AttnBackend
 
 from megatron_ext.analysis.embeddings import MIN_SAMPLES
 from megatron_ext.analysis.forward import embed_samples
@@ -242,4 +243,7 @@ def _arguments(options: Namespace, checkpoint: Checkpoint, length: int | None) -
         validate_args(args)
     except (AssertionError, ValueError) as error:
         raise ConfigError(f"refused by Megatron-Core: {error}") from error
+    if args.transformer_impl == "local":
+        # cuDNN plans each length anew, of which prompts and texts have many.
+        args.attention_backend = AttnBackend.flash
     return args

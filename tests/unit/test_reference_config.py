@@ -21,6 +21,10 @@ OFF = {
     "gradient_accumulation_fusion": False,
     "cuda_graph_impl": "none",
     "fine_grained_activation_offloading": False,
+    "fp8": None,
+    "fp8_param": False,
+    "fp4": None,
+    "fp4_param": False,
 }
 
 
@@ -54,6 +58,10 @@ def student():
         "gradient_accumulation_fusion": True,
         "cuda_graph_impl": "local",
         "fine_grained_activation_offloading": True,
+        "fp8": "hybrid",
+        "fp8_param": True,
+        "fp4": "e2m1",
+        "fp4_param": True,
     }
     return ModelConfig(SimpleNamespace(**asked, hidden_size=7), post_wrap_hooks=[print])
 
@@ -68,6 +76,17 @@ def test_nothing_of_the_reference_is_recorded_offloaded_or_trained(monkeypatch, 
     assert not chunk.training
     assert not any(parameter.requires_grad for parameter in chunk.parameters())
     assert vars(student.transformer) == before
+
+
+@pytest.mark.parametrize(
+    ("microbatches", "stages", "group"),
+    [(4, 4, 4), (8, 2, 2), (5, 2, 3), (7, 4, 7), (9, 4, 5), (12, 4, 4), (32, 8, 8)],
+)
+def test_groups_of_microbatches_are_the_smallest_that_the_schedule_takes(
+    microbatches, stages, group
+):
+    """Each group, the last one too, must fill the pipeline."""
+    assert frozen.schedule_group(microbatches, stages) == group
 
 
 def test_it_is_read_in_parts_as_the_student_is(monkeypatch):
