@@ -40,6 +40,10 @@ def _is_no_single(loader: str) -> bool:
     return loader != "single"
 
 
+def _differs_from(default: object) -> Callable[[Any], bool]:
+    return lambda value: value != default
+
+
 # These make another model of the same weights, or weights that no model here has.
 OF_THE_MODEL: tuple[Refusal, ...] = (
     Refusal("num_experts", "mixture-of-experts layers route tokens with losses of their own"),
@@ -171,11 +175,11 @@ WITH_UNLEARNING: tuple[Refusal, ...] = (
         lambda kind: kind == "full_iteration",
     ),
 )
-# Every flag of unlearning that is off unless it is given; naming the text is what turns unlearning on.
+# Every flag of unlearning, but those that name the text, which is what turns unlearning on.
 WITHOUT_UNLEARNING = tuple(
-    Refusal(field.name, "nothing is unlearned")
+    Refusal(field.name, "nothing is unlearned", is_refused=_differs_from(field.default))
     for field in fields(UnlearnConfig)
-    if not field.default and not field.name.endswith("data_path")
+    if not field.name.endswith("data_path")
 )
 
 _ONE_OF_TWO = "a run either unlearns or tunes; unlearn first, then tune the result"

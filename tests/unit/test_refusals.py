@@ -81,6 +81,7 @@ def test_what_chat_tuning_needs_exists(destinations):
     [
         *((name, True) for name in ("fp32_logits", "reference_offload", "allow_data_overlap")),
         *(("reference_hidden_offload", True), ("forget_batch_size", 4), ("reference_load", "base")),
+        *(("forget_loss", "gradient-ascent"), ("forget_weight", 0.1), ("mitigation_weight", 0.0)),
     ],
 )
 def test_a_flag_of_unlearning_is_not_dropped_where_nothing_is_unlearned(name, value):
