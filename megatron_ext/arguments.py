@@ -23,6 +23,7 @@ from megatron_ext.chat import check_resume as check_chat_resume
 from megatron_ext.checkpoint.resumable import check_resumable, keep_buckets
 from megatron_ext.checkpoint.source import Start, check_resume, resolve_start
 from megatron_ext.config import ChatConfig, UnlearnConfig
+from megatron_ext.data.checks import check_vocabulary
 from megatron_ext.data.tokenizers import TOKENIZER_TYPES, TokenizerSpec, tokenizer_digest
 from megatron_ext.exceptions import ConfigError
 from megatron_ext.refusals import (
@@ -258,6 +259,7 @@ def check_after_megatron(args: Namespace, config: UnlearnConfig) -> None:
     Raises:
         ConfigError: names the flag, what was expected and what was found.
     """
+    check_vocabulary(args)
     if not config.enabled:
         return
     for batch, micro, flag in (

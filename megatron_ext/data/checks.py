@@ -46,6 +46,20 @@ def checks_files() -> bool:
     return "TORCHELASTIC_RUN_ID" not in os.environ or os.environ.get("LOCAL_RANK") == "0"
 
 
+def check_vocabulary(args: Namespace) -> None:
+    """Refuse rows of the embedding that the tokenizer's ids, or the layout, do not fit.
+
+    Raises:
+        ConfigError: names the flag, what was expected and what was found.
+    """
+    rows, tp = args.padded_vocab_size, args.tensor_model_parallel_size
+    if rows < args.unpadded_vocab_size or rows % tp:
+        raise ConfigError(
+            f"--padded-vocab-size: expected at least the tokenizer's {args.unpadded_vocab_size} tokens, "
+            f"in a multiple of TP {tp}, found {rows}"
+        )
+
+
 def check_datasets(args: Namespace, config: UnlearnConfig) -> None:
     """Check every dataset file that the run names, cheaply and before any expensive work.
 

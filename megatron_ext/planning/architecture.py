@@ -40,6 +40,7 @@ class Architecture:
         head_size: width of a head.
         vocab_size: ids of the tokenizer.
         vocab_multiple: `--make-vocab-size-divisible-by`.
+        padded: `--padded-vocab-size`, rows of the embedding whatever the layout; `None` pads for it.
         tied: whether the output layer is the embedding.
         qkv_bias: whether queries, keys and values have a bias.
         qk_norm: whether each head's query and key are normed.
@@ -55,6 +56,7 @@ class Architecture:
     head_size: int
     vocab_size: int
     vocab_multiple: int = 128
+    padded: int | None = None
     tied: bool = False
     qkv_bias: bool = False
     qk_norm: bool = False
@@ -72,6 +74,8 @@ class Architecture:
 
     def padded_vocab(self, tp: int = 1) -> int:
         """V: ids up to the next multiple of `vocab_multiple * tp`, as Megatron pads."""
+        if self.padded is not None:
+            return self.padded
         return math.ceil(self.vocab_size / (self.vocab_multiple * tp)) * self.vocab_multiple * tp
 
     @property

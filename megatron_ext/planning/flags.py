@@ -18,7 +18,8 @@ _REQUIRED_SIZES = (
     *("seq-length", "micro-batch-size", "global-batch-size"),
 )
 _OPTIONAL_SIZES = (
-    *("num-query-groups", "kv-channels", "vocab-size", "train-iters", "save-interval"),
+    *("num-query-groups", "kv-channels", "vocab-size", "padded-vocab-size"),
+    *("train-iters", "save-interval"),
     *("num-layers-per-virtual-pipeline-stage", "num-virtual-stages-per-pipeline-rank"),
     *("ddp-bucket-size", "forget-batch-size", "recompute-num-layers"),
 )
@@ -104,7 +105,8 @@ def architecture(flags: Namespace) -> Architecture:
     """The model of these flags; --vocab-size stands in for a tokenizer that is not there yet.
 
     Raises:
-        ConfigError: there is neither, or both differ; the run would take the tokenizer's.
+        ConfigError: there is neither, or both differ (the run would take the tokenizer's), or there are more
+            tokens than rows for them.
     """
     vocab_size = flags.vocab_size
     if flags.tokenizer_model is not None:
@@ -120,6 +122,11 @@ def architecture(flags: Namespace) -> Architecture:
         vocab_size = found
     if vocab_size is None:
         raise ConfigError("--tokenizer-model or --vocab-size: expected one, found none")
+    if (flags.padded_vocab_size or vocab_size) < vocab_size:
+        raise ConfigError(
+            f"--padded-vocab-size: expected at least the tokenizer's {vocab_size} tokens, found "
+            f"{flags.padded_vocab_size}"
+        )
     grouped = flags.group_query_attention and flags.num_query_groups  # Megatron wants both
     return Architecture(
         layers=flags.num_layers,
@@ -130,6 +137,7 @@ def architecture(flags: Namespace) -> Architecture:
         head_size=flags.kv_channels or flags.hidden_size // flags.num_attention_heads,
         vocab_size=vocab_size,
         vocab_multiple=flags.make_vocab_size_divisible_by,
+        padded=flags.padded_vocab_size,
         tied=not flags.untie_embeddings_and_output_weights,
         qkv_bias=flags.add_qkv_bias,
         qk_norm=flags.qk_layernorm,

@@ -167,6 +167,10 @@ def check(arch: Architecture, layout: Layout, unlearning: Unlearning | None = No
             f"--num-query-groups: expected a multiple of TP {layout.tp}, for which this plan is, found "
             f"{arch.query_groups}"
         )
+    if arch.padded_vocab(layout.tp) % layout.tp:
+        raise ConfigError(
+            f"--padded-vocab-size: expected a multiple of TP {layout.tp}, found {arch.padded}"
+        )
     unit = layout.micro_batch * layout.data_parallel
     if unlearning is not None and unlearning.forget_batch % unit:
         raise ConfigError(

@@ -17,7 +17,7 @@ from megatron.core.dist_checkpointing.strategies import async_utils, filesystem_
 
 from megatron_ext.exceptions import CheckpointError
 from megatron_ext.runtime import cpu
-from megatron_ext.runtime.children import end_with_parent
+from megatron_ext.runtime.children import end_with_parent, termination_held
 
 # Seconds between two looks at the process that is waited for.
 INTERVAL = 1.0
@@ -34,7 +34,8 @@ def enable() -> None:
     def start_and_watch(rank: int, mp_mode: str = "spawn", *priorities: Any) -> BaseProcess:
         started = _Caller._persistent_process is None
         # A fork server would be the parent of the process, which then would not learn of the rank's end.
-        process = start(rank, "spawn", *priorities)
+        with termination_held():
+            process = start(rank, "spawn", *priorities)
         if started:
             failures: list[BaseException] = []
             for name in ("_persistent_queue", "_persistent_preload_q", "_persistent_comp_q"):
@@ -65,6 +66,7 @@ def serve(*arguments: Any) -> None:
     end_with_parent()
     # torchrun and Slurm send it to the rank as well, which may need one more checkpoint.
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
     cpu.enable()
     _write_until_told(*arguments)
 

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import multiprocessing
 import os
 import signal
 import sys
+from collections.abc import Iterator
+from multiprocessing import resource_tracker
 from types import FrameType
+from typing import Any
 
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
@@ -33,6 +37,36 @@ def ignore_termination() -> None:
     ``--exit-signal-handler`` the rank then saves and leaves, which ends this process too.
     """
     signal.signal(signal.SIGTERM, _terminate)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})  # see `termination_held`
+
+
+@contextlib.contextmanager
+def termination_held() -> Iterator[None]:
+    """Have processes that are started meanwhile not see SIGTERM before they call `ignore_termination`.
+
+    Python takes a second or more to start, on a busy machine, and would die of a signal that comes then.
+    What blocks a signal here is handed on to what this thread starts; the other threads of this process
+    still get it.
+    """
+    resource_tracker.ensure_running()  # the first spawn would start it, and unblock SIGTERM
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def enable() -> None:
+    """Start the process through which Megatron's writers of a checkpoint report so that SIGTERM spares it."""
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
+
+    start = filesystem_async.get_write_results_queue
+
+    def start_held(*args: Any, **kwargs: Any) -> Any:
+        with termination_held():
+            return start(*args, **kwargs)
+
+    filesystem_async.get_write_results_queue = start_held
 
 
 def _terminate(signum: int, frame: FrameType | None) -> None:

@@ -10,12 +10,13 @@ import torch
 from torch.distributed.checkpoint import CheckpointException
 
 from megatron_ext.exceptions import CheckpointError
-from megatron_ext.runtime import packed, safe_load
+from megatron_ext.runtime import children, packed, safe_load
 
 
 def apply() -> None:
     """Apply all of the following and what checkpoints need; called once before training."""
     packed.apply()
+    children.enable()
     prepare_loads()
     complete_saves()
     prepare_saves()

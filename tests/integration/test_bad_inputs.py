@@ -35,6 +35,10 @@ CASES: dict[str, tuple[list[str], list[str]]] = {
         + ["--forget-data-path", "{dir}/other_text_document"],
         ["--tokenizer-model", "500", "400"],
     ),
+    "fewer rows of the embedding than tokens": (
+        ["--padded-vocab-size", "384"],
+        ["--padded-vocab-size", "500 tokens", "384"],
+    ),
     "nowhere to start from": ([], ["--forget-data-path", "--load", "--pretrained-checkpoint"]),
     "missing starting checkpoint": (["--load", "{dir}/no_such"], ["--load", "{dir}/no_such"]),
     "empty starting checkpoint": (["--load", "{dir}"], ["--load", "latest_checkpointed_iteration"]),

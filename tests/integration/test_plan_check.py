@@ -23,7 +23,7 @@ SMALL_BUCKETS = ("--overlap-grad-reduce", "--overlap-param-gather", "--ddp-bucke
 TP2, PP2 = ("--tensor-model-parallel-size", 2), ("--pipeline-model-parallel-size", 2)
 CHUNKS = (*TP2, "--pipeline-model-parallel-size", 4, "--num-layers-per-virtual-pipeline-stage", 1)
 GROUPS = ("--group-query-attention", "--num-query-groups", 2, "--sequence-parallel")
-QWEN = ("--add-qkv-bias", "--qk-layernorm", "--kv-channels", 40)
+QWEN = ("--add-qkv-bias", "--qk-layernorm", "--kv-channels", 40, "--padded-vocab-size", 640)
 # The checkpoint need not exist yet.
 UNLEARN = ("--pretrained-checkpoint", "/nowhere", "--forget-data-path", DATA)
 # GPUs, rank, flags.

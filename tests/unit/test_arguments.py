@@ -73,6 +73,9 @@ def arguments(**changes):
         "eval_global_batch_size": 16,
         "eval_micro_batch_size": 2,
         "data_parallel_size": 2,
+        "padded_vocab_size": 512,
+        "unpadded_vocab_size": 500,
+        "tensor_model_parallel_size": 1,
     }
     return Namespace(**(fields | changes))
 
@@ -182,3 +185,17 @@ def test_the_layers_that_a_run_uses_are_named(changes, layers, monkeypatch):
     monkeypatch.setattr(module.cpu, "is_enabled", lambda: False)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "H200")
     assert module.describe_runtime(Namespace(**({"spec": None} | changes))) == f"H200: {layers}"
+
+
+@pytest.mark.parametrize(("rows", "tp"), [(499, 1), (384, 2), (513, 2)])
+def test_rows_that_do_not_hold_the_tokens_or_cannot_be_shared_are_named(rows, tp):
+    from megatron_ext.data.checks import check_vocabulary
+    from megatron_ext.exceptions import ConfigError
+
+    sizes = {"unpadded_vocab_size": 500, "tensor_model_parallel_size": tp}
+    check_vocabulary(Namespace(padded_vocab_size=512, **sizes))
+    message = (
+        "--padded-vocab-size: expected at least the tokenizer's 500 tokens, in a multiple of TP"
+    )
+    with pytest.raises(ConfigError, match=f"{message} {tp}, found {rows}"):
+        check_vocabulary(Namespace(padded_vocab_size=rows, **sizes))

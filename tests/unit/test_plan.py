@@ -56,6 +56,13 @@ def test_the_paper_s_model_by_hand():
     assert PAPER.parameters(tp=8) - PAPER.parameters() == 2 * 256 * 2048
 
 
+def test_rows_of_the_vocabulary_that_are_given_are_not_padded():
+    given = replace(SMALL, padded=57)
+    assert SMALL.parameters() - given.parameters() == -2 * 8
+    with pytest.raises(ConfigError, match="--padded-vocab-size: expected a multiple of TP 2"):
+        all_stages(given, replace(ONE, gpus=2, tp=2))
+
+
 def test_state_takes_18_bytes_a_parameter_or_6_and_12_shared():
     count = SMALL.parameters()
     mixed = replace(ONE, gpus=4, half=True)

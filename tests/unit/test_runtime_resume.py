@@ -125,6 +125,45 @@ os.kill(os.getpid(), signal.SIGKILL)
     assert subprocess.run(command, capture_output=True, timeout=60).returncode == -9
 
 
+def test_sigterm_spares_the_process_that_a_save_waits_for_before_it_has_started(tmp_path):
+    """Slurm's comes to all processes of a job at once, and a first save starts one."""
+    program = tmp_path / "program.py"
+    program.write_text(
+        """
+import os, signal, sys, threading, time
+sys.path.insert(0, sys.argv[1])
+from megatron_ext.runtime import children, cpu
+if __name__ == "__mp_main__":
+    time.sleep(1)  # as long as Python takes on a busy machine
+    children.ignore_termination()
+if __name__ == "__main__":
+    cpu.enable()
+    import psutil
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
+    children.enable()
+    struck = []
+
+    def strike():
+        while not struck:
+            for child in psutil.Process().children():
+                if "spawn_main" in " ".join(child.cmdline()):
+                    struck.append(child)
+                    child.terminate()
+
+    threading.Thread(target=strike).start()
+    queue = filesystem_async.get_write_results_queue()
+    [child] = struck
+    child.terminate()
+    queue.put("saved")
+    print(queue.get())
+    assert signal.SIGTERM not in signal.pthread_sigmask(signal.SIG_BLOCK, ())
+"""
+    )
+    command = [sys.executable, program, str(ROOT)]
+    result = subprocess.run(command, capture_output=True, timeout=120, text=True)
+    assert (result.returncode, result.stdout) == (0, "saved\n"), result.stderr[-2000:]
+
+
 def test_a_child_goes_on_after_sigterm_unless_its_parent_ends_it_so_as_a_daemon():
     program = """
 import multiprocessing, os, signal, sys
