@@ -88,6 +88,7 @@ class FrozenModel:
         # fp8's scales are learnt where gradients are: without them a KL would be against another model.
         transformer.fp8 = transformer.fp4 = None
         transformer.fp8_param = transformer.fp4_param = False
+        transformer.quant_recipe = None
         frozen_config = dataclasses.replace(
             model_config, transformer=transformer, pre_wrap_hooks=[], post_wrap_hooks=[]
         )

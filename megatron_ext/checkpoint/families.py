@@ -46,7 +46,7 @@ class Family:
         """Which layers of a model have a bias; a config that has no say in it is not asked."""
         if len(self.biases) == 1:
             return self.biases[0]
-        if getattr(config, "mlp_bias", False):
+        if "all" in self.biases and config.mlp_bias:
             return "all"
         return "qkv" if config.attention_bias else "none"
 

@@ -5,6 +5,7 @@ What either side can say and the other cannot is refused here, by the name of th
 
 from __future__ import annotations
 
+import math
 from argparse import Namespace
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -24,7 +25,7 @@ LLAMA3_ROPE = {
 # Fields of a Hugging Face config that must be as here (or missing).
 _CONFIG = {
     "hidden_act": "silu",
-    "sliding_window": None,
+    "is_causal": True,
     "quantization_config": None,
 }
 # Megatron's arguments that must be as here for the model to be Llama's like (or missing).
@@ -97,7 +98,8 @@ class LlamaLike:
             found = getattr(config, field, None)
             if found not in (expected, None):
                 _refuse(field, expected, found)
-        if getattr(config, "mlp_bias", False) and not config.attention_bias:
+        _check_windows(config, family)
+        if family.bias(config) == "all" and not config.attention_bias:
             _refuse("mlp_bias", "False where attention_bias is False", True)
         if config.num_attention_heads % config.num_key_value_heads:
             divisor = f"a divisor of num_attention_heads {config.num_attention_heads}"
@@ -223,6 +225,18 @@ def _family(preferred: Family | None, *, bias: Bias, qk_norm: bool) -> Family:
     if not fitting:
         _refuse("--qk-layernorm", "--disable-bias-linear beside it", "biases in all linear layers")
     return fitting[0]
+
+
+def _check_windows(config: Any, family: Family) -> None:
+    """Every layer sees all tokens before its own; a window as long as the longest text is none."""
+    fields = family.known(vars(config))
+    if "layer_types" in fields:
+        others = {*fields["layer_types"]} - {"full_attention"}
+        if others:
+            _refuse("layer_types", "full_attention in every layer", min(others))
+    elif (fields.get("sliding_window") or math.inf) < config.max_position_embeddings:
+        longest = f"null, or at least max_position_embeddings {config.max_position_embeddings}"
+        _refuse("sliding_window", longest, fields["sliding_window"])
 
 
 def _rotary_base(rope: Mapping[str, Any]) -> int:

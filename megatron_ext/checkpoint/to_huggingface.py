@@ -5,6 +5,7 @@ The peak is one safetensors file and one stored tensor.
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from collections.abc import Iterator
 from pathlib import Path
@@ -73,11 +74,12 @@ def export_model(
     template = _template(kept)
     reader = torch_dist.Reader(checkpoint.path)
     (rows, *_), stored = reader.describe("embedding.word_embeddings.weight")
-    model = LlamaLike.from_arguments(
-        checkpoint.args,
-        vocab_size=_vocab_size(template, tokens=tokens, rows=rows),
-        family=FAMILIES[template.model_type] if template else None,
-    )
+    family = FAMILIES[template.model_type] if template else None
+    model = LlamaLike.from_arguments(checkpoint.args, vocab_size=rows, family=family)
+    if model.family is not family:
+        template = None
+    vocab_size = _vocab_size(template, tokens=tokens, rows=rows)
+    model = dataclasses.replace(model, vocab_size=vocab_size)
     _check_tensors(reader, model, rows)
     dtype = dtype or stored
     with new_folder(output, mark=CONFIG, overwrite=overwrite) as folder:
@@ -197,8 +199,6 @@ def _write_config(
     dtype: torch.dtype,
 ) -> None:
     """The imported model's config as it was where it still holds, else one that says what changed."""
-    if template is not None and template.model_type != model.family.name:
-        template = None
     if (
         template is not None
         and template.dtype == dtype

@@ -40,6 +40,7 @@ UNSUPPORTED = {
     "log_max_attention_logit": "--log-max-attention-logit",
     "fp8": "fp8",
     "fp4": "fp4",
+    "quant_recipe": "a precision for each layer (--te-precision-config-file)",
     "use_kitchen": "quantization with NVIDIA's kitchen",
     "fused_residual_rmsnorm": "--fused-residual-rmsnorm",
     "fine_grained_activation_offloading": "--fine-grained-activation-offloading",

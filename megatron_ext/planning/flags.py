@@ -59,6 +59,8 @@ def entry_flags(words: Sequence[str]) -> Namespace:
     for name in _NOT_PLANNED:
         if getattr(flags, name.replace("-", "_")) is not None:
             raise ConfigError(f"--{name} is not known to this plan")
+    if flags.attention_backend == "unfused":
+        raise ConfigError("--attention-backend unfused is not known to this plan")
     if flags.optimizer != "adam":
         raise ConfigError(
             f"--optimizer: expected adam, for which this plan is, found {flags.optimizer}"
@@ -82,6 +84,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--recompute-activations", action="store_true")
     parser.add_argument("--recompute-method", choices=("uniform", "block"), default="uniform")
     parser.add_argument("--optimizer", default="adam")
+    parser.add_argument("--attention-backend")
     for name in DROPOUTS:
         parser.add_argument(f"--{name}", type=float, default=0.1)  # Megatron's
     parser.add_argument("--tokenizer-type", default="SentencePieceTokenizer")

@@ -63,10 +63,10 @@ def enable() -> None:
 
 def serve(*arguments: Any) -> None:
     """The life of the process: Megatron's own, until the rank says so or ends, however it ends."""
-    end_with_parent()
     # torchrun and Slurm send it to the rank as well, which may need one more checkpoint.
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
+    end_with_parent()
     cpu.enable()
     _write_until_told(*arguments)
 

@@ -41,7 +41,7 @@ CASES: dict[str, dict[str, Any]] = {
     "rows_beyond_the_tokenizer": {"vocab_size": 650},
     "attention_bias": {"attention_bias": True},
     "all_biases": {"attention_bias": True, "mlp_bias": True},
-    "mistral": {"model_type": "mistral", "sliding_window": None, "head_dim": 16},
+    "mistral": {"model_type": "mistral", "sliding_window": POSITIONS, "head_dim": 16},
     "qwen2_tied": {"model_type": "qwen2", "tie_word_embeddings": True, "rms_norm_eps": 1e-6},
     "qwen2_wide_heads": {"model_type": "qwen2", "head_dim": 16},
     "qwen3": {"model_type": "qwen3", "head_dim": 16, "vocab_size": 650, "rms_norm_eps": 1e-2},

@@ -1,6 +1,7 @@
 """The Llama architecture between a Hugging Face config and Megatron's flags, and what is refused."""
 
 import argparse
+import json
 import sys
 from unittest import mock
 
@@ -12,6 +13,7 @@ from megatron_ext.checkpoint import from_huggingface, huggingface
 from megatron_ext.checkpoint.families import FAMILIES
 from megatron_ext.checkpoint.llama import LLAMA3_ROPE, LlamaLike
 from megatron_ext.checkpoint.safetensors import SafetensorsReader
+from megatron_ext.checkpoint.to_huggingface import export_model
 from megatron_ext.exceptions import CheckpointError, ConfigError
 from tests.helpers import llama
 
@@ -51,8 +53,15 @@ def test_old_spellings_of_the_rotary_fields_are_read():
     [
         ({"hidden_act": "gelu"}, "hidden_act: expected silu, found gelu"),
         ({"architectures": ["LlamaForTokenClassification"]}, "architectures: .*ForTokenClass"),
-        ({"model_type": "mistral"}, "sliding_window: expected None, found 4096"),
-        ({"model_type": "qwen2", "use_sliding_window": True}, "sliding_window: expected None"),
+        (
+            {"model_type": "mistral", "sliding_window": 255},
+            "sliding_window: expected null, or at least max_position_embeddings 256, found 255",
+        ),
+        (
+            {"model_type": "qwen2", "use_sliding_window": True, "max_window_layers": 2},
+            "layer_types: expected full_attention in every layer, found sliding_attention",
+        ),
+        ({"model_type": "qwen2", "is_causal": False}, "is_causal: expected True, found False"),
         ({"quantization_config": {"bits": 4}}, "quantization_config: expected None, found .*bits"),
         ({"mlp_bias": True}, "mlp_bias: expected False where attention_bias is False, found True"),
         ({"num_key_value_heads": 3}, "num_key_value_heads: expected a divisor of .* 4, found 3"),
@@ -94,6 +103,39 @@ def test_arguments_that_do_not_fit_are_refused_by_their_flag(name, value, flag):
     args = arguments(LlamaLike.from_config(llama.config()), **{name: value})
     with pytest.raises(CheckpointError, match=f"{flag}: expected .*, found {value}"):
         LlamaLike.from_arguments(args, vocab_size=500)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"model_type": "mistral", "sliding_window": 256},
+        {"model_type": "mistral", "mlp_bias": True},
+        {"model_type": "qwen2", "use_sliding_window": True, "max_window_layers": 4},
+        {"model_type": "qwen2", "attention_bias": False},
+        {"model_type": "llama", "sliding_window": 8},
+    ],
+)
+def test_fields_that_transformers_does_not_act_on_are_not_refused(changes):
+    without = {"model_type": changes["model_type"], "sliding_window": None}
+    expected = LlamaLike.from_config(llama.config(**without))
+    assert LlamaLike.from_config(llama.config(**changes)) == expected
+
+
+def test_rows_are_those_of_an_imported_model_and_not_of_a_tokenizer_from_another(tmp_path):
+    source = llama.save(tmp_path / "source", vocab_size=650)
+    from_huggingface.import_model(source, tmp_path / "ours")
+    tokenizer = llama.save(tmp_path / "other", model_type="mistral", vocab_size=600)
+    for kept, family, rows in (
+        (tmp_path / "ours" / "huggingface", "llama", 650),
+        (tokenizer, "mistral", 600),
+    ):
+        export_model(tmp_path / "ours", tmp_path / family, tokenizer=kept)
+        found = json.loads((tmp_path / family / "config.json").read_text())
+        assert (found["model_type"], found["vocab_size"]) == (family, rows)
+    qwen = llama.save(tmp_path / "qwen", model_type="qwen3", head_dim=8, vocab_size=600)
+    export_model(tmp_path / "ours", tmp_path / "back", tokenizer=qwen)
+    found = json.loads((tmp_path / "back" / "config.json").read_text())
+    assert (found["model_type"], found["vocab_size"]) == ("llama", llama.TOKENS)
 
 
 @pytest.mark.parametrize(

@@ -156,6 +156,7 @@ def test_flags_are_read_as_the_entry_point_reads_them():
     [
         (["--seq-length", "8"], "--num-layers: expected a size"),
         ([*MODEL, "--num-experts", "8"], "--num-experts is not known to this plan"),
+        ([*MODEL, "--attention-backend", "unfused"], "--attention-backend unfused is not known"),
         ([*MODEL, "--use-megatron-fsdp"], "--use-megatron-fsdp is not known to this plan"),
         ([*MODEL, "--optimizer", "sgd"], "--optimizer: expected adam, .*, found sgd"),
         ([w for w in MODEL if w != "--swiglu"], "--swiglu: expected, found none"),

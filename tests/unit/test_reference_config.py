@@ -25,6 +25,7 @@ OFF = {
     "fp8_param": False,
     "fp4": None,
     "fp4_param": False,
+    "quant_recipe": None,
 }
 
 
@@ -62,6 +63,7 @@ def student():
         "fp8_param": True,
         "fp4": "e2m1",
         "fp4_param": True,
+        "quant_recipe": object(),
     }
     return ModelConfig(SimpleNamespace(**asked, hidden_size=7), post_wrap_hooks=[print])
 
