@@ -1,7 +1,6 @@
 """Which of torch's attention kernels a GPU is asked for, found out without one."""
 
 from contextlib import nullcontext
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,7 +8,8 @@ from megatron.core.transformer.enums import AttnBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional
 
-from megatron_ext.model.attention import SdpaCoreAttention, _gpu_backends
+from megatron_ext.model.attention import _gpu_backends
+from tests.helpers.attention import core_attention
 
 
 def _asked_for(
@@ -22,10 +22,7 @@ def _asked_for(
     chosen=AttnBackend.auto,
 ):
     """Shapes and backends of the attention of 8 query heads and 2 key heads on a GPU; no GPU is used."""
-    attention = object.__new__(SdpaCoreAttention)
-    torch.nn.Module.__init__(attention)
-    attention.dropout, attention.softmax_scale = 0.0, None
-    attention.config = SimpleNamespace(attention_backend=chosen)
+    attention = core_attention(chosen)
     seen = {}
 
     def record(query, key, value, *, enable_gqa, **_):

@@ -5,9 +5,9 @@ import torch
 from torch.nn import functional
 from torch.profiler import ProfilerActivity, profile
 
-from megatron_ext.model.attention import SdpaCoreAttention
 from megatron_ext.model.rope import cos_sin, split_rotate
 from megatron_ext.runtime import optimizer as kernels
+from tests.helpers.attention import core_attention
 from tests.unit.test_model_layers import LAYOUTS, _freqs, naive_rotate
 
 pytestmark = [
@@ -42,15 +42,12 @@ def test_rotation_kernel_forward_and_backward(groups, heads, size, rot, dtype):
 
 
 def _attention(query_heads, groups, size, dtype=torch.bfloat16):
-    attention = object.__new__(SdpaCoreAttention)
-    torch.nn.Module.__init__(attention)
-    attention.dropout, attention.softmax_scale = 0.0, None
     s, b = 256, 2
     # The layout that split_rotate leaves: views of one buffer, a value between two keys.
     buffer = torch.randn(s, b, groups, query_heads // groups + 2, size, device="cuda")
     buffer = buffer.to(dtype).requires_grad_()
     parts = buffer.split((query_heads // groups, 1, 1), dim=3)
-    return attention, buffer, [part.flatten(2, 3) for part in parts]
+    return core_attention(), buffer, [part.flatten(2, 3) for part in parts]
 
 
 @pytest.mark.parametrize(("query_heads", "groups", "size"), [(8, 8, 64), (8, 2, 64), (4, 4, 128)])

@@ -11,10 +11,10 @@ import torch
 from torch.nn import functional
 
 from megatron_ext.exceptions import ConfigError
-from megatron_ext.model.attention import SdpaCoreAttention
 from megatron_ext.model.mlp import swiglu
 from megatron_ext.model.norm import TorchNorm
 from megatron_ext.model.rope import cos_sin, rotate, split_rotate
+from tests.helpers.attention import core_attention
 
 # (groups, query heads a group, head size, rotated part): plain, grouped, partly rotated, odd sizes.
 LAYOUTS = [(4, 1, 8, 8), (2, 3, 8, 8), (1, 4, 10, 6), (3, 2, 12, 12)]
@@ -103,9 +103,7 @@ class _OnGpu(torch.Tensor):
 def test_grouped_heads_in_fp32_are_repeated_for_the_kernels_of_a_gpu(dtype, monkeypatch):
     """On a GPU torch's fp32 kernels refuse grouped heads; those of half precision take them."""
     torch.manual_seed(0)
-    attention = object.__new__(SdpaCoreAttention)
-    torch.nn.Module.__init__(attention)
-    attention.dropout, attention.softmax_scale = 0.0, None
+    attention = core_attention()
     parts = [torch.randn(6, 2, heads, 8).to(dtype) for heads in (6, 2, 2)]
     want = attention(*parts)
     grouped = []
