@@ -253,8 +253,9 @@ class FrozenModel:
         if len(self.chunks) > 1:
             stages = unwrap_model(self.chunks)[0].config.pipeline_model_parallel_size
             count = max(count, stages)
+            group = schedule_group(count, stages)
             for chunk in unwrap_model(self.chunks):
-                chunk.config.microbatch_group_size_per_vp_stage = schedule_group(count, stages)
+                chunk.config.microbatch_group_size_per_vp_stage = group
         padded = [[*chunk, *[chunk[-1]] * (count - len(chunk))] for chunk in batches]
         return [iter(chunk) for chunk in padded], count
 

@@ -258,7 +258,7 @@ def render() -> str:
         "With the torch-native layers (`--transformer-impl local`)": WITH_TORCH_NATIVE_LAYERS,
         "With `--use-distributed-optimizer`": WITH_DISTRIBUTED_OPTIMIZER,
         "With `--forget-data-path` (unlearning)": WITH_UNLEARNING,
-        "Without `--forget-data-path`": WITHOUT_UNLEARNING,
+        "Without `--forget-data-path`, but for defaults": WITHOUT_UNLEARNING,
         "With `--chat-data-path` (chat tuning)": WITH_CHAT,
     }
     for title, rows in groups.items():
