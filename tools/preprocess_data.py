@@ -74,13 +74,20 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     group.add_argument(
         "--workers",
         type=int,
-        default=len(os.sched_getaffinity(0)),  # a job's part of its node, not all of it
+        default=_usable_cores(),
         help="encoding processes",
     )
     group.add_argument(
         "--log-interval", type=int, default=10000, help="documents between progress lines"
     )
     return parser.parse_args(argv)
+
+
+def _usable_cores() -> int:
+    """A job's part of its node, not all of it, where the system tells them apart (macOS does not)."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def build_config(args: argparse.Namespace) -> PreprocessConfig:

@@ -94,6 +94,9 @@ def samples(
     prefix: str, counts: list[int], spec: SimpleNamespace, *, valid: str | None = None
 ) -> list[Any]:
     """Megatron's training and validation data set of one prefix, or each of its own prefix."""
+    import megatron_ext  # noqa: F401 (so that Megatron-Core can be imported without Triton)
+
+    # isort: split
     from megatron.core.datasets.blended_megatron_dataset_builder import (
         BlendedMegatronDatasetBuilder,
     )
