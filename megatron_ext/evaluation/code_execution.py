@@ -66,7 +66,11 @@ class CodeEval:
 
 
 def runs(program: str) -> bool:
-    """Whether a program comes to its end without an error in the time it has."""
+    """Whether a program comes to its end without an error in the time it has.
+
+    Raises:
+        OSError: no process could be started, of which the program knows nothing.
+    """
     # A program that ends itself before its tests does not know this code.
     code = random.SystemRandom().randrange(64, 114)
     program = f"{program}\nimport os\nos._exit({code})\n"
@@ -84,19 +88,22 @@ def runs(program: str) -> bool:
                 preexec_fn=_limit,
                 errors="replace",
             )
-        except (subprocess.TimeoutExpired, OSError):
+        except subprocess.TimeoutExpired:
             return False
     return done.returncode == code
 
 
 def _limit() -> None:
-    """In the child, before the program: bounds that it cannot raise."""
+    """In the child, before the program: bounds that it cannot raise, and none above those of this process."""
     for what, bound in (
         (resource.RLIMIT_CPU, _SECONDS),
         (resource.RLIMIT_AS, _BYTES),
         (resource.RLIMIT_FSIZE, _FILE_BYTES),
         (resource.RLIMIT_CORE, 0),
     ):
+        most = resource.getrlimit(what)[1]
+        if most != resource.RLIM_INFINITY:
+            bound = min(bound, most)
         resource.setrlimit(what, (bound, bound))
 
 

@@ -1,6 +1,7 @@
 """What the harness is given: rules, programs that are run, files by their hub names, the demo's tasks."""
 
 import json
+import resource
 from argparse import Namespace
 from random import Random
 
@@ -73,6 +74,21 @@ def test_programs_see_no_secrets_and_end(monkeypatch):
     monkeypatch.setattr(code_execution, "_SECONDS", 1)
     assert not runs("while True: pass")
     assert not runs("open('big', 'wb').write(bytes(1 << 22))")
+
+
+def test_no_bound_is_above_those_of_this_process(monkeypatch):
+    """Raising one is an error, but for root, and would end the evaluation."""
+    from megatron_ext.evaluation import code_execution
+
+    taken = {}
+    memory, infinite = resource.RLIMIT_AS, resource.RLIM_INFINITY
+    monkeypatch.setattr(
+        resource, "getrlimit", lambda what: (0, 2**30 if what == memory else infinite)
+    )
+    monkeypatch.setattr(resource, "setrlimit", lambda what, bounds: taken.update({what: bounds}))
+    code_execution._limit()
+    assert taken[memory] == (2**30, 2**30)
+    assert taken[resource.RLIMIT_CPU] == (10, 10)
 
 
 def test_files_are_found_by_split(tmp_path):
