@@ -116,7 +116,7 @@ def unlearning_head_loss(
                 gradient_size=max(weight.element_size(), 4),
                 gpu_memory=memory,
             )
-        return Blocks(size, weight.shape[0], size >= tokens)
+        return Blocks(max(size, 1), weight.shape[0], size >= tokens)
 
     if chunk_size is not None and chunk_size < 1:
         raise ValueError(f"chunk_size must be positive, got {chunk_size}")

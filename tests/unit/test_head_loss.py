@@ -163,6 +163,22 @@ def test_a_loss_of_the_kl_alone():
     assert_same(torch.autograd.grad(out.loss, leaves), want, 1e-6)
 
 
+@pytest.mark.parametrize("chunk_size", [None, 7])
+def test_no_tokens(chunk_size):
+    arguments = inputs()
+    empty = {x: arguments[x][:0] for x in ("labels", "roles", "reference_hidden")}
+    hidden = arguments["hidden"].detach()[:0].requires_grad_()
+    out = unlearning_head_loss(
+        **(arguments | empty | {"hidden": hidden}),
+        token_loss=lambda margin, kl, places: (margin + kl).sum(),
+        chunk_size=chunk_size,
+    )
+    out.loss.backward()
+    assert out.loss == 0
+    assert out.margin.shape == out.kl.shape == (0,)
+    assert (arguments["weight"].grad == 0).all()
+
+
 def test_chunks_follow_the_device():
     def chunk(tokens, references=0, columns=32768, hidden=512):
         sizes = {"element_size": 4, "gradient_size": 4, "gpu_memory": None}
