@@ -1,0 +1,123 @@
+"""Single values that no run can use, and places that it cannot write to.
+
+Megatron finds out about most of these when the model is built, at the first save, or by a division by zero.
+"""
+
+from __future__ import annotations
+
+import os
+from argparse import Namespace
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from megatron_ext.exceptions import ConfigError
+
+# The least that each may be. The seeds of the ranks are derived from a positive one.
+_AT_LEAST = {
+    **{"train_iters": 1, "train_samples": 1, "eval_interval": 1, "eval_iters": 0},
+    **{"log_interval": 1, "tensorboard_log_interval": 1, "seed": 1, "num_workers": 0},
+    **{"seq_length": 1, "max_position_embeddings": 1, "num_layers": 1, "hidden_size": 1},
+    **{"num_attention_heads": 1, "tensor_model_parallel_size": 1, "context_parallel_size": 1},
+    **{"pipeline_model_parallel_size": 1, "lr_decay_iters": 1, "lr_decay_samples": 1},
+    **{"lr_warmup_iters": 0, "lr_warmup_samples": 0},
+}
+
+
+def check_required(args: Namespace, *, supplied: Mapping[str, Any]) -> None:
+    """Name the flags that no run can do without; Megatron misses two of them only once the model is built.
+
+    Args:
+        args: what was typed.
+        supplied: arguments that are set for the user.
+
+    Raises:
+        ConfigError: names all that are missing.
+    """
+    required: list[tuple[str, ...]] = [("micro_batch_size",), ("tokenizer_type",)]
+    if not args.use_checkpoint_args:
+        required += [(name,) for name in ("num_layers", "hidden_size", "num_attention_heads")]
+        required += [("seq_length", "encoder_seq_length"), ("max_position_embeddings",)]
+    if not args.skip_train:
+        required += [("lr",), ("train_iters", "train_samples")]
+    if args.save is not None:
+        required += [("save_interval",)]
+    found = {**vars(args), **supplied}
+    missing = [names for names in required if all(found[name] is None for name in names)]
+    if missing:
+        flags = (" or ".join(map(_flag, names)) for names in missing)
+        raise ConfigError(f"{', '.join(flags)}: expected a value, found none")
+
+
+def check_values(args: Namespace) -> None:
+    """Refuse numbers that are too small, and directories without a name.
+
+    Args:
+        args: what was typed.
+
+    Raises:
+        ConfigError: names the flag, what was expected and what was found.
+    """
+    for name, least in _AT_LEAST.items():
+        value = getattr(args, name)
+        if value is not None and value < least:
+            raise ConfigError(f"{_flag(name)}: expected at least {least}, found {value}")
+    # As of a variable of the shell that is not set; Megatron would save nothing, or load nothing.
+    for name in ("save", "load", "pretrained_checkpoint", "reference_load"):
+        if getattr(args, name) == "":
+            raise ConfigError(f"{_flag(name)}: expected a directory, found an empty name")
+
+
+def check_places(args: Namespace) -> None:
+    """Refuse directories that the run could not write to, hours before it would.
+
+    Args:
+        args: what was typed.
+
+    Raises:
+        ConfigError: names the flag and what is in the way.
+    """
+    for name in ("save", "tensorboard_dir", "data_cache_path"):
+        if not getattr(args, name):
+            continue
+        wanted = Path(getattr(args, name)).absolute()
+        nearest = next(path for path in (wanted, *wanted.parents) if os.path.lexists(path))
+        # A finished cache is only read.
+        used = name != "data_cache_path" or nearest != wanted
+        if not nearest.is_dir() or (used and not os.access(nearest, os.W_OK | os.X_OK)):
+            what = "a directory without permission to write" if nearest.is_dir() else "a file"
+            raise ConfigError(
+                f"{_flag(name)} {getattr(args, name)}: expected a directory, there or to be made, to "
+                f"write to, found {what} at {nearest}"
+            )
+
+
+def check_schedule(args: Namespace) -> None:
+    """Refuse a warm-up that is not over before the learning rate's schedule is.
+
+    Args:
+        args: Megatron's validated arguments.
+
+    Raises:
+        ConfigError: names the flag and both lengths.
+    """
+    if args.skip_train:
+        return
+    unit = "iters" if args.train_iters else "samples"
+    decay = getattr(args, f"lr_decay_{unit}") or getattr(args, f"train_{unit}")
+    name, warmup, most = f"lr_warmup_{unit}", getattr(args, f"lr_warmup_{unit}"), decay
+    if args.lr_warmup_fraction is not None:
+        name, warmup, most = "lr_warmup_fraction", args.lr_warmup_fraction, 1
+    if not 0 <= warmup < most:
+        raise ConfigError(
+            f"{_flag(name)}: expected at least 0 and less than {most}, for the learning rate's schedule "
+            f"has {decay} {'iterations' if unit == 'iters' else unit}, found {warmup}"
+        )
+    if args.lr_decay_style == "WSD" and getattr(args, f"lr_wsd_decay_{unit}") is None:
+        raise ConfigError(
+            f"--lr-wsd-decay-{unit}: expected a value with --lr-decay-style WSD, found none"
+        )
+
+
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"

@@ -1,0 +1,91 @@
+"""Values that no run can use and places that it cannot write to, each named before anything starts."""
+
+from argparse import Namespace
+
+import pytest
+
+from megatron_ext.exceptions import ConfigError
+from megatron_ext.values import check_places, check_schedule, check_values
+
+NUMBERS = {
+    **{"train_iters": 10, "train_samples": None, "eval_interval": 1000, "eval_iters": 0},
+    **{"log_interval": 1, "tensorboard_log_interval": 1, "seed": 1234, "num_workers": 0},
+    **{"seq_length": None, "max_position_embeddings": 8, "num_layers": 2, "hidden_size": 8},
+    **{"num_attention_heads": 2, "tensor_model_parallel_size": 1, "context_parallel_size": 1},
+    **{"pipeline_model_parallel_size": 1, "lr_decay_iters": None, "lr_decay_samples": None},
+    **{"lr_warmup_iters": 0, "lr_warmup_samples": 0},
+    **{"save": None, "load": "a", "pretrained_checkpoint": None, "reference_load": None},
+}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"train_iters": 0}, "--train-iters: expected at least 1, found 0"),
+        ({"eval_iters": -1}, "--eval-iters: expected at least 0, found -1"),
+        ({"seed": -1}, "--seed: expected at least 1, found -1"),
+        ({"save": ""}, "--save: expected a directory, found an empty name"),
+        ({"load": ""}, "--load: expected a directory, found an empty name"),
+    ],
+)
+def test_values_that_no_run_can_use(changes, message):
+    check_values(Namespace(**NUMBERS))
+    with pytest.raises(ConfigError, match=f"^{message}$"):
+        check_values(Namespace(**(NUMBERS | changes)))
+
+
+def places(**changes):
+    return Namespace(**({"save": None, "tensorboard_dir": "", "data_cache_path": None} | changes))
+
+
+@pytest.mark.parametrize("flag", ["save", "tensorboard_dir", "data_cache_path"])
+def test_a_file_in_the_way(tmp_path, flag):
+    (tmp_path / "file").touch()
+    (tmp_path / "dangling").symlink_to("nowhere")
+    check_places(places(**{flag: tmp_path / "to" / "be" / "made"}))
+    for bad in ("file", "file/below", "dangling"):
+        with pytest.raises(ConfigError, match=f"^--{flag.replace('_', '-')} .* a file at "):
+            check_places(places(**{flag: tmp_path / bad}))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["dangling", "file"]  # nothing made
+
+
+def test_a_directory_without_permission(tmp_path, monkeypatch):
+    monkeypatch.setattr("os.access", lambda path, mode: False)  # root may write everywhere
+    check_places(places(data_cache_path=tmp_path))  # a finished cache is only read
+    for bad in ({"save": tmp_path}, {"data_cache_path": tmp_path / "new"}):
+        with pytest.raises(ConfigError, match=f"without permission to write at {tmp_path}$"):
+            check_places(places(**bad))
+
+
+SCHEDULE = {
+    **{"skip_train": False, "train_iters": 10, "train_samples": None, "lr_warmup_fraction": None},
+    **{"lr_decay_iters": None, "lr_decay_samples": None, "lr_decay_style": "cosine"},
+    **{"lr_warmup_iters": 9, "lr_warmup_samples": 0},
+    **{"lr_wsd_decay_iters": None, "lr_wsd_decay_samples": None},
+}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({}, None),
+        ({"lr_warmup_iters": 10}, "--lr-warmup-iters: .* less than 10, .* 10 iterations, found 10"),
+        ({"lr_warmup_iters": 10, "lr_decay_iters": 11}, None),
+        ({"lr_warmup_iters": 10, "skip_train": True}, None),
+        (
+            {"train_iters": None, "train_samples": 32, "lr_warmup_samples": 32},
+            "--lr-warmup-samples: .* 32 samples, found 32",
+        ),
+        ({"lr_warmup_fraction": 1.0}, "--lr-warmup-fraction: .* less than 1, .*found 1.0"),
+        ({"lr_warmup_fraction": float("nan")}, "--lr-warmup-fraction: .*found nan"),
+        ({"lr_decay_style": "WSD"}, "--lr-wsd-decay-iters: .*found none"),
+        ({"lr_decay_style": "WSD", "lr_wsd_decay_iters": 3}, None),
+    ],
+)
+def test_a_warm_up_that_the_schedule_has_no_room_for(changes, message):
+    args = Namespace(**(SCHEDULE | changes))
+    if message is None:
+        check_schedule(args)
+        return
+    with pytest.raises(ConfigError, match=f"^{message}"):
+        check_schedule(args)
