@@ -144,8 +144,11 @@ def _judge(
     """Ask for the verdicts that are not there, and score."""
     label = judge.model.replace("/", "_")
     file = options.output_dir / "model_judgment" / f"{label}_single.jsonl"
-    before = read_records(file) if file.exists() else []
-    known = {line["user_prompt"]: line["judgment"] for line in before}
+    known = {
+        line["user_prompt"]: line["judgment"]
+        for line in _judgments(file)
+        if line["judge"][0] == judge.model
+    }
     todo = {key: m for key, m in prompts.items() if m[-1]["content"] not in known}
     settings = {"judge": judge.model, "url": judge.url, "prompts": dict(prompts)}
     place = options.output_dir / f"mt-bench-{options.name}-judge"
@@ -156,7 +159,9 @@ def _judge(
             for q in questions
             for turn in range(len(q.turns))
         ]
-        others = [line for line in before if line["model"] != options.name]
+        # Read again: the file is that of all models, and another may have been judged meanwhile.
+        own = (options.name, judge.model)
+        others = [line for line in _judgments(file) if (line["model"], line["judge"][0]) != own]
         lines = [_judgment(options.name, judge, v, prompts, texts) for v in found]
         write_records(file, [*others, *lines], overwrite=True)
         kept.remove()
@@ -171,6 +176,11 @@ def _judge(
     write_atomically(summary, text.encode(), overwrite=True)
     print(report(results))
     print(f"\n{summary}")
+
+
+def _judgments(file: Path) -> list[dict[str, Any]]:
+    """Lines of earlier runs; judges whose names differ by a slash share a file."""
+    return read_records(file) if file.exists() else []
 
 
 def known_texts(prompts: Mapping[str, list[Message]], known: Mapping[str, str]) -> dict[str, str]:
