@@ -148,8 +148,8 @@ def score(found: Sequence[Verdict]) -> dict[str, Any]:
 
     Returns:
         ``hsr`` and ``ssr`` with a rate for each level, their mean, the mean weighted by level (of which
-        the project's repository has a script) and bounds for what could not be parsed; ``csl``;
-        ``unparsable`` and ``verdicts``, counts.
+        the project's repository has a script) and bounds for what could not be parsed; ``csl`` and
+        ``csl_bounds``; ``unparsable`` and ``verdicts``, counts.
     """
     levels = [[v for v in found if v.question.level == level] for level in range(1, LEVELS + 1)]
 
@@ -167,11 +167,12 @@ def score(found: Sequence[Verdict]) -> dict[str, Any]:
             "bounds": bounds,
         }
 
-    consistent = _consistent_levels(found)
+    rows = _rows(found)
     return {
         "hsr": rates(soft=False),
         "ssr": rates(soft=True),
-        "csl": fmean(consistent) if consistent else None,
+        "csl": _consistent_levels(rows),
+        "csl_bounds": [fmean(_in_a_row(row, unknown) for row in rows) for unknown in (False, True)],
         "unparsable": sum(v.satisfied is None for v in found),
         "verdicts": len(found),
     }
@@ -191,7 +192,10 @@ def summarise(kinds: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
         }
         for rate in ("hsr", "ssr")
     }
+    for rate in ("hsr", "ssr"):
+        summary[rate]["bounds"] = _mean_bounds([kind[rate]["bounds"] for kind in kinds.values()])
     summary["csl"] = mean([kind["csl"] for kind in kinds.values()])
+    summary["csl_bounds"] = _mean_bounds([kind["csl_bounds"] for kind in kinds.values()])
     for count in ("unparsable", "verdicts"):
         summary[count] = sum(kind[count] for kind in kinds.values())
     return summary
@@ -211,14 +215,36 @@ def _bound(found: Sequence[Verdict], soft: bool, unknown: float) -> float:
     return 100 * fmean(unknown if v.satisfied is None else _value(v, soft) for v in found)
 
 
-def _consistent_levels(found: Sequence[Verdict]) -> list[int]:
-    """Levels in a row of each example; those whose row meets an unparsable verdict are left out."""
+def _mean_bounds(bounds: Sequence[Sequence[float]]) -> list[float]:
+    return [fmean(ends) for ends in zip(*bounds, strict=True)]
+
+
+def _rows(found: Sequence[Verdict]) -> list[list[bool | None]]:
+    """What is known of the levels of each example, from the first on."""
     groups: dict[int, dict[int, bool | None]] = {}
     for v in found:
         groups.setdefault(v.question.example, {})[v.question.level] = v.hard
-    rows = []
-    for levels in groups.values():
-        first = next((level for level in sorted(levels) if levels[level] is not True), LEVELS + 1)
-        if first > LEVELS or levels[first] is False:
-            rows.append(first - 1)
-    return rows
+    return [[levels[level] for level in sorted(levels)] for levels in groups.values()]
+
+
+def _in_a_row(row: Sequence[bool | None], unknown: bool) -> int:
+    """Levels satisfied in a row, if what could not be parsed were so."""
+    known = [unknown if hard is None else hard for hard in row]
+    return [*known, False].index(False)
+
+
+def _consistent_levels(rows: Sequence[Sequence[bool | None]]) -> float | None:
+    """Expected levels in a row; ``None`` if those who come to a level are all unparsable there.
+
+    The rate of each level is that of the examples which satisfied all before it, and its verdict counts for
+    nothing where it cannot be parsed. To leave out such examples altogether would leave out those that have
+    come far, for only they come to a verdict of a higher level.
+    """
+    mean, reached = 0.0, 1.0
+    for level in range(LEVELS):
+        known = [row[level] for row in rows if all(row[:level]) and row[level] is not None]
+        if reached and not known:
+            return None
+        reached *= sum(map(bool, known)) / max(1, len(known))
+        mean += reached
+    return mean

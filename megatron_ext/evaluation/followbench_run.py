@@ -28,6 +28,8 @@ from megatron_ext.exceptions import ConfigError
 
 logger = logging.getLogger(__name__)
 
+_COLUMNS = ("SSR", "HSR", "CSL")
+
 
 def add_arguments(parser: ArgumentParser) -> None:
     """Flags of the verb."""
@@ -177,12 +179,22 @@ def report(results: Mapping[str, Any]) -> str:
             bounds = f"{low:.1f} to {high:.1f}" if scores["unparsable"] else ""
             mean = _number(scores[rate]["mean"])
             lines.append(f"{kind:<12}{rate.upper():<5}{cells}{mean:>8}   {bounds}")
-        lines.append(f"{'':<12}CSL  {_number(scores['csl'], digits=2)}")
+        low, high = scores["csl_bounds"]
+        bounds = f"   {low:.2f} to {high:.2f}" if scores["unparsable"] else ""
+        lines.append(f"{'':<12}CSL  {'':<35}{_number(scores['csl'], digits=2):>8}{bounds}")
     summary = results["summary"]
-    lines.append(f"unparsable verdicts: {summary['unparsable']} of {summary['verdicts']}\n")
+    unparsable = f"unparsable verdicts: {summary['unparsable']} of {summary['verdicts']}"
+    if summary["unparsable"]:
+        ends = [summary[rate]["bounds"] for rate in ("ssr", "hsr")] + [summary["csl_bounds"]]
+        shown = (
+            f"{name} {low:.2f} to {high:.2f}"
+            for name, (low, high) in zip(_COLUMNS, ends, strict=True)
+        )
+        unparsable += f"; the means lie within {', '.join(shown)}"
+    lines.append(f"{unparsable}\n")
     ours = {results["model"]: (summary["ssr"]["mean"], summary["hsr"]["mean"], summary["csl"])}
     theirs = {model: (ssr, hsr, None) for model, (ssr, hsr, _) in paper.CHAT.items()}
-    lines.append(paper.table(("SSR", "HSR", "CSL"), ours, theirs))
+    lines.append(paper.table(_COLUMNS, ours, theirs))
     return "\n".join(lines)
 
 

@@ -121,8 +121,10 @@ def _content(data: bytes) -> str:
         content = json.loads(data)["choices"][0]["message"]["content"]
     except (ValueError, KeyError, IndexError, TypeError) as error:
         raise _NoVerdictError(f"expected a chat completion, found {data[:200]!r}") from error
-    # A refusal has no content; it is a verdict that says nothing.
-    return content if isinstance(content, str) else ""
+    # A refusal has no content; it is a verdict that says nothing. Text that was cut in the middle of a
+    # character may end with half of a pair, which no file can hold.
+    text = content if isinstance(content, str) else ""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def _excerpt(error: urllib.error.HTTPError) -> str:

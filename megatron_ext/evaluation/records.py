@@ -34,8 +34,11 @@ def read_records(path: Path) -> list[Record]:
             continue
         try:
             record = json.loads(line)
-        except json.JSONDecodeError as error:
+            json.dumps(record, ensure_ascii=False).encode()
+        except (json.JSONDecodeError, RecursionError) as error:
             raise DataError(f"{path}:{number}: expected JSON, {error}") from error
+        except UnicodeEncodeError as error:  # half of a pair, as \ud800
+            raise DataError(f"{path}:{number}: expected valid Unicode, {error}") from error
         if not isinstance(record, dict):
             raise DataError(f"{path}:{number}: expected an object, found {type(record).__name__}")
         records.append(record)

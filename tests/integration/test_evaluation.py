@@ -160,7 +160,8 @@ def test_followbench(world, tmp_path, capsys):
     # The judge: all satisfied but for level 2, unknown; the rule: levels 1 to 3.
     assert content["hsr"]["levels"] == content["ssr"]["levels"] == [100, 100, 100, 50, 50]
     assert content["hsr"]["bounds"] == pytest.approx([70, 80])
-    assert content["csl"] == 3  # of the second example; the first is unknown
+    assert content["csl"] == 3  # the first example holds one of them, or all
+    assert content["csl_bounds"] == [(1 + 3) / 2, (5 + 3) / 2]
     assert (content["unparsable"], content["verdicts"]) == (1, 10)
     # The judge: all but one constraint; the rule: all but level 2.
     assert formats["hsr"]["levels"] == [50, 0, 50, 50, 50]
@@ -171,7 +172,9 @@ def test_followbench(world, tmp_path, capsys):
     assert example["hsr"]["mean"] == example["csl"] == 0
     assert results["summary"]["hsr"]["mean"] == pytest.approx((80 + 40 + 0) / 3)
     shown = capsys.readouterr().out
-    assert "unparsable verdicts: 1 of 25" in shown
+    # Of three types, one has bounds apart.
+    assert "unparsable verdicts: 1 of 25; the means lie within SSR " in shown
+    assert re.search(r"HSR 36\.67 to 40\.00, CSL 0\.83 to 1\.50", shown)
     assert re.search(r"\| mine +\| this run \|", shown)
     assert re.search(r"\| UnlearnLM-Chat +\| paper +\| +42\.00 \| +27\.87 \|", shown)
 

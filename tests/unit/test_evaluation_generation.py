@@ -161,6 +161,7 @@ def test_a_document_begins_with_its_token_and_a_continuation_does_not(tmp_path, 
     [
         ("{", r":2: expected JSON"),
         ("[1]", r":2: expected an object, found list"),
+        (r'{"prompt": "\ud800"}', r":2: expected valid Unicode"),
         ('{"text": "x"}', r"record 2: .*found keys \['text'\]"),
         ('{"messages": []}', "record 2"),
         ('{"messages": [{"role": "user"}]}', "record 2"),

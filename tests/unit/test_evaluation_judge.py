@@ -51,6 +51,15 @@ def test_no_content_is_a_verdict_that_says_nothing():
         assert judge(stub).ask(MESSAGES) == ""
 
 
+def test_half_a_character_does_not_stop_a_run(tmp_path):
+    """A verdict that was cut in the middle of a pair, as JSON can hold it and UTF-8 cannot."""
+    with (
+        stub_judge(lambda messages: "YES \ud83d\ude00 \ud83d") as stub,
+        Journal(tmp_path / "j", settings={}) as journal,
+    ):
+        assert ask_all(judge(stub), {"1": MESSAGES}, journal=journal) == {"1": "YES 😀 \ufffd"}
+
+
 def test_finished_verdicts_are_kept_when_the_judge_goes_away(tmp_path):
     prompts = {str(n): [{"role": "user", "content": str(n)}] for n in range(6)}
     with stub_judge(lambda messages: "got " + messages[0]["content"]) as stub:
@@ -129,14 +138,33 @@ def test_scores_by_hand():
     assert result["hsr"]["bounds"] == pytest.approx([60, 70])
     two_thirds = 100 * (2 / 3 + 1) / 2
     assert result["ssr"]["levels"] == pytest.approx([100, 100, two_thirds, 50, 60])
-    # The first holds levels 1 and 2; of the second it is not known whether it holds level 2.
+    # The first holds levels 1 and 2; of the second it is not known whether it holds level 2, or level 3.
     assert result["csl"] == 2
+    assert result["csl_bounds"] == [(2 + 1) / 2, (2 + 3) / 2]
     assert (result["unparsable"], result["verdicts"]) == (1, 10)
     perfect = score([Verdict(question(1, level), level) for level in range(1, 6)])
     assert (perfect["csl"], perfect["hsr"]["mean"], perfect["ssr"]["mean"]) == (5, 100, 100)
     both = summarise({"a": result, "b": perfect})
     assert both["hsr"]["mean"] == pytest.approx(85)
-    assert (both["csl"], both["unparsable"], both["verdicts"]) == (3.5, 1, 15)
+    assert both["hsr"]["bounds"] == pytest.approx([80, 85])
+    assert (both["csl"], both["csl_bounds"]) == (3.5, [3.25, 3.75])
+    assert (both["unparsable"], both["verdicts"]) == (1, 15)
+
+
+def test_levels_in_a_row_of_those_that_came_far_are_not_left_out():
+    """Without the two whose rows meet an unparsable verdict the mean would be 1/2, less than it can be."""
+    satisfied = {1: [0] * 5, 2: [1, None, 0, 0, 0], 3: [1, None, 0, 0, 0], 4: [1, 1, 0, 0, 0]}
+    found = [
+        Verdict(question(example, level), count)
+        for example, counts in satisfied.items()
+        for level, count in enumerate(counts, start=1)
+    ]
+    result = score(found)
+    # 3 of 4 satisfy level 1, and of these the one that was understood does not satisfy level 2.
+    assert result["csl"] == pytest.approx(3 / 4)
+    assert result["csl_bounds"] == [(0 + 1 + 1 + 1) / 4, (0 + 2 + 2 + 1) / 4]
+    unknown = score([v for v in found if v.question.example in (1, 2)])
+    assert (unknown["csl"], unknown["csl_bounds"]) == (None, [0.5, 1.0])
 
 
 def test_nothing_understood_is_no_score():
@@ -147,5 +175,5 @@ def test_nothing_understood_is_no_score():
         "weighted": None,
         "bounds": [0, 100],
     }
-    assert result["csl"] is None
+    assert (result["csl"], result["csl_bounds"]) == (None, [0, 5])
     assert result["unparsable"] == 5
