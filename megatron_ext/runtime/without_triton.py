@@ -5,6 +5,9 @@ Imports nothing but the standard library: every import of this package comes by 
 
 import importlib.util
 import sys
+from collections.abc import Sequence
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
@@ -14,9 +17,24 @@ _UNGUARDED = "megatron.core.transformer.moe.ops.paged_stash"
 
 
 def let_megatron_import() -> None:
-    """Put a stand-in where Megatron-Core would fail for want of Triton; does nothing where there is one."""
+    """Have Megatron-Core find a stand-in where it would fail; does nothing where there is a Triton."""
     if importlib.util.find_spec("triton") is None:
-        sys.modules.setdefault(_UNGUARDED, _StandIn(_UNGUARDED))
+        sys.meta_path.insert(0, _Finder())
+
+
+class _Finder(MetaPathFinder, Loader):
+    """Finds the stand-in, when Megatron asks for it and not before."""
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        return ModuleSpec(fullname, self) if fullname == _UNGUARDED else None
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType:
+        return _StandIn(spec.name)
+
+    def exec_module(self, module: ModuleType) -> None:
+        pass
 
 
 class _StandIn(ModuleType):
