@@ -8,7 +8,6 @@ from __future__ import annotations
 import importlib.util
 import traceback
 from argparse import ArgumentParser, Namespace
-from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from megatron.training import get_tokenizer
 from megatron.training.argument_utils import ArgumentGroupFactory
 from megatron.training.arguments import parse_and_validate_args, parse_args
 
+from megatron_ext.batches import check_batches
 from megatron_ext.chat import ChatRun, chat_run
 from megatron_ext.chat import check_resume as check_chat_resume
 from megatron_ext.checkpoint.resumable import check_resumable, keep_buckets
@@ -37,6 +37,7 @@ from megatron_ext.refusals import (
     refuse,
 )
 from megatron_ext.runtime import compat, cpu
+from megatron_ext.values import check_places, check_required, check_schedule, check_values
 
 
 def add_arguments(parser: ArgumentParser) -> ArgumentParser:
@@ -96,6 +97,8 @@ def parse() -> tuple[Namespace, UnlearnConfig, ChatRun | None]:
     raw = parse_args(add_arguments)
     config = unlearn_config(raw)
     check_before_megatron(raw, config)
+    check_values(raw)
+    check_places(raw)
     chat, chat_config = None, _config(ChatConfig, raw)
     if chat_config.enabled:
         _check_start(raw, flag="--chat-data-path")
@@ -114,12 +117,13 @@ def parse() -> tuple[Namespace, UnlearnConfig, ChatRun | None]:
         if leaving.code:
             raise
         raise ConfigError("refused by Megatron-Core, which says why above") from leaving
-    compat.count_evaluations(args)
     record_tokenizer(args)
     args.chat_digest = args.tuned_chat_template = None
     if chat is not None:
         chat.record(args)
-    check_after_megatron(args, config)
+    check_schedule(args)
+    check_vocabulary(args)
+    check_batches(args, config)
     return args, config, chat
 
 
@@ -159,6 +163,11 @@ def check_checkpoints(args: Namespace, config: UnlearnConfig) -> Start:
         check_resume(start, args.unlearn_composition)
         # A part of the run without the mitigation term hands the record on.
         args.unlearn_reference = start.reference
+    if args.ckpt_convert_format is not None and start.resumed:
+        assert start.checkpoint is not None
+        # Without a step, or data, neither is made anew.
+        for name in ("unlearn_watch", "consumed_data"):
+            setattr(args, name, getattr(start.checkpoint.args, name, None))
     if args.chat_digest is not None and start.resumed:
         assert start.checkpoint is not None
         check_chat_resume(start.checkpoint.args, args)
@@ -210,31 +219,6 @@ def check_before_megatron(args: Namespace, config: UnlearnConfig) -> None:
         refuse(args, WITHOUT_UNLEARNING, where="needs --forget-data-path, found none")
 
 
-def check_required(args: Namespace, *, supplied: Mapping[str, Any]) -> None:
-    """Name the flags that no run can do without; Megatron misses two of them only once the model is built.
-
-    Args:
-        args: what was typed.
-        supplied: arguments that are set for the user.
-
-    Raises:
-        ConfigError: names all that are missing.
-    """
-    required: list[tuple[str, ...]] = [("micro_batch_size",), ("tokenizer_type",)]
-    if not args.use_checkpoint_args:
-        required += [(name,) for name in ("num_layers", "hidden_size", "num_attention_heads")]
-        required += [("seq_length", "encoder_seq_length"), ("max_position_embeddings",)]
-    if not args.skip_train:
-        required += [("lr",), ("train_iters", "train_samples")]
-    if args.save is not None:
-        required += [("save_interval",)]
-    found = {**vars(args), **supplied}
-    missing = [names for names in required if all(found[name] is None for name in names)]
-    if missing:
-        flags = (" or ".join(f"--{n.replace('_', '-')}" for n in names) for names in missing)
-        raise ConfigError(f"{', '.join(flags)}: expected a value, found none")
-
-
 def _check_start(args: Namespace, *, flag: str) -> None:
     """Unlearning and chat tuning start from a trained model, and a reference is one."""
     for name in ("load", "pretrained_checkpoint", "reference_load"):
@@ -251,33 +235,6 @@ def _check_start(args: Namespace, *, flag: str) -> None:
             f"{flag}: expected --load or --pretrained-checkpoint, the trained model to start from; "
             "found neither"
         )
-
-
-def check_after_megatron(args: Namespace, config: UnlearnConfig) -> None:
-    """Check what depends on sizes that Megatron has derived.
-
-    Raises:
-        ConfigError: names the flag, what was expected and what was found.
-    """
-    check_vocabulary(args)
-    if not config.enabled:
-        return
-    for batch, micro, flag in (
-        (args.global_batch_size, args.micro_batch_size, "--forget-batch-size"),
-        (args.eval_global_batch_size, args.eval_micro_batch_size, "--eval-global-batch-size"),
-    ):
-        forget = config.forget_samples(batch, train_global_batch_size=args.global_batch_size)
-        unit = micro * args.data_parallel_size
-        if not 0 < forget < batch:
-            raise ConfigError(
-                f"{flag}: expected at least 1 and fewer than the global batch of {batch} samples to be "
-                f"forgotten, found {forget}"
-            )
-        if forget % unit:
-            raise ConfigError(
-                f"{flag}: expected a multiple of {unit} forgotten samples (micro-batch size {micro} x "
-                f"data-parallel size {args.data_parallel_size}), found {forget} of {batch}"
-            )
 
 
 def describe_runtime(args: Namespace) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from argparse import ArgumentParser, Namespace
+from argparse import ArgumentParser
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -188,28 +188,8 @@ def read_sizes_and_types() -> None:
     strategies.TorchDistLoadShardedStrategy.load_tensors_metadata = load_tensors_metadata
 
 
-def count_evaluations(args: Namespace) -> None:
-    """Have ``--start-eval-at-iter`` leave enough samples for the evaluations that follow.
-
-    Megatron evaluates at that iteration too if it is a multiple of the interval, but provides samples as if
-    it did not: the last evaluation of a run would find none. One iteration less means the same.
-
-    Raises:
-        ConfigError: every iteration is evaluated, so that one less would mean another.
-    """
-    start, interval = args.start_eval_at_iter, args.eval_interval
-    if not start or not interval or start % interval:
-        return
-    if interval == 1:
-        raise ConfigError(
-            "--start-eval-at-iter: expected an --eval-interval above 1, found 1, with which Megatron-Core "
-            "provides samples for one evaluation too few"
-        )
-    args.start_eval_at_iter = start - 1
-
-
 def apply() -> None:
-    """Apply all of the above that is no matter of flags; called once by the entry point before training."""
+    """Apply all of the above but what the parser is given; called once by the entry point before training."""
     check_megatron_version()
     check_torch_version()
     safe_load.enable()

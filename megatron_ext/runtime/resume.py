@@ -20,7 +20,8 @@ def apply() -> None:
     prepare_loads()
     complete_saves()
     prepare_saves()
-    give_loaders_generators()
+    leave_enough_samples()
+    prepare_loaders()
 
 
 def prepare_loads() -> None:
@@ -119,21 +120,63 @@ def prepare_saves() -> None:
     loop.save_checkpoint = save_after_preparing
 
 
-def give_loaders_generators() -> None:
-    """Give each data loader of Megatron's loop a random generator of its own.
+def leave_enough_samples() -> None:
+    """Ask the data sets for what a run has read and what it has still to read.
+
+    Megatron counts as if the run had had the flags of today from its start. After a change of
+    ``--eval-interval``, ``--eval-iters`` or ``--global-batch-size`` the samples could end before the run
+    does, at a validation days later. It also forgets one validation if ``--start-eval-at-iter`` is a
+    multiple of the interval. And it asks for training samples where nothing is trained, though there need
+    be no number of iterations then.
+    """
+    import megatron.training.training as loop
+
+    count = loop.get_train_valid_test_num_samples
+
+    def count_what_is_left() -> tuple[int, int, int]:
+        args = loop.get_args()
+        if args.skip_train:
+            args.train_iters = args.train_iters or 0
+            return (0, *count()[1:])
+        train, valid, test = count()
+        # A batch size that grows, or a run in phases, is counted in its own way.
+        if args.step_batch_size_schedule is None and not args.phase_transition_iterations:
+            left = max(0, args.train_iters - args.iteration) * args.global_batch_size
+            train = max(train, args.consumed_train_samples + left)
+        if args.eval_iters:
+            done = max(args.iteration, (args.start_eval_at_iter or 0) - 1)
+            evaluations = max(
+                0, args.train_iters // args.eval_interval - done // args.eval_interval
+            )
+            left = (evaluations + 1) * args.eval_iters * args.eval_global_batch_size
+            valid = max(valid, args.consumed_valid_samples + left)
+        return train, valid, test
+
+    loop.get_train_valid_test_num_samples = count_what_is_left
+
+
+def prepare_loaders() -> None:
+    """Give each data loader a random generator of its own, and a run that is at its end one without samples.
 
     torch draws a seed for workers whenever an iterator is made, by default from the generator whose state
     is in the checkpoint: each resume would leave it one draw further than a run that was never stopped,
     on those ranks alone that read data.
+
+    A run that was stopped after its last step has its last validation still before it; Megatron's sampler
+    fails where no training sample is left.
     """
     import megatron.training.training as loop
 
     build = loop.build_pretraining_data_loader
 
-    def build_with_generator(*args: Any, **kwargs: Any) -> Any:
-        loader = build(*args, **kwargs)
+    def build_prepared(dataset: Any, consumed_samples: int) -> Any:
+        args = loop.get_args()
+        at_end = dataset is not None and consumed_samples >= len(dataset)
+        if at_end and args.dataloader_type == "single":
+            return []
+        loader = build(dataset, consumed_samples)
         if loader is not None:
-            loader.generator = torch.Generator().manual_seed(loop.get_args().seed)
+            loader.generator = torch.Generator().manual_seed(args.seed)
         return loader
 
-    loop.build_pretraining_data_loader = build_with_generator
+    loop.build_pretraining_data_loader = build_prepared

@@ -89,6 +89,22 @@ def test_a_plain_run_and_one_whose_index_is_gone(folder, server, tiny):
     assert counted(server, folder / "plain")[1] == seen
 
 
+def test_a_checkpoint_that_is_converted_keeps_its_record(tiny, server, folder):
+    flags = tiny.plain(
+        *(
+            "--load",
+            folder / "plain",
+            "--train-iters",
+            STEPS,
+            "--ckpt-convert-format",
+            "torch_dist",
+        ),
+        *("--ckpt-convert-save", folder / "converted"),
+    )
+    server.run_all({"convert": Launch(flags)}, folder / "tensorboard")
+    assert _parts(folder / "converted" / "torch_dist") == _parts(folder / "plain")
+
+
 def test_without_a_record_nothing_is_claimed(tiny, server, folder):
     ((code, output),) = server.results([Launch(("--run", folder), script=TOOL)])
     assert code == 2

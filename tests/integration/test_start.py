@@ -118,3 +118,24 @@ def test_buckets_of_the_distributed_optimizer_stay_or_are_named(tiny, server, ru
     error = error_of(resume(tiny, server, runs, "buckets", "--use-distributed-optimizer"))
     for wanted in ("--load", "--ddp-bucket-size", "--dist-ckpt-optim-fully-reshardable"):
         assert wanted in error, error
+
+
+def test_a_run_that_was_stopped_at_its_end_validates_whatever_the_interval_was(
+    tiny, server, tmp_path
+):
+    # With weights a data set has just the samples that are asked for.
+    blends = ("--data-path", 1, tiny.replay, 1, tiny.replay)
+    blends += ("--forget-data-path", 1, tiny.forget, 1, tiny.forget)
+    run = tiny.objective(
+        *(*blends, "--pretrained-checkpoint", tiny.base, "--load", tmp_path, "--save", tmp_path),
+        *("--mitigation-weight", 0, "--train-iters", 2, "--save-interval", 2, "--eval-iters", 1),
+    )
+    often = Launch((*run, "--eval-interval", 1, "--exit-interval", 2))
+    succeed(server.run(often, tmp_path / "tensorboard 1"))
+    rarely = succeed(server.run(Launch((*run, "--eval-interval", 2)), tmp_path / "tensorboard 2"))
+    assert list(rarely.scalars["replay loss validation"]) == [2]
+    assert "replay loss" not in rarely.scalars
+    # Nor does it need a number of iterations where nothing is trained.
+    one = tiny.plain("--load", tiny.base, "--skip-train", "--eval-iters", 1)
+    validated = succeed(server.run(Launch(one), tmp_path / "tensorboard 3"))
+    assert "validation loss at iteration 40 on validation set" in validated.output

@@ -73,9 +73,11 @@ def arguments(**changes):
         "eval_global_batch_size": 16,
         "eval_micro_batch_size": 2,
         "data_parallel_size": 2,
-        "padded_vocab_size": 512,
-        "unpadded_vocab_size": 500,
-        "tensor_model_parallel_size": 1,
+        "train_iters": 10,
+        **{"train_samples": None, "step_batch_size_schedule": None, "skip_train": False},
+        **{"eval_iters": 1, "pipeline_model_parallel_size": 2},
+        "virtual_pipeline_model_parallel_size": None,
+        "microbatch_group_size_per_vp_stage": None,
     }
     return Namespace(**(fields | changes))
 
@@ -100,15 +102,54 @@ def arguments(**changes):
     ],
 )
 def test_compositions_that_do_not_divide_are_refused(forget, changes, message):
-    from megatron_ext.arguments import check_after_megatron
+    from megatron_ext.batches import check_batches
     from megatron_ext.config import UnlearnConfig
     from megatron_ext.exceptions import ConfigError
 
     config = UnlearnConfig(forget_data_path=["a"], forget_batch_size=forget)
     with pytest.raises(ConfigError, match=message):
-        check_after_megatron(arguments(**changes), config)
-    check_after_megatron(arguments(**changes), UnlearnConfig())
-    check_after_megatron(arguments(), UnlearnConfig(forget_data_path=["a"]))
+        check_batches(arguments(**changes), config)
+    check_batches(arguments(**changes), UnlearnConfig())
+    check_batches(arguments(), UnlearnConfig(forget_data_path=["a"]))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"eval_global_batch_size": 4}, "--eval-global-batch-size: .* at least 2 .* found 1 "),
+        ({"eval_global_batch_size": 12}, "--eval-global-batch-size: .* of at least 2, found 3 "),
+        ({"micro_batch_size": 8}, "--global-batch-size: .* at least 2 .* found 1 "),
+        (
+            {"microbatch_group_size_per_vp_stage": 3, "skip_train": True},
+            "--eval-global-batch-size: .* groups of 3, .* found 4 ",
+        ),
+    ],
+)
+def test_batches_that_the_interleaved_schedule_would_not_take_are_refused(changes, message):
+    from megatron_ext.batches import check_batches
+    from megatron_ext.config import UnlearnConfig
+    from megatron_ext.exceptions import ConfigError
+
+    interleaved = {"virtual_pipeline_model_parallel_size": 2}
+    with pytest.raises(ConfigError, match=message):
+        check_batches(arguments(**interleaved, **changes), UnlearnConfig())
+    fitting = {"eval_global_batch_size": 20, "microbatch_group_size_per_vp_stage": 3}
+    for right in (changes, interleaved, interleaved | {"global_batch_size": 32} | fitting):
+        check_batches(arguments(**right), UnlearnConfig())
+    without = {"eval_global_batch_size": 4, "eval_iters": 0}
+    check_batches(arguments(**interleaved, **without), UnlearnConfig())
+
+
+def test_a_run_without_a_step_is_refused():
+    from megatron_ext.batches import check_batches
+    from megatron_ext.config import UnlearnConfig
+    from megatron_ext.exceptions import ConfigError
+
+    length = {"train_iters": None, "train_samples": 15}
+    with pytest.raises(ConfigError, match=r"--train-samples: .* the 16 .* found 15"):
+        check_batches(arguments(**length), UnlearnConfig())
+    check_batches(arguments(**length, skip_train=True), UnlearnConfig())
+    check_batches(arguments(train_iters=None, train_samples=16), UnlearnConfig())
 
 
 @pytest.mark.parametrize(
@@ -158,8 +199,8 @@ REQUIRED = {
     ],
 )
 def test_every_flag_that_is_missing_is_named(changes, supplied, missing):
-    from megatron_ext.arguments import check_required
     from megatron_ext.exceptions import ConfigError
+    from megatron_ext.values import check_required
 
     args = Namespace(**(REQUIRED | changes))
     if missing is None:

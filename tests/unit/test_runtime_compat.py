@@ -53,15 +53,6 @@ def test_what_else_a_newer_torch_stores_of_a_tensor_is_no_obstacle(monkeypatch):
     assert (read.key, read.global_shape, read.dtype) == ("weight", (2, 3), torch.bfloat16)
 
 
-def test_an_evaluation_at_its_start_is_counted():
-    for start, interval, counted in ((20, 10, 19), (21, 10, 21), (None, 10, None), (20, None, 20)):
-        args = SimpleNamespace(start_eval_at_iter=start, eval_interval=interval)
-        compat.count_evaluations(args)
-        assert args.start_eval_at_iter == counted
-    with pytest.raises(ConfigError, match="--eval-interval above 1, found 1"):
-        compat.count_evaluations(SimpleNamespace(start_eval_at_iter=3, eval_interval=1))
-
-
 def test_help_with_a_bare_per_cent_sign_is_repaired_and_others_are_left():
     parser = argparse.ArgumentParser()
     parser.add_argument("--good", default=3, help="50%% by default, %(default)s")

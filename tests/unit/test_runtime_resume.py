@@ -93,18 +93,60 @@ def test_a_load_leaves_a_model_its_extra_states_and_explains_other_buckets(tmp_p
 
 
 def test_reading_data_leaves_the_random_state_alone(monkeypatch):
-    def build(*args):
-        return torch.utils.data.DataLoader([1, 2, 3])
+    def build(dataset, consumed_samples):
+        return torch.utils.data.DataLoader(dataset[consumed_samples:])
 
+    options = types.SimpleNamespace(seed=5, dataloader_type="single")
     monkeypatch.setattr(loop, "build_pretraining_data_loader", build)
-    monkeypatch.setattr(loop, "get_args", lambda: types.SimpleNamespace(seed=5))
+    monkeypatch.setattr(loop, "get_args", lambda: options)
     before = torch.get_rng_state()
-    next(iter(build()))
+    next(iter(build([1, 2, 3], 0)))
     assert not torch.equal(torch.get_rng_state(), before)  # torch's default
-    resume.give_loaders_generators()
+    resume.prepare_loaders()
     before = torch.get_rng_state()
-    assert next(iter(loop.build_pretraining_data_loader(None, 0))) == 1
+    assert next(iter(loop.build_pretraining_data_loader([1, 2, 3], 2))) == 3
     assert torch.equal(torch.get_rng_state(), before)
+    # Behind the last sample Megatron's own fails; drawn at random the samples begin again.
+    assert list(loop.build_pretraining_data_loader([1, 2, 3], 3)) == []
+    options.dataloader_type = "cyclic"
+    assert len(loop.build_pretraining_data_loader([1, 2, 3], 0)) == 3
+
+
+# Iterations done, what they have read of training and validation, flags; samples asked for. A run of 100
+# iterations of 8 samples that evaluates 2 batches of 4 at every 10th and at the end.
+LEFT = {
+    "from the start": (0, 0, 0, {}, (800, 88, 8)),
+    "as before": (50, 400, 40, {}, (800, 88, 8)),
+    "at its end": (100, 800, 80, {}, (800, 88, 8)),
+    "evaluated more often before": (50, 400, 400, {}, (800, 448, 8)),
+    "less often from now on": (50, 400, 40, {"eval_interval": 50}, (800, 56, 8)),
+    "more batches from now on": (50, 400, 40, {"eval_iters": 10}, (800, 440, 40)),
+    "not evaluated any more": (50, 400, 40, {"eval_iters": 0}, (800, 0, 0)),
+    "evaluated from a multiple on": (0, 0, 0, {"start_eval_at_iter": 50}, (800, 56, 8)),
+    "smaller batches": (50, 800, 40, {}, (1200, 88, 8)),
+    "in samples": (50, 800, 40, {"train_iters": 100, "train_samples": 800}, (1200, 88, 8)),
+    "shorter than it has become": (50, 400, 40, {"train_iters": 20}, (400, 48, 8)),
+    "nothing trained": (50, 400, 40, {"skip_train": True, "train_iters": None}, (0, 8, 8)),
+}
+
+
+@pytest.mark.parametrize("case", LEFT)
+def test_a_resumed_run_asks_for_what_it_has_still_to_read(case, monkeypatch):
+    iteration, consumed, evaluated, flags, wanted = LEFT[case]
+    options = {
+        **{"train_iters": 100, "train_samples": None, "global_batch_size": 8},
+        **{"eval_interval": 10, "eval_iters": 2, "eval_global_batch_size": 4},
+        **{"start_eval_at_iter": None, "skip_train": False, "full_validation": False},
+        **{"phase_transition_iterations": None, "step_batch_size_schedule": None},
+        **{"iteration": iteration, "consumed_train_samples": consumed},
+        "consumed_valid_samples": evaluated,
+    }
+    count = loop.get_train_valid_test_num_samples
+    monkeypatch.setattr(loop, "get_train_valid_test_num_samples", count)
+    args = types.SimpleNamespace(**(options | flags))
+    monkeypatch.setattr(loop, "get_args", lambda: args)
+    resume.leave_enough_samples()
+    assert loop.get_train_valid_test_num_samples() == wanted
 
 
 def test_a_child_does_not_outlive_a_killed_parent():
