@@ -203,7 +203,7 @@ def find_reference(args: Namespace, config: UnlearnConfig, start: Start) -> Refe
 
 
 def check_kept(args: Namespace, start: Start, reference: Checkpoint) -> None:
-    """A checkpoint of the run must not take the place of its reference, which each resume needs.
+    """The run must not write over its reference, which each resume needs, nor delete it.
 
     Args:
         args: Megatron's validated arguments.
@@ -211,13 +211,24 @@ def check_kept(args: Namespace, start: Start, reference: Checkpoint) -> None:
         reference: the reference's checkpoint.
 
     Raises:
-        ConfigError: both have one folder, which the run has still to write.
+        ConfigError: a folder that the run has still to write is the reference's, or its first save would
+            delete that one.
     """
     if not args.save or args.skip_train or reference.path.name == "release":
         return
     resumed = start.checkpoint.iteration if start.checkpoint is not None and start.resumed else 0
     last = args.train_iters or math.inf  # not known yet with --train-samples
-    same = (Path(args.save) / reference.path.name).resolve() == reference.path.resolve()
+    place = Path(args.save) / reference.path.name
+    same = place.resolve() == reference.path.resolve()
+    # Megatron deletes what the tracker file has named before a save, unless it is a link.
+    tracker, kept = Path(args.save) / TRACKER, args.save_retain_interval
+    latest = tracker.read_text().strip() if same and tracker.is_file() else ""
+    is_deleted = kept and reference.iteration % kept and not place.is_symlink()
+    if latest == str(reference.iteration) and is_deleted:
+        raise ConfigError(
+            f"--save: expected another directory than {args.save}, found the reference's: by "
+            f"--save-retain-interval {kept} the first save would delete {reference.path}"
+        )
     if same and resumed < reference.iteration <= last:
         raise ConfigError(
             f"--save: expected another directory than {args.save}, found the reference's: iteration "

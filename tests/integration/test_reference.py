@@ -88,7 +88,9 @@ def test_a_run_that_would_overwrite_its_reference_is_refused(
     elsewhere.symlink_to(save)  # another name of the same directory
     reference = Checkpoint(elsewhere, 300, elsewhere / "iter_0000300", Namespace())
     start = Start(Checkpoint(save, resumed or 300, save, Namespace()), "--load", resumed > 0)
-    args = Namespace(save=str(save), skip_train=False, train_iters=train_iters)
+    args = Namespace(
+        save=str(save), skip_train=False, train_iters=train_iters, save_retain_interval=None
+    )
     if refused:
         with pytest.raises(ConfigError, match=f"--save: .* {save}, .* iteration 300 of this run"):
             check_kept(args, start, reference)
@@ -96,3 +98,18 @@ def test_a_run_that_would_overwrite_its_reference_is_refused(
         check_kept(args, start, reference)
     for harmless in ({"save": str(tmp_path / "new")}, {"save": None}, {"skip_train": True}):
         check_kept(Namespace(**(vars(args) | harmless)), start, reference)
+
+
+def test_a_run_whose_first_save_would_delete_its_reference_is_refused(tmp_path):
+    (tmp_path / "iter_0000300").mkdir()
+    tracker = tmp_path / "latest_checkpointed_iteration.txt"
+    tracker.write_text("300")
+    reference = Checkpoint(tmp_path, 300, tmp_path / "iter_0000300", Namespace())
+    start = Start(reference, "--load", False)
+    args = Namespace(save=str(tmp_path), skip_train=False, train_iters=100, save_retain_interval=40)
+    with pytest.raises(ConfigError, match=r"--save: .* --save-retain-interval 40 .*iter_0000300"):
+        check_kept(args, start, reference)
+    for harmless in ({"save": str(tmp_path / "new")}, {"save_retain_interval": 100}):
+        check_kept(Namespace(**(vars(args) | harmless)), start, reference)
+    tracker.write_text("40")  # of this run, which has begun
+    check_kept(args, start, reference)
