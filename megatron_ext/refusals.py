@@ -56,6 +56,9 @@ OF_THE_MODEL: tuple[Refusal, ...] = (
     Refusal("hybrid_override_pattern", "every layer here is attention and a feed-forward part"),
     Refusal("linear_attention_freq", "linear attention is not among the layers of this product"),
 )
+_ONE_KIND = (
+    "a run goes on from complete checkpoints alone; --save-retain-interval deletes older ones"
+)
 NEVER: tuple[Refusal, ...] = (
     *OF_THE_MODEL,
     Refusal("yaml_cfg", "settings are given as flags"),
@@ -89,7 +92,11 @@ NEVER: tuple[Refusal, ...] = (
         "single or cyclic",
         lambda loader: loader == "external",
     ),
-    # These five do nothing here, or only in Megatron-LM's pretrain_gpt.py; that must not go unsaid.
+    # These six do nothing here, or only in Megatron-LM's pretrain_gpt.py; that must not go unsaid.
+    Refusal(
+        "rampup_batch_size",
+        "Megatron-Core does not read it any more; --step-batch-size-schedule is for plain runs",
+    ),
     Refusal("freeze_all_layers", "the layers would be trained all the same"),
     Refusal("check_for_spiky_loss", "losses are checked for NaN and inf alone"),
     Refusal("inprocess_restart", "a run that fails is started again by torchrun or its job"),
@@ -101,6 +108,8 @@ NEVER: tuple[Refusal, ...] = (
         "torch_dist",
         lambda name: name != "torch_dist",
     ),
+    Refusal("non_persistent_save_interval", _ONE_KIND),
+    Refusal("non_persistent_ckpt_type", _ONE_KIND),
     Refusal("tensor_parallel_num_weight_shards", "weights are sharded by tensor parallelism alone"),
 )
 WITHOUT_TRANSFORMER_ENGINE = (
@@ -149,7 +158,6 @@ WITHOUT_CUDA: tuple[Refusal, ...] = (
     Refusal("record_memory_history", _NO_DEVICE),
 )
 WITH_UNLEARNING: tuple[Refusal, ...] = (
-    Refusal("rampup_batch_size", "the composition of a batch is fixed for the whole run"),
     Refusal("step_batch_size_schedule", "the composition of a batch is fixed for the whole run"),
     Refusal(
         "decrease_batch_size_if_needed", "the composition of a batch is fixed for the whole run"
@@ -201,7 +209,6 @@ WITH_CHAT: tuple[Refusal, ...] = (
     Refusal("mock_data", _OTHER_DATA),
     Refusal("eod_mask_loss", _EVERY_TOKEN),
     Refusal("reset_position_ids", _PACKED),
-    Refusal("rampup_batch_size", _FIXED),
     Refusal("step_batch_size_schedule", _FIXED),
     Refusal("decrease_batch_size_if_needed", _FIXED),
     Refusal("phase_transition_iterations", _FIXED),

@@ -92,7 +92,19 @@ CASES: dict[str, tuple[list[str], list[str]]] = {
     ),
     "batch-size ramp-up": (
         ["--rampup-batch-size", "4", "4", "100"],
-        ["--rampup-batch-size", "--forget-data-path"],
+        ["--rampup-batch-size", "--step-batch-size-schedule"],
+    ),
+    "number that is too small": (
+        ["--log-interval", "0"],
+        ["--log-interval: expected at least 1, found 0"],
+    ),
+    "file in the way of the checkpoints": (
+        ["--save", "{dir}/list/deep", "--save-interval", "1"],
+        ["--save {dir}/list/deep: ", "a file at {dir}/list"],
+    ),
+    "warm-up as long as the run": (
+        ["--lr-warmup-iters", "10"],
+        ["--lr-warmup-iters: ", "less than 10", "found 10"],
     ),
     "context parallelism": (
         ["--context-parallel-size", "2"],
