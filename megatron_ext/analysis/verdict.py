@@ -1,7 +1,8 @@
 """What was measured, in sentences: what shifted, what unlearning took back, and what got worse.
 
-A sentence claims a change only if its 95% interval leaves no change out, or says that the noise of the score is
-not known. It says nothing that was not measured, and nothing about other data than the samples that were scored.
+A sentence claims a change only if its 95% interval leaves no change out, or says that the noise of the score
+is not known. It says nothing that was not measured, and nothing about other data than the samples that were
+scored.
 """
 
 from __future__ import annotations
