@@ -4,6 +4,10 @@ Megatron's default, ``--rerun-mode validate_results``, does not look at the firs
 bad step again, and then saves a checkpoint for a third try on another machine: of weights that the step
 before may have ruined, as the latest one. Here the default is ``disabled``: the first NaN ends the run, and
 nothing is saved after it.
+
+In fp16 NaN and inf are how a loss scale is found to be too large, and Megatron looks at no loss. A step is
+skipped then, the weights stay as they are, and the scale is halved. Where it cannot be halved any more, all
+further steps might be skipped; some in a row end the run.
 """
 
 from __future__ import annotations
@@ -26,6 +30,8 @@ from megatron_ext.exceptions import TrainingError
 
 # How DDP's check of gradients, and nothing else, begins its message.
 _GRADIENT_CHECK = "in local grad norm for bucket"
+# Steps in a row whose gradients overflow at the least loss scale. One may be an odd batch.
+MOST_SKIPPED = 10
 
 
 class FiniteGuard:
@@ -42,6 +48,7 @@ class FiniteGuard:
         self._sources: dict[int | None, list[list[str] | None]] = defaultdict(list)
         self._bad: dict[int | None, dict[int, torch.Tensor]] = defaultdict(dict)
         self._hooked: set[int] = set()
+        self._skipped = 0  # steps in a row, at the least loss scale
 
     def install(self) -> None:
         """Go around Megatron's schedule, as it is by now, and around its step."""
@@ -52,13 +59,28 @@ class FiniteGuard:
         def get_guarded_schedule(*args: Any, **kwargs: Any) -> Callable[..., Any]:
             return partial(self._run, get_schedule(*args, **kwargs))
 
-        def check_norm(*args: Any, **kwargs: Any) -> Any:
+        def check_step(*args: Any, **kwargs: Any) -> Any:
             result = train_step(*args, **kwargs)
             self._check_norm(result[5])
+            self._check_skipped(bool(result[1]), optimizer=args[3])
             return result
 
         loop.get_forward_backward_func = get_guarded_schedule
-        loop.train_step = check_norm
+        loop.train_step = check_step
+
+    def _check_skipped(self, skipped: bool, *, optimizer: Any) -> None:
+        """End a run whose loss scale cannot fall any more, and whose steps are skipped all the same."""
+        if not skipped or not self.args.fp16:
+            self._skipped = 0
+            return
+        scale = float(optimizer.get_loss_scale())
+        self._skipped = self._skipped + 1 if scale <= self.args.min_loss_scale else 0
+        if self._skipped == MOST_SKIPPED:
+            raise TrainingError(
+                f"{self._where()}: the gradients of {MOST_SKIPPED} steps in a row are NaN or inf, though the "
+                f"loss scale is down to {scale:g} (--min-loss-scale); none of them changed the weights; the "
+                f"last one's {self._all_samples()}"
+            )
 
     def _check_norm(self, norm: float | None) -> None:
         """The last chance: gradients that are finite on each rank, and not any more in their sum.
@@ -67,10 +89,9 @@ class FiniteGuard:
         """
         if not self.args.check_for_nan_in_loss_and_grad or norm is None or math.isfinite(norm):
             return
-        names = [self._samples(stage, list(range(len(s)))) for stage, s in self._sources.items()]
         raise TrainingError(
             f"{self._where()}: the norm of the gradient over all ranks is {float(norm)}, though each rank's "
-            f"own gradient is finite; {'; '.join(names)}"
+            f"own gradient is finite; {self._all_samples()}"
         )
 
     def _run(self, schedule: Callable[..., Any], **arguments: Any) -> Any:
@@ -168,6 +189,10 @@ class FiniteGuard:
         step = "step" if self._training else "validation after step"
         iteration = getattr(self.args, "curr_iteration", 0) + 1
         return f"{step} {iteration}, rank {torch.distributed.get_rank()}"
+
+    def _all_samples(self) -> str:
+        stages = self._sources.items()
+        return "; ".join(self._samples(stage, list(range(len(found)))) for stage, found in stages)
 
     def _samples(self, stage: int | None, indices: list[int]) -> str:
         known = [self._sources[stage][index] for index in indices]

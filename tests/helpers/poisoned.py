@@ -1,7 +1,7 @@
 """The entry point with a fault: in step `POISON_STEP` the weights or a gradient turn NaN.
 
 The first argument says which: `token:N` the embedding of token N, `gradient:M` what goes back from
-microbatch M.
+microbatch M, `lasting:` what goes back from all, from that step on.
 """
 
 import runpy
@@ -27,13 +27,14 @@ def main(poison):
 
     def poisoned(self, data_iterator, model):
         nonlocal seen
-        if self.args.curr_iteration != POISON_STEP - 1:
+        late = self.args.curr_iteration - (POISON_STEP - 1)
+        if late < 0 or (late > 0 and kind != "lasting"):
             return forward_step(self, data_iterator, model)
         core = unwrap_model(model)
         if kind == "token" and core.pre_process:
             core.embedding.word_embeddings.weight.data[int(number)] = float("nan")
         output, loss = forward_step(self, data_iterator, model)
-        if kind == "gradient" and seen == int(number):
+        if kind == "lasting" or (kind == "gradient" and seen == int(number)):
             output[0].register_hook(lambda gradient: gradient * float("nan"))  # the loss
         seen += 1
         return output, loss

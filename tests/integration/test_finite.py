@@ -7,6 +7,7 @@ import pytest
 import sentencepiece
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
+from megatron_ext.finite import MOST_SKIPPED
 from tests.helpers.entry import ROOT, Launch, Run
 from tests.helpers.poisoned import POISON_STEP
 from tests.helpers.tiny import BATCH, FORGET
@@ -32,10 +33,11 @@ def runs(tiny, server, token, runs_directory):
         save = ("--train-iters", 6, "--save-interval", 1, "--save", runs_directory / f"bad_{name}")
         flags = tiny.unlearn(*save, "--pipeline-model-parallel-size", ranks)
         launches.append(Launch((poison, *flags), ranks=ranks, script=SCRIPT))
-    results = server.results(launches)
-    return {
-        name: Run(*result, {}) for name, result in zip(("loss", "gradient"), results, strict=True)
-    }
+    scaled = ("--fp16", "--initial-loss-scale", 4, "--train-iters", 2 * POISON_STEP + MOST_SKIPPED)
+    scaled += ("--save-interval", 100, "--save", runs_directory / "bad_fp16")
+    launches.append(Launch(("lasting:", *tiny.unlearn(*scaled)), script=SCRIPT))
+    results = zip(("loss", "gradient", "fp16"), server.results(launches), strict=True)
+    return {name: Run(*result, {}) for name, result in results}
 
 
 def check_end(result, saved):
@@ -67,3 +69,17 @@ def test_a_gradient_names_microbatch_and_samples(tiny, runs, runs_directory):
     first = (POISON_STEP - 1) * FORGET + BAD * MICRO
     named = re.findall(rf"sample (\d+) of {tiny.forget} ", error)
     assert [int(sample) for sample in named] == [first, first + 1]
+
+
+def test_a_loss_scale_that_cannot_fall_ends_the_run(runs, runs_directory):
+    """From 4 it falls behind the second step that is skipped, and then behind each."""
+    result = runs["fp16"]
+    assert result.returncode != 0
+    error = result.line("pretrain_unlearn.py: error")
+    at_least = POISON_STEP + 2
+    assert (
+        f"step {at_least + MOST_SKIPPED - 1}, rank 0: the gradients of {MOST_SKIPPED} steps"
+        in error
+    )
+    assert "its samples: sample " in error
+    assert not (runs_directory / "bad_fp16").exists()

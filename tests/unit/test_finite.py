@@ -8,7 +8,7 @@ import torch
 from megatron.core import rerun_state_machine
 
 from megatron_ext.exceptions import TrainingError
-from megatron_ext.finite import FiniteGuard
+from megatron_ext.finite import MOST_SKIPPED, FiniteGuard
 
 
 @pytest.fixture
@@ -17,7 +17,8 @@ def guard(monkeypatch):
     monkeypatch.setattr(torch.distributed, "get_rank", lambda *_: 5)
     machine = rerun_state_machine.RerunStateMachine()  # its own default is the disabled mode
     monkeypatch.setattr(rerun_state_machine, "_GLOBAL_RERUN_STATE_MACHINE", machine)
-    guard = FiniteGuard(Namespace(check_for_nan_in_loss_and_grad=True, curr_iteration=2))
+    args = {"check_for_nan_in_loss_and_grad": True, "fp16": True, "min_loss_scale": 1.0}
+    guard = FiniteGuard(Namespace(curr_iteration=2, **args))
     guard._sources[None] = [["sample 1 of a"], ["sample 2 of a"]]
     return guard
 
@@ -38,6 +39,37 @@ def test_a_sum_over_ranks_that_overflows(guard):
         guard._check_norm(math.inf)
     guard._check_norm(3.0)
     guard._check_norm(None)
+
+
+class Optimizer:
+    """As much of one as the guard asks for."""
+
+    def __init__(self, scale):
+        self.scale = torch.tensor(scale)
+
+    def get_loss_scale(self):
+        return self.scale
+
+
+def test_steps_that_are_skipped_for_ever(guard):
+    least, larger = Optimizer(1.0), Optimizer(2.0)
+    for skipped, optimizer in ((True, least), (False, least), (True, least), (True, larger)):
+        for _ in range(MOST_SKIPPED - 1):
+            guard._check_skipped(skipped, optimizer=optimizer)
+    for _ in range(3 * MOST_SKIPPED):
+        guard._check_skipped(True, optimizer=larger)
+    for _ in range(MOST_SKIPPED - 1):
+        guard._check_skipped(True, optimizer=least)
+    with pytest.raises(
+        TrainingError, match=r"step 3, rank 5: the gradients of 10 steps in a row .* sample 2 of a"
+    ):
+        guard._check_skipped(True, optimizer=least)
+
+
+def test_a_precision_without_a_scale_skips_nothing(guard):
+    guard.args.fp16 = False
+    for _ in range(2 * MOST_SKIPPED):
+        guard._check_skipped(True, optimizer=None)
 
 
 def test_megatrons_flag_turns_it_off(guard):
