@@ -1,4 +1,5 @@
 # make demo    pre-train, continue on synthetic text, unlearn it; prints a table and draws the curves
+# make sweep   how far to unlearn: weights, lengths and losses compared from the demo's model on
 # make test    all tests
 # make check   format, lint, types and all tests (what CI runs)
 # make faults  FAULTS=100 SEED=1: kill, cut and fill real runs and compare what they leave, to the bit
@@ -14,7 +15,7 @@ DEMO   ?= runs/demo
 FAULTS ?= 100
 SEED   ?= 1
 
-.PHONY: setup demo test check lint faults slurm-test bench study-mini clean-demo
+.PHONY: setup demo sweep test check lint faults slurm-test bench study-mini clean-demo
 
 setup: $(READY)
 
@@ -26,6 +27,9 @@ $(READY): requirements.txt tools/find_python.sh
 
 demo: $(READY)
 	$(PYTHON) examples/demo/run.py --output-dir $(DEMO)
+
+sweep: demo
+	$(PYTHON) examples/demo/sweep.py --demo-dir $(DEMO)
 
 test: $(READY)
 	$(PYTHON) -m pytest
@@ -40,7 +44,10 @@ check: lint test
 faults: $(READY)
 	$(PYTHON) -m tests.faults.run --faults $(FAULTS) --seed $(SEED)
 
-slurm-test: $(READY)
+slurm-sweep: demo
+	$(PYTHON) examples/demo/sweep.py --demo-dir $(DEMO)
+
+test: $(READY)
 	$(PYTHON) -m pytest --no-header --show-capture=no --durations=0 tests/slurm/jobs.py tests/slurm/elastic.py
 
 bench: $(READY)

@@ -65,7 +65,7 @@ def table(models: dict[str, Any]) -> list[str]:
         rows.append(
             f"{title:15}"
             + "".join(f"{cell:>26}" for cell in cells)
-            + f"{_mean_p(models[name]):9.4f}"
+            + f"{mean_probability(models[name]):9.4f}"
         )
     return rows
 
@@ -117,7 +117,8 @@ def verdict(models: dict[str, Any]) -> list[str]:
     return lines
 
 
-def _mean_p(sets: dict[str, Any]) -> float:
+def mean_probability(sets: dict[str, Any]) -> float:
+    """Mean probability of the synthetic tokens under a model."""
     scores = sets["synthetic"]
     return float(np.average(scores["probability"], weights=scores["tokens"]))
 

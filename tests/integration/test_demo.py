@@ -1,5 +1,6 @@
 """The demo as a user starts it, with a hundredth of the steps."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -55,6 +56,29 @@ def test_second_call_reuses_what_is_finished(finished):
     (directory / "perplexity.json").unlink()
     (directory / "finished" / "perplexity").unlink()
     assert demo(directory).stdout.count("finished before") == 11
+
+
+def test_the_sweep_goes_on_from_the_demo(finished, tmp_path):
+    directory, _ = finished
+    sweep = [sys.executable, "examples/demo/sweep.py", "--scale", "0.01", "--only", "ascent-0.1"]
+    sweep += ["--output-dir", str(tmp_path / "sweep"), "--demo-dir"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    refused = subprocess.run([*sweep, str(tmp_path)], cwd=ROOT, capture_output=True, text=True)
+    assert refused.returncode == 1
+    assert "--demo-dir: expected a finished demo" in refused.stderr
+    done = subprocess.run([*sweep, str(directory)], cwd=ROOT, env=environment, capture_output=True)
+    assert done.returncode == 0, done.stderr
+    _, _, base, synth, ascent = (tmp_path / "sweep" / "table.md").read_text().splitlines()
+    # SynthLM is compared with itself nowhere; the run began at it, so its KL is small but not 0.
+    assert [cell.strip() for cell in synth.split("|")][5:] == ["", "", "", ""]
+    assert ascent.startswith("| gradient ascent | 0.1 |")
+    assert 0 < float(ascent.split("|")[-2]) < 1
+    assert " ± " in base
+    assert (tmp_path / "sweep" / "sweep.png").read_bytes().startswith(b"\x89PNG")
+    # What the demo made is left as it was.
+    assert json.loads((directory / "perplexity.json").read_text())["models"].keys() == {
+        str(directory / name) for name in ("base", "synth", "unlearn", "unlearn-ga")
+    }
 
 
 def test_failed_stage_names_its_log(finished, tmp_path):
