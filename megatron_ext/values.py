@@ -69,7 +69,7 @@ def check_values(args: Namespace) -> None:
 
 
 def check_places(args: Namespace) -> None:
-    """Refuse directories that the run could not write to, hours before it would.
+    """Refuse directories that the run could not write to, hours before it would, or not go on from.
 
     Args:
         args: what was typed.
@@ -90,6 +90,13 @@ def check_places(args: Namespace) -> None:
                 f"{_flag(name)} {getattr(args, name)}: expected a directory, there or to be made, to "
                 f"write to, found {what} at {nearest}"
             )
+    own = args.save and args.load and Path(args.save).resolve() == Path(args.load).resolve()
+    if args.finetune and own:
+        # Slurm and torchrun start a run again, which would begin at iteration 0 with what it saved last.
+        raise ConfigError(
+            f"--finetune: expected different directories at --load and --save, found {args.save}; a run "
+            "that starts at --pretrained-checkpoint goes on from its own --load"
+        )
 
 
 def check_schedule(args: Namespace) -> None:

@@ -110,7 +110,8 @@ def parse(flags: Sequence[str]) -> tuple[Namespace, Callable[[], object]]:
     check_overlap(args, config)
     args.dataloader_fast_cache_load = args.dataloader_defer_npy_index_mmap = False
     args.iteration = 0
-    loop.update_train_iters(args)
+    if not args.skip_train:
+        loop.update_train_iters(args)
     samples = list(loop.get_train_valid_test_num_samples())
     return args, partial(build_datasets, args, config, samples)
 

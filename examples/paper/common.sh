@@ -124,6 +124,7 @@ continue_on() {
 unlearn() {
     local replay=("${BLEND[@]}") batch=${GLOBAL_BATCH:-$UNLEARN_BATCH} forget
     forget=$((batch / 2))
+    ((forget > 0)) || fail "GLOBAL_BATCH: expected at least 2, half of them to forget, found $batch"
     blend 1 "$1"
     shift
     launch --global-batch-size "$batch" --forget-batch-size "$forget" --split "$SPLIT" \

@@ -147,12 +147,15 @@ def _code_execution(allowed: bool) -> Iterator[None]:
 def report(name: str, results: Mapping[str, Any]) -> str:
     """The table beside the paper's, and every score of the other tasks."""
     scores: Mapping[str, Mapping[str, Any]] = results["results"]
+    limit = results["settings"]["limit"]
     values = []
     for task, metric in paper.BENCHMARKS.values():
         value = scores.get(task, {}).get(metric)
         values.append(100 * value if isinstance(value, int | float) else None)
     known = [value for value in values if value is not None]
     lines = []
+    if limit:
+        lines.append(f"of the first {limit} samples of each task (--limit), unlike the paper's\n")
     if known:
         average = fmean(known) if len(known) == len(values) else None
         theirs = {model: (*numbers, fmean(numbers)) for model, numbers in paper.BASE.items()}

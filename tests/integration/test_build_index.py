@@ -61,6 +61,10 @@ def test_another_run_has_another_index(built, tiny, server):
     )
     assert "0 indices built, 9 found" in again[1]
     assert "9 indices built, 0 found" in other[1]
+    # Where nothing is trained there need be no number of iterations.
+    validation = (*STEPS[2:], "--skip-train", "--data-cache-path", folder / "validation")
+    ((_, evaluated),) = server.results([Launch(("--", *tiny.plain(*validation)), script=TOOL)])
+    assert "9 indices built, 0 found" in evaluated
     assert before["plain"].items() <= files(folder / "plain").items()
 
 

@@ -104,7 +104,9 @@ def test_files_are_found_by_split(tmp_path):
 def test_the_table_stands_beside_the_papers():
     scores = {task: {metric: 0.5} for task, metric in paper.BENCHMARKS.values()}
     scores["demo_sums"] = {"acc,none": 0.25, "acc_stderr,none": 0.1}
-    shown = harness.report("mine", {"results": scores})
+    shown = harness.report("mine", {"results": scores, "settings": {"limit": None}})
+    tried = harness.report("mine", {"results": scores, "settings": {"limit": 5}})
+    assert tried == f"of the first 5 samples of each task (--limit), unlike the paper's\n\n{shown}"
     rows = [
         [cell.strip() for cell in line.split("|")[1:-1]]
         for line in shown.splitlines()
@@ -118,7 +120,10 @@ def test_the_table_stands_beside_the_papers():
     assert "acc 0.2500" in shown
     assert "stderr" not in shown
     assert len(named) == 3 + len(paper.BASE)
-    some = harness.report("mine", {"results": {"gsm8k": {"exact_match,strict-match": 0.1}}})
+    some = harness.report(
+        "mine",
+        {"results": {"gsm8k": {"exact_match,strict-match": 0.1}}, "settings": {"limit": None}},
+    )
     assert some.splitlines()[2].split("|")[-2].strip() == ""  # an average of one is none
 
 

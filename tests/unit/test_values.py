@@ -35,7 +35,8 @@ def test_values_that_no_run_can_use(changes, message):
 
 
 def places(**changes):
-    return Namespace(**({"save": None, "tensorboard_dir": "", "data_cache_path": None} | changes))
+    unset = {"save": None, "tensorboard_dir": "", "data_cache_path": None, "load": None}
+    return Namespace(**(unset | {"finetune": False} | changes))
 
 
 @pytest.mark.parametrize("flag", ["save", "tensorboard_dir", "data_cache_path"])
@@ -55,6 +56,18 @@ def test_a_directory_without_permission(tmp_path, monkeypatch):
     for bad in ({"save": tmp_path}, {"data_cache_path": tmp_path / "new"}):
         with pytest.raises(ConfigError, match=f"without permission to write at {tmp_path}$"):
             check_places(places(**bad))
+
+
+def test_a_run_that_would_begin_anew_at_every_start(tmp_path):
+    (tmp_path / "link").symlink_to(tmp_path)
+    with pytest.raises(
+        ConfigError,
+        match=r"^--finetune: expected different directories at --load and --save, found .*link;",
+    ):
+        check_places(places(load=tmp_path, save=tmp_path / "link", finetune=True))
+    check_places(places(load=tmp_path, save=tmp_path / "link"))
+    check_places(places(load=tmp_path, save=tmp_path / "other", finetune=True))
+    check_places(places(load=tmp_path, finetune=True))
 
 
 SCHEDULE = {
