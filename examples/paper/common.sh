@@ -64,14 +64,20 @@ start_from() {
     START=(--pretrained-checkpoint "$directory")
 }
 
+# words_of VARIABLE: sets WORDS to the words of a variable, on however many lines they are.
+words_of() {
+    # read ends at NUL, which is not there, and says so.
+    read -r -d '' -a WORDS <<<"${!1:-}" || true
+}
+
 # need_data VARIABLE MEANING: a prefix, or weights and prefixes in turn, of datasets that exist.
 need_data() {
     need "$1" "$2"
-    local words i
-    read -r -a words <<<"${!1}"
+    words_of "$1"
+    local words=("${WORDS[@]}") i
     ((${#words[@]} == 1)) && words=(1 "${words[@]}")
-    ((${#words[@]} % 2 == 0)) ||
-        fail "$1: expected one prefix, or weights and prefixes in turn, found ${!1}"
+    ((${#words[@]} > 0 && ${#words[@]} % 2 == 0)) ||
+        fail "$1: expected one prefix, or weights and prefixes in turn, found ${words[*]:-nothing}"
     for ((i = 0; i < ${#words[@]}; i += 2)); do
         [[ ${words[i]} =~ ^([0-9]+\.?[0-9]*|\.[0-9]+)$ && ${words[i]} =~ [1-9] ]] ||
             fail "$1: expected a weight above 0, found ${words[i]}"
@@ -86,7 +92,8 @@ blend() {
     local words
     BLEND=()
     while (($#)); do
-        read -r -a words <<<"${!2}"
+        words_of "$2"
+        words=("${WORDS[@]}")
         ((${#words[@]} > 1)) || words=(1 "${words[0]}")
         mapfile -t -O "${#BLEND[@]}" BLEND < <(printf '%s\n' "${words[@]}" | LC_ALL=C awk -v share="$1" '
             NR % 2 { weight[++n] = $0; total += $0; next }
@@ -138,19 +145,18 @@ unlearn() {
 # need_files VARIABLE MEANING: one file or several.
 need_files() {
     need "$1" "$2"
-    local words file
-    read -r -a words <<<"${!1}"
-    for file in "${words[@]}"; do
+    local file
+    words_of "$1"
+    for file in "${WORDS[@]}"; do
         [[ -f $file ]] || fail "$1: no file $file"
     done
 }
 
 # tune_chat: chat tuning of START on the files of CHAT_DATA; the entry point counts the iterations of the epochs.
 tune_chat() {
-    local files
-    read -r -a files <<<"$CHAT_DATA"
+    words_of CHAT_DATA
     launch --global-batch-size "${GLOBAL_BATCH:-$CHAT_BATCH}" \
-        --chat-data-path "${files[@]}" --chat-epochs "$CHAT_EPOCHS" \
+        --chat-data-path "${WORDS[@]}" --chat-epochs "$CHAT_EPOCHS" \
         --lr "$CHAT_LR" --lr-decay-style constant --eval-iters 0 \
         --save-interval "${SAVE_INTERVAL:-$UNLEARN_SAVE_INTERVAL}"
 }
@@ -181,8 +187,8 @@ launch() {
     if ((DRY_RUN)); then
         printf '%q ' "${command[@]}"
         printf '\n'
-        local plan
-        read -r -a plan <<<"${PLAN:-}"
+        words_of PLAN
+        local plan=("${WORDS[@]}")
         [[ -z ${PEAK_FLOPS:-} ]] || plan+=(--peak-flops "$PEAK_FLOPS")
         exec "$PYTHON" "$ROOT/tools/plan_run.py" --gpus $((NODES * GPUS_PER_NODE)) --gpus-per-node "$GPUS_PER_NODE" \
             --gpu-type "$GPU_TYPE" --mfu "$MFU" "${plan[@]}" -- "${flags[@]}"

@@ -14,7 +14,9 @@ slurm_launcher() {
     local here root head runtime=()
     here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
     root=$(cd "$here/../.." && pwd)
-    head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+    # Not by head, which may end before scontrol has written the names of a thousand nodes, and fail the job so.
+    head=$(scontrol show hostnames "$SLURM_JOB_NODELIST")
+    head=${head%%$'\n'*}
     # The one task of a node is all of its ranks. Slurm takes it for the work of one core, and holds it there where
     # tasks are bound by default (TaskPluginParam).
     LAUNCHER=(srun --nodes "$NODES" --ntasks "$NODES" --ntasks-per-node 1 --kill-on-bad-exit=1 --cpu-bind=none)

@@ -106,6 +106,17 @@ def test_blends_and_what_is_forgotten(world, commands):
             assert "--forget-data-path" not in commands[name]
 
 
+def test_settings_may_stand_on_several_lines(world, commands):
+    """A second line was left out, and with it the data sets that it names."""
+    lines = {
+        key: value.replace(" ", "\n  ") for key, value in world.settings.items() if key == "REAL"
+    }
+    assert world.command("synth_lm", **CLUSTER, **lines) == commands["synth_lm"]
+    chat = {"CHAT_DATA": "\n{0}\n{0}\n".format(world.settings["CHAT_DATA"])}
+    files = after(world.command("chat", **CLUSTER, **chat), "--chat-data-path")
+    assert files == [world.settings["CHAT_DATA"]] * 2
+
+
 def test_megatron_knows_every_flag(commands, monkeypatch):
     from megatron.training.arguments import parse_args
 
@@ -162,6 +173,7 @@ def test_each_missing_setting_and_path_is_named(name, world):
     ("changes", "start"),
     [
         ({"REAL": "1 /a 2"}, "REAL: expected one prefix, or weights and prefixes"),
+        ({"REAL": " \n"}, "REAL: expected one prefix, or weights and prefixes"),
         ({"REAL": "0 /a"}, "REAL: expected a weight above 0, found 0"),
         ({"TP": "two"}, "TP: expected a positive whole number, found two"),
         ({"GLOBAL_BATCH": "0"}, "GLOBAL_BATCH: expected a positive whole number, found 0"),

@@ -39,7 +39,7 @@ def preflight(programs: str, *words: str, **variables: str) -> subprocess.Comple
 
 
 def test_preflight_takes_the_settings_of_a_run(programs):
-    data = {"REAL": "0.7 /data/web 0.3 /data/code", "SYNTHETIC": "/data/qa"}
+    data = {"REAL": "0.7 /data/web\n  0.3 /data/code", "SYNTHETIC": "/data/qa"}
     result = preflight(programs, "--timeout", "60", OUT="/ckpt", TOKENIZER="/data/tok", **data)
     words = result.stdout.splitlines()
     assert words[:8] == [
@@ -54,6 +54,15 @@ def test_preflight_takes_the_settings_of_a_run(programs):
         *("--tokenizer-model", "/data/tok", "--data", "/data/web", "/data/code", "/data/qa"),
         *("--timeout", "60"),
     ]
+
+
+def test_the_names_of_many_nodes_are_read_to_their_end(programs, tmp_path):
+    """Slurm's program was ended by SIGPIPE, and the job with it."""
+    executable(tmp_path / "scontrol", "seq -f node%06g 7 20000")
+    result = preflight(programs, OUT="/ckpt")
+    assert result.returncode == 0, result.stderr
+    [endpoint] = after(result.stdout.splitlines(), "--rdzv-endpoint")
+    assert endpoint.startswith("node000007:")
 
 
 def test_a_job_has_all_memory_and_all_cores_of_its_nodes(programs):
