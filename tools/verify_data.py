@@ -7,7 +7,8 @@ r"""Check tokenised data sets in full; training itself checks only what is cheap
 
 Reads every token: the index against the tokens, every id against the vocabulary, counts and the digest of
 the content against the manifest. With --against, finds documents, of 16 tokens or more, that the data sets
-share with others. The exit code is 0 if nothing is wrong.
+share with others, whether or not an end-of-document id ends them; of sets without manifests the tokenizer
+tells it. The exit code is 0 if nothing is wrong.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from megatron_ext.data.indexed import bin_path
 from megatron_ext.data.tokenizers import (
     TOKENIZER_TYPES,
+    Tokenizer,
     TokenizerSpec,
     build_reference,
     tokenizer_digest,
@@ -52,20 +54,21 @@ def parse_args() -> argparse.Namespace:
     return args
 
 
+def _spec(args: argparse.Namespace) -> TokenizerSpec:
+    return TokenizerSpec(tokenizer_type=args.tokenizer_type, tokenizer_model=args.tokenizer_model)
+
+
 def _bar(prefix: str, label: str) -> tqdm:
     path = bin_path(prefix)
     size = path.stat().st_size if path.is_file() else 0
     return tqdm(total=size, unit="B", unit_scale=True, desc=label, disable=None)
 
 
-def check_sets(args: argparse.Namespace) -> int:
+def check_sets(args: argparse.Namespace, tokenizer: Tokenizer | None) -> int:
     """Verify each data set and print what was found; the number of bad ones."""
     vocab_size = digest = None
-    if args.tokenizer_model is not None:
-        spec = TokenizerSpec(
-            tokenizer_type=args.tokenizer_type, tokenizer_model=args.tokenizer_model
-        )
-        vocab_size, digest = build_reference(spec).vocab_size, tokenizer_digest(spec)
+    if tokenizer is not None:
+        vocab_size, digest = tokenizer.vocab_size, tokenizer_digest(_spec(args))
     bad = 0
     for prefix in args.prefix:
         try:
@@ -88,14 +91,16 @@ def check_sets(args: argparse.Namespace) -> int:
     return bad
 
 
-def check_overlaps(args: argparse.Namespace) -> int:
+def check_overlaps(args: argparse.Namespace, tokenizer: Tokenizer | None) -> int:
     """Compare each data set with each of the others; the number of pairs that share documents."""
+    eod_id = None if tokenizer is None else tokenizer.eod_id
+    max_bytes = int(args.max_memory * 1e9)
     bad = 0
     for prefix in args.prefix:
         for other in args.against:
             with _bar(other, "comparing") as bar:
                 found = find_overlap(
-                    prefix, other, max_bytes=int(args.max_memory * 1e9), advance=bar.update
+                    prefix, other, max_bytes=max_bytes, eod_id=eod_id, advance=bar.update
                 )
             if found.documents:
                 bad += 1
@@ -112,9 +117,10 @@ def check_overlaps(args: argparse.Namespace) -> int:
 def main() -> None:
     """Run both checks."""
     args = parse_args()
-    bad = check_sets(args)
+    tokenizer = None if args.tokenizer_model is None else build_reference(_spec(args))
+    bad = check_sets(args, tokenizer)
     if not bad:  # documents of a broken index are none
-        bad = check_overlaps(args)
+        bad = check_overlaps(args, tokenizer)
     if bad:
         raise DataError(f"{bad} checks failed, see above")
 

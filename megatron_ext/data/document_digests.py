@@ -1,8 +1,9 @@
 """Digests of documents, by which data sets that share some are found.
 
-A document's digest is an 8-byte BLAKE2b of its token ids as they are stored. That any two different
-documents of 10^8 and 10^9 have the same one has a probability of 0.5%. A document of a few tokens, a
-number or "Yes.", is no text that two data sets share: it has no digest.
+A document's digest is an 8-byte BLAKE2b of its token ids as they are stored, without the end-of-document
+id, which one data set may have and the other not. That any two different documents of 10^8 and 10^9 have
+the same one has a probability of 0.5%. A document of a few tokens, a number or "Yes.", is no text that two
+data sets share: it has no digest.
 """
 
 import hashlib
@@ -17,31 +18,34 @@ MIN_TOKENS = 16
 SAMPLED_DOCUMENTS = 1024
 
 
-def has_digest(bounds: NDArray[np.int64], itemsize: int) -> NDArray[np.bool_]:
-    """Whether each document, bool `[documents]`, is long enough; arguments as in `document_digests`."""
-    return np.diff(bounds) >= MIN_TOKENS * itemsize
-
-
 def document_digests(
-    tokens: Buffer, bounds: NDArray[np.int64], *, itemsize: int
+    tokens: Buffer, bounds: NDArray[np.int64], *, dtype: np.dtype, eod_id: int | None
 ) -> NDArray[np.uint64]:
-    """Digests of the documents of a run of tokens that have one.
+    """Digests of the documents of a run of tokens.
 
     Args:
         tokens: Ids as stored.
         bounds: int64 `[documents + 1]`, where each document begins and ends, in bytes.
-        itemsize: Bytes of a token.
+        dtype: Type of the tokens.
+        eod_id: Id that may end a document and is no part of its text; None if there is none.
 
     Returns:
-        uint64, a digest for each document of at least `MIN_TOKENS`.
+        uint64 `[documents]`, 0 for one of fewer than `MIN_TOKENS`.
     """
     view = memoryview(tokens).cast("B")
-    long = has_digest(bounds, itemsize)
-    places = zip(bounds[:-1][long].tolist(), bounds[1:][long].tolist(), strict=True)
-    digests = b"".join(
+    starts, ends = bounds[:-1], bounds[1:].copy()
+    if eod_id is not None:
+        filled = np.flatnonzero(ends > starts)
+        last = np.frombuffer(view, dtype)[ends[filled] // dtype.itemsize - 1]
+        ends[filled[last == eod_id]] -= dtype.itemsize
+    long = ends - starts >= MIN_TOKENS * dtype.itemsize
+    places = zip(starts[long].tolist(), ends[long].tolist(), strict=True)
+    found = b"".join(
         hashlib.blake2b(view[start:end], digest_size=8).digest() for start, end in places
     )
-    return np.frombuffer(digests, dtype=">u8").astype(np.uint64)
+    digests = np.zeros(len(starts), dtype=np.uint64)
+    digests[long] = np.frombuffer(found, dtype=">u8")
+    return digests
 
 
 class DocumentSample:

@@ -116,12 +116,13 @@ class BlockEncoder:
         tokens = ids.astype(self._dtype).tobytes()
         sizes = np.bincount(document, weights=lengths, minlength=len(counts)).astype(np.int64)
         bounds = np.concatenate(([0], np.cumsum(sizes))) * self._dtype.itemsize
+        digests = document_digests(tokens, bounds, dtype=self._dtype, eod_id=self._tokenizer.eod_id)
         return EncodedKey(
             tokens=tokens,
             sequence_lengths=lengths.astype(np.int32),
             document_sequences=np.bincount(document, minlength=len(counts)).astype(np.int32),
             max_token=max_token,
-            digests=document_digests(tokens, bounds, itemsize=self._dtype.itemsize),
+            digests=digests[digests != 0],
         )
 
     def _verify(self, texts: Sequence[str], block: Block) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_ext.data.document_digests import document_digests, has_digest
+from megatron_ext.data.document_digests import document_digests
 from megatron_ext.data.indexed import HEADER, IndexSummary, bin_path, idx_path, read_index_summary
 from megatron_ext.data.manifest import manifest_path, read_manifest
 from megatron_ext.exceptions import DataError
@@ -171,9 +171,15 @@ def _read_tokens(
 
 
 def digests(
-    prefix: str | Path, *, advance: Advance = lambda _: None
+    prefix: str | Path, *, eod_id: int | None = None, advance: Advance = lambda _: None
 ) -> Iterator[NDArray[np.uint64]]:
-    """Digests of all documents in order, in parts; 0 for one too short to have one."""
+    """Digests of all documents in order, in parts; 0 for one too short to have one.
+
+    Args:
+        prefix: Path without `.bin` and `.idx`.
+        eod_id: Id that may end a document and is no part of its text; None if there is none.
+        advance: Called with the bytes that were read since the last call.
+    """
     summary = read_index_summary(prefix)
     _, offsets, boundaries = _index(prefix, summary)
     total = summary.tokens * summary.dtype.itemsize
@@ -187,12 +193,8 @@ def digests(
             fit = int(np.searchsorted(bounds, bounds[0] + _BLOCK, side="right")) - 1
             bounds = bounds[: max(1, fit) + 1]
             stream.seek(int(bounds[0]))
-            found = np.zeros(len(bounds) - 1, dtype=np.uint64)
             block = stream.read(int(bounds[-1] - bounds[0]))
-            long = has_digest(bounds, summary.dtype.itemsize)
-            found[long] = document_digests(
-                block, bounds - bounds[0], itemsize=summary.dtype.itemsize
-            )
+            found = document_digests(block, bounds - bounds[0], dtype=summary.dtype, eod_id=eod_id)
             yield found
             advance(len(block))
             first += len(found)
@@ -203,6 +205,7 @@ def find_overlap(
     second: str | Path,
     *,
     max_bytes: int = 1 << 30,
+    eod_id: int | None = None,
     advance: Advance = lambda _: None,
 ) -> Overlap:
     """Find the documents that two data sets share.
@@ -213,16 +216,21 @@ def find_overlap(
         first: Prefix; better the one with fewer documents.
         second: Prefix.
         max_bytes: Of memory for digests.
+        eod_id: Id that ends documents where a data set has no manifest; None: the other's, if it has one.
         advance: Called with the bytes of the second that were read since the last call.
     """
+    manifests = [read_manifest(prefix) for prefix in (first, second)]
+    if eod_id is None:
+        eod_id = next((each.eod_id for each in manifests if each is not None), None)
+    eods = [eod_id if each is None else each.eod_id for each in manifests]
     documents, distinct, examples = 0, 0, list[int]()
     parts = -(-read_index_summary(first).documents * 3 * _DIGEST // max_bytes)
     for remainder in range(parts):
-        known = _part(digests(first), remainder, parts)
+        known = _part(digests(first, eod_id=eods[0]), remainder, parts)
         if not len(known):
             continue
         number, shared = 0, np.zeros(len(known), dtype=bool)
-        for part in digests(second, advance=advance):
+        for part in digests(second, eod_id=eods[1], advance=advance):
             places = np.minimum(np.searchsorted(known, part), len(known) - 1)
             hits = known[places] == part
             shared[places[hits]] = True

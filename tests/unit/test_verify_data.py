@@ -42,10 +42,15 @@ def made(tmp_path_factory):
     )
     prefixes = {}
     parts = {"all": TEXTS, "first": TEXTS[:20], "last": TEXTS[20:], "again": TEXTS}
-    for name, texts in parts.items():
+    for name, texts in (parts | {"ended": TEXTS[:20]}).items():
         source = write_jsonl(folder / f"{name}.jsonl", [{"text": text} for text in texts])
         result = preprocess(
-            PreprocessConfig(inputs=[source], output_prefix=str(folder / name), tokenizer=spec)
+            PreprocessConfig(
+                inputs=[source],
+                output_prefix=str(folder / name),
+                tokenizer=spec,
+                append_eod=name == "ended",
+            )
         )
         prefixes[name] = result.prefixes[0]
     return prefixes
@@ -167,14 +172,40 @@ def test_samples_are_comparable_whatever_the_size():
     assert shared_in_samples(other, many.smallest)[0] == 0
 
 
-def test_short_documents_have_no_digest():
-    ids = np.arange(3 * MIN_TOKENS, dtype=np.uint16)
-    bounds = 2 * np.array([0, MIN_TOKENS - 1, 2 * MIN_TOKENS - 1, 2 * MIN_TOKENS - 1, len(ids)])
-    expected = [
-        int.from_bytes(hashlib.blake2b(ids.tobytes()[a:b], digest_size=8).digest())
-        for a, b in ((bounds[1], bounds[2]), (bounds[3], bounds[4]))
-    ]
-    assert document_digests(ids.tobytes(), bounds, itemsize=2).tolist() == expected
+@pytest.mark.parametrize("dtype", [np.uint16, np.int32])
+def test_short_documents_have_no_digest(dtype):
+    ids = np.arange(3 * MIN_TOKENS, dtype=dtype)
+    size = ids.itemsize
+    bounds = size * np.array([0, MIN_TOKENS - 1, 2 * MIN_TOKENS - 1, 2 * MIN_TOKENS - 1, len(ids)])
+
+    def digest(start, end):
+        return int.from_bytes(hashlib.blake2b(ids.tobytes()[start:end], digest_size=8).digest())
+
+    long = [digest(bounds[1], bounds[2]), 0, digest(bounds[3], bounds[4])]
+    found = document_digests(ids.tobytes(), bounds, dtype=ids.dtype, eod_id=None)
+    assert found.tolist() == [0, *long]
+    # Without the last id one is too short, and one the shorter; elsewhere the id is as any other.
+    found = document_digests(ids.tobytes(), bounds, dtype=ids.dtype, eod_id=2 * MIN_TOKENS - 2)
+    assert found.tolist() == [0, 0, 0, long[2]]
+    found = document_digests(ids.tobytes(), bounds, dtype=ids.dtype, eod_id=int(ids[-1]))
+    assert found.tolist() == [0, *long[:2], digest(bounds[3], bounds[4] - size)]
+
+
+def test_an_end_of_document_hides_no_shared_text(made, tmp_path):
+    """Made with --append-eod and without, with a manifest and, as by stock Megatron-LM, without one."""
+    ended, bare = made["ended"], made["first"]
+    with pytest.raises(DataError, match="found 20 of 20 sampled documents as in"):
+        check_overlap(*arguments(made, "first", "ended"))
+    stock = {}
+    for prefix in (ended, bare):
+        stock[prefix] = str(tmp_path / Path(prefix).name)
+        for suffix in (".bin", ".idx"):
+            Path(f"{stock[prefix]}{suffix}").write_bytes(Path(f"{prefix}{suffix}").read_bytes())
+    for first, second in ((bare, ended), (stock[bare], ended), (bare, stock[ended])):
+        assert find_overlap(first, second).documents == 20
+    eod_id = read_manifest(ended).eod_id
+    assert find_overlap(stock[bare], stock[ended], eod_id=eod_id).documents == 20
+    assert find_overlap(made["last"], ended).documents == 0
 
 
 def arguments(made, forget, replay, **fields):
