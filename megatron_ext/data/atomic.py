@@ -39,17 +39,15 @@ class AtomicFiles:
     """
 
     def __init__(self, paths: Sequence[Path], *, overwrite: bool = False) -> None:
-        existing = [path for path in paths if path.exists()]
-        if existing and not overwrite:
-            raise ConfigError(
-                f"{existing[0]} exists: give --overwrite to replace it, or another output name"
-            )
+        _refuse_existing(paths, overwrite=overwrite)
         self._paths = list(paths)
         self._streams: dict[Path, BinaryIO] = {}
         try:
             for path in self._paths:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 self._streams[path] = _open_locked(path)
+            # Another run may have published between the look and the lock.
+            _refuse_existing(paths, overwrite=overwrite)
         except BaseException:
             self.discard()
             raise
@@ -130,6 +128,14 @@ def write_atomically(path: Path, data: bytes, *, overwrite: bool = False) -> Non
     with AtomicFiles([path], overwrite=overwrite) as files:
         files[path].write(data)
         files.commit()
+
+
+def _refuse_existing(paths: Sequence[Path], *, overwrite: bool) -> None:
+    existing = [path for path in paths if path.exists()]
+    if existing and not overwrite:
+        raise ConfigError(
+            f"{existing[0]} exists: give --overwrite to replace it, or another output name"
+        )
 
 
 def _partial(path: Path) -> Path:

@@ -5,6 +5,7 @@ Reading is split in two, so that the reader never becomes the bottleneck of many
 records in a worker. Order is that of the inputs throughout.
 """
 
+import codecs
 import json
 import zlib
 from collections.abc import Iterator, Sequence
@@ -106,9 +107,14 @@ def parse_block(block: Block, keys: Sequence[str]) -> Iterator[Record | BadRecor
         for number, line in enumerate(block.payload.split(b"\n"), start=block.first):
             yield _parse_json(line, f"{block.path}:{number}", keys)
     elif block.kind == "parquet":
-        columns = [block.payload.column(key).to_pylist() for key in keys]
+        columns = [_values(block.payload.column(key)) for key in keys]
         for number, values in enumerate(zip(*columns, strict=True), start=block.first):
-            yield _take(dict(zip(keys, values, strict=True)), f"{block.path}: row {number}", keys)
+            where = f"{block.path}: row {number}"
+            broken = next((value for value in values if isinstance(value, ValueError)), None)
+            if broken is not None:
+                yield BadRecord(where, "not UTF-8", str(broken))
+            else:
+                yield _take(dict(zip(keys, values, strict=True)), where, keys)
     else:
         for number, raw in zip(block.lines, block.payload, strict=True):
             where = f"{block.path}:{number}"
@@ -116,6 +122,20 @@ def parse_block(block: Block, keys: Sequence[str]) -> Iterator[Record | BadRecor
                 yield _take({keys[0]: raw.decode()}, where, keys[:1])
             except UnicodeDecodeError as error:
                 yield BadRecord(where, "not UTF-8", str(error))
+
+
+def _values(column: Any) -> list[Any]:
+    """A column's values, an error in place of one that is not UTF-8; Parquet's writers need not look."""
+    try:
+        values: list[Any] = column.to_pylist()
+    except UnicodeDecodeError:
+        values = []
+        for value in column:
+            try:
+                values.append(value.as_py())
+            except UnicodeDecodeError as error:
+                values.append(error)
+    return values
 
 
 def _jsonl_blocks(path: Path) -> Iterator[Block]:
@@ -147,8 +167,10 @@ def _parquet_blocks(path: Path, keys: Sequence[str]) -> Iterator[Block]:
         with pq.ParquetFile(path) as table:
             names = table.schema_arrow.names
             for key in keys:
-                if key not in names:
-                    raise DataError(f"{path}: expected a column {key!r}, found {', '.join(names)}")
+                if names.count(key) != 1:
+                    raise DataError(
+                        f"{path}: expected one column {key!r}, found {', '.join(names)}"
+                    )
             rows, first = max(table.metadata.num_rows, 1), 1
             for batch in table.iter_batches(
                 batch_size=_rows_of_block(table.metadata, keys),
@@ -181,7 +203,8 @@ def _text_blocks(path: Path, unit: TextUnit) -> Iterator[Block]:
             while data := stream.read(BLOCK_BYTES):
                 parts.append(data)
                 _check_size(parts, str(path))
-            yield Block(str(path), "text", [b"".join(parts)], 1, raw.tell(), lines=(1,))
+            text = b"".join(parts).removeprefix(codecs.BOM_UTF8)
+            yield Block(str(path), "text", [text], 1, raw.tell(), lines=(1,))
             return
         told = size = 0
         texts: list[bytes] = []
@@ -212,6 +235,8 @@ def _split_text(stream: BinaryIO, unit: TextUnit) -> Iterator[tuple[int, bytes]]
     paragraph: list[bytes] = []
     number = 0
     for number, line in enumerate(stream, start=1):
+        if number == 1:
+            line = line.removeprefix(codecs.BOM_UTF8)
         blank = not line.strip()
         if unit == "line" and not blank:
             yield number, line.rstrip(b"\r\n")

@@ -29,8 +29,8 @@ def find_inputs(patterns: Sequence[str], *, input_format: InputFormat = "auto") 
     hidden ones.
 
     Raises:
-        ConfigError: Nothing matches, a file is named twice, its format is not known by its name, or a
-            directory holds plain text beside records, of which one is most often no data.
+        ConfigError: Nothing matches, a file is named twice, or plain and compressed, its format is not known
+            by its name, or a directory holds plain text beside records, of which one is most often no data.
     """
     found: list[Path] = []
     for pattern in patterns:
@@ -44,11 +44,15 @@ def find_inputs(patterns: Sequence[str], *, input_format: InputFormat = "auto") 
             if not matches:
                 raise ConfigError(f"--input {pattern}: no such file")
         found.extend(matches)
-    seen: set[Path] = set()
+    seen: dict[Path, Path] = {}
     for path in found:
-        if path.resolve() in seen:
-            raise ConfigError(f"--input names {path} twice")
-        seen.add(path.resolve())
+        file = path.resolve()
+        # What decompression has left behind is the same text a second time.
+        key = file.with_suffix("") if file.suffix in COMPRESSIONS else file
+        if key in seen:
+            how = "twice" if seen[key] == path else f"and {seen[key]}, expected one of them"
+            raise ConfigError(f"--input names {path} {how}")
+        seen[key] = path
         if not path.is_file():
             raise ConfigError(
                 f"--input {path}: expected a regular file, for its start is read twice"

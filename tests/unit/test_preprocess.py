@@ -95,7 +95,8 @@ def test_formats(tmp_path, model, name, monkeypatch):
     ],
 )
 def test_plain_text_units(tmp_path, model, unit, expected):
-    (tmp_path / "1.txt").write_bytes(b"a b\r\nc\n\n\n  \nd e\n\nf")
+    # The mark with which some editors begin a file of UTF-8 is no text.
+    (tmp_path / "1.txt").write_bytes(b"\xef\xbb\xbfa b\r\nc\n\n\n  \nd e\n\nf")
     with gzip.open(tmp_path / "2.txt.gz", "wb") as stream:
         stream.write(b"second\n")
     result = run(model, [tmp_path], tmp_path / "o", text_unit=unit)
@@ -142,6 +143,17 @@ def test_a_directory_with_a_note_beside_its_records_is_refused(tmp_path):
     with pytest.raises(ConfigError, match=r"expected records or plain text .*README\.md"):
         find_inputs([str(tmp_path)])
     assert find_inputs([f"{tmp_path}/*.jsonl"]) == [tmp_path / "a.jsonl"]
+
+
+def test_what_decompression_left_behind_is_not_read_twice(tmp_path):
+    plain, packed, other = (tmp_path / name for name in ("a.jsonl", "a.jsonl.zst", "b.jsonl.gz"))
+    for path in (plain, packed, other):
+        path.write_bytes(b"{}")
+    for words in ([str(tmp_path)], [f"{tmp_path}/a*"], [str(packed), str(plain)]):
+        with pytest.raises(ConfigError, match=r"names .*a\.jsonl.* and .*a\.jsonl.*, expected one"):
+            find_inputs(words)
+    packed.unlink()
+    assert find_inputs([str(tmp_path)]) == [plain, other]
 
 
 def test_zstandard_frames_of_any_window_and_frames_to_be_skipped(tmp_path):

@@ -8,11 +8,12 @@ import threading
 import time
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from megatron_ext.data import documents, encode, fast_tokenizer, preprocess
+from megatron_ext.data import atomic, documents, encode, fast_tokenizer, preprocess
 from megatron_ext.data.manifest import read_manifest
 from megatron_ext.exceptions import ConfigError, DataError
 from tests.helpers.preprocess import run, tool, write_as
@@ -75,11 +76,31 @@ def test_bad_rows_and_texts(tmp_path, model):
     pq.write_table(table, tmp_path / "a.parquet")
     with pytest.raises(DataError, match=r"a\.parquet: row 2: expected a string .*found NoneType"):
         run(model, [tmp_path / "a.parquet"], tmp_path / "o")
-    with pytest.raises(DataError, match=r"expected a column 'body', found text"):
+    with pytest.raises(DataError, match=r"expected one column 'body', found text"):
         run(model, [tmp_path / "a.parquet"], tmp_path / "o", keys=["body"])
+    twice = pa.Table.from_arrays([pa.array(["a"]), pa.array(["b"])], names=["text", "text"])
+    pq.write_table(twice, tmp_path / "b.parquet")
+    with pytest.raises(
+        DataError, match=r"b\.parquet: expected one column 'text', found text, text"
+    ):
+        run(model, [tmp_path / "b.parquet"], tmp_path / "o")
     (tmp_path / "a.txt").write_bytes(b"good\n\xff\n")
     with pytest.raises(DataError, match=r"a\.txt:2: not UTF-8"):
         run(model, [tmp_path / "a.txt"], tmp_path / "o", text_unit="line")
+
+
+def test_a_row_that_is_not_utf8_is_named_and_skipped(tmp_path, model):
+    """Parquet calls a column text without a look at its bytes."""
+    bounds = pa.py_buffer(np.array([0, 4, 6, 9], dtype=np.int32))
+    column = pa.Array.from_buffers(pa.string(), 3, [None, bounds, pa.py_buffer(b"good\xff\xfefox")])
+    pq.write_table(pa.table({"text": column}), tmp_path / "a.parquet")
+    with pytest.raises(DataError, match=r"a\.parquet: row 2: not UTF-8"):
+        run(model, [tmp_path / "a.parquet"], tmp_path / "o")
+    result = run(model, [tmp_path / "a.parquet"], tmp_path / "o", on_error="skip")
+    assert result.skipped == {"not UTF-8": 1}
+    documents = [["good"], ["fox"]]
+    expected = reference_dataset(tmp_path / "r", documents, model=model, append_eod=False)
+    assert same_files(result.prefixes[0], expected)
 
 
 @pytest.mark.parametrize("name", ["a.jsonl.gz", "a.jsonl.zst", "a.parquet"])
@@ -213,6 +234,20 @@ def test_existing_output_needs_overwrite(tmp_path, model):
         tmp_path / "r", [["brown fox jumps"]], model=model, append_eod=False
     )
     assert same_files(tmp_path / "o_text_document", expected)
+
+
+def test_what_another_run_published_before_the_lock_is_kept(tmp_path, monkeypatch):
+    path, opened = tmp_path / "a", atomic._open_locked
+
+    def open_late(path):
+        path.write_bytes(b"first")
+        return opened(path)
+
+    monkeypatch.setattr(atomic, "_open_locked", open_late)
+    with pytest.raises(ConfigError, match="a exists"):
+        atomic.write_atomically(path, b"second")
+    assert path.read_bytes() == b"first"
+    assert [file.name for file in tmp_path.iterdir()] == ["a"]
 
 
 def test_mismatch_during_the_run_starts_over(tmp_path, model, monkeypatch, caplog):
