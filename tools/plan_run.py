@@ -63,10 +63,14 @@ def cluster(options: Namespace) -> Cluster:
     """
     for name in ("gpus", "gpus_per_node", "mfu", "peak_flops", "price", "write_bandwidth"):
         value = getattr(options, name)
-        if value is not None and value <= 0:
+        if value is not None and not value > 0:  # nor NaN
             raise ConfigError(
                 f"--{name.replace('_', '-')}: expected a number above 0, found {value}"
             )
+    if options.mfu > 1:
+        raise ConfigError(f"--mfu: expected a share of the peak, at most 1, found {options.mfu}")
+    if options.rank_layouts < 0:
+        raise ConfigError(f"--rank-layouts: expected at least 0, found {options.rank_layouts}")
     if not 0 <= options.check_rank < options.gpus:
         raise ConfigError(
             f"--check-rank: expected 0 to {options.gpus - 1}, found {options.check_rank}"

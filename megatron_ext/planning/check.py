@@ -8,6 +8,7 @@ needed: Megatron's arguments and process groups are global.
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import dataclasses
 import io
@@ -108,8 +109,11 @@ def _build(words: Sequence[str], *, gpus: int, rank: int) -> tuple[bool, dict[st
 def _replaced(words: Sequence[str], directory: str) -> list[str]:
     """Flags that stand for checkpoints that do not exist yet, and for a folder that is not to be made."""
     replaced = ["--tensorboard-dir", directory]
+    parser = argparse.ArgumentParser(allow_abbrev=False, add_help=False)
     for flag in _DIRECTORIES:
-        if flag in words and not Path(words[words.index(flag) + 1]).is_dir():
+        parser.add_argument(flag, dest=flag)
+    for flag, given in vars(parser.parse_known_args(words)[0]).items():
+        if given is not None and not Path(given).is_dir():
             replaced += [flag, directory]
     return replaced
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import difflib
 from argparse import Namespace
 from collections.abc import Sequence
 
@@ -28,12 +29,23 @@ _SWITCHES = (
     *("use-distributed-optimizer", "sequence-parallel", "overlap-grad-reduce"),
     *("overlap-param-gather", "reference-offload", "reference-hidden-offload", "fp32-logits"),
     *("accumulate-allreduce-grads-in-fp32", "group-query-attention"),
-    *("add-qkv-bias", "qk-layernorm"),
+    *("add-qkv-bias", "qk-layernorm", "use-rotary-position-embeddings"),
 )
+_DEFAULT_SIZES = (
+    *("tensor-model-parallel-size", "pipeline-model-parallel-size"),
+    "make-vocab-size-divisible-by",
+)
+_TABLES = ("learned_absolute", "relative")  # positions with weights
 DROPOUTS = ("hidden-dropout", "attention-dropout")
 # Flags that change the numbers in ways that this plan does not know.
 _NOT_PLANNED = (
-    *("num-experts", "context-parallel-size", "rampup-batch-size", "mtp-num-layers"),
+    *(
+        "num-experts",
+        "moe-ffn-hidden-size",
+        "context-parallel-size",
+        "rampup-batch-size",
+        "mtp-num-layers",
+    ),
     *("train-data-path", "forget-train-data-path", "train-samples", "recompute-modules"),
     *("use-precision-aware-optimizer", "optimizer-cpu-offload", "grad-reduce-in-bf16"),
     *("use-megatron-fsdp", "use-torch-fsdp2", "num-distributed-optimizer-instances"),
@@ -42,23 +54,61 @@ _NOT_PLANNED = (
     *("account-for-embedding-in-pipeline-split", "account-for-loss-in-pipeline-split"),
     *("pipeline-model-parallel-layout", "distribute-saved-activations"),
     *("microbatch-group-size-per-virtual-pipeline-stage", "fp8-format", "multi-latent-attention"),
-    "overlap-param-gather-with-optimizer-step",
+    *("overlap-param-gather-with-optimizer-step", "attention-output-gate", "softmax-type", "spec"),
+    *("fp4-format", "cpu-offloading-num-layers", "fine-grained-activation-offloading"),
+    *("no-pad-vocab-size", "disable-pad-vocab-size", "window-size", "step-batch-size-schedule"),
+    *("data-args-path", "per-split-data-args-path", "heterogeneous-layers-config-path"),
 )
+# Of the flags that are passed over, those whose names are like one that is not.
+_PASSED_OVER = (
+    *("eval-global-batch-size", "eval-micro-batch-size", "reference-load"),
+    *("forget-valid-data-path", "forget-test-data-path"),
+)
+_MISTYPED = 0.87  # of `difflib`; `--tensor-parallel-size` has 0.88 with Megatron's name
 
 
 def entry_flags(words: Sequence[str]) -> Namespace:
     """The flags that decide about cost; the others are passed over.
 
     Raises:
-        ConfigError: a size is missing, or a flag is there that this plan does not know.
+        ConfigError: a size is missing or too small, or a flag is there that this plan does not know, or
+            that seems to be mistyped.
     """
-    flags, _ = _parser().parse_known_args(words)
+    flags, others = _parser().parse_known_args(words)
+    _check_spelling(others, known=[f"--{name.replace('_', '-')}" for name in vars(flags)])
     for name in _REQUIRED_SIZES:
         if getattr(flags, name.replace("-", "_")) is None:
             raise ConfigError(f"--{name}: expected a size, found none")
+    for name in (*_REQUIRED_SIZES, *_OPTIONAL_SIZES, *_DEFAULT_SIZES):
+        value = getattr(flags, name.replace("-", "_"))
+        if value is not None and value < 1:
+            raise ConfigError(f"--{name}: expected at least 1, found {value}")
     for name in _NOT_PLANNED:
         if getattr(flags, name.replace("-", "_")) is not None:
             raise ConfigError(f"--{name} is not known to this plan")
+    _check_model(flags)
+    return flags
+
+
+def _check_spelling(words: Sequence[str], *, known: Sequence[str]) -> None:
+    """Refuse a flag that is almost one that decides about cost; the plan would be without it.
+
+    Raises:
+        ConfigError: names both.
+    """
+    for word in words:
+        name = word.partition("=")[0].replace("_", "-")
+        like = difflib.get_close_matches(name, known, n=1, cutoff=_MISTYPED)
+        if name.startswith("--") and like:
+            raise ConfigError(f"{word}: expected {like[0]}, found a flag that no run knows")
+
+
+def _check_model(flags: Namespace) -> None:
+    """Refuse what is not among the models of `architecture`.
+
+    Raises:
+        ConfigError: names the flag.
+    """
     if flags.attention_backend == "unfused":
         raise ConfigError("--attention-backend unfused is not known to this plan")
     if flags.optimizer != "adam":
@@ -68,11 +118,20 @@ def entry_flags(words: Sequence[str]) -> Namespace:
     for name in ("swiglu", "disable-bias-linear"):
         if not getattr(flags, name.replace("-", "_")):
             raise ConfigError(f"--{name}: expected, found none; the plan is for Llama-like models")
-    return flags
+    if flags.normalization != "RMSNorm":
+        raise ConfigError(
+            f"--normalization: expected RMSNorm, for which this plan is, found {flags.normalization}"
+        )
+    if flags.position_embedding_type in _TABLES and not flags.use_rotary_position_embeddings:
+        raise ConfigError(
+            "--position-embedding-type: expected rope or another without weights, for which this plan is, "
+            f"found {flags.position_embedding_type}"
+        )
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(allow_abbrev=False, add_help=False)
+    usage = "%(prog)s --gpus N [FLAGS] -- FLAGS of pretrain_unlearn.py"
+    parser = argparse.ArgumentParser(usage=usage, allow_abbrev=False, add_help=False)
     for name in (*_REQUIRED_SIZES, *_OPTIONAL_SIZES):
         parser.add_argument(f"--{name}", type=int)
     for name in ("tensor-model-parallel-size", "pipeline-model-parallel-size"):
@@ -99,7 +158,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--split", default="969,30,1")  # Megatron's
     parser.add_argument("--chat-data-path", nargs="+")
     parser.add_argument("--chat-epochs", type=int, default=ChatConfig.chat_epochs)
-    for name in _NOT_PLANNED:
+    parser.add_argument("--normalization", default="LayerNorm")  # both are Megatron's
+    parser.add_argument("--position-embedding-type", default="learned_absolute")
+    for name in (*_NOT_PLANNED, *_PASSED_OVER):
         parser.add_argument(f"--{name}", nargs="*")
     return parser
 
@@ -130,7 +191,8 @@ def architecture(flags: Namespace) -> Architecture:
             f"--padded-vocab-size: expected at least the tokenizer's {vocab_size} tokens, found "
             f"{flags.padded_vocab_size}"
         )
-    grouped = flags.group_query_attention and flags.num_query_groups  # Megatron wants both
+    # Megatron wants the switch; its number without one is 1.
+    grouped = flags.group_query_attention and (flags.num_query_groups or 1)
     return Architecture(
         layers=flags.num_layers,
         hidden=flags.hidden_size,
@@ -167,6 +229,11 @@ def layout(flags: Namespace, *, gpus: int, cpu: bool = False) -> Layout:
             f"--seq-length: expected a multiple of TP {flags.tensor_model_parallel_size}, which "
             f"--sequence-parallel divides it by, found {flags.seq_length}"
         )
+    if vpp > 1 and pp == 1:
+        raise ConfigError(
+            "--pipeline-model-parallel-size: expected more than 1, which the interleaved schedule of "
+            f"{vpp} chunks a stage needs, found 1"
+        )
     recompute: Recompute = flags.recompute_granularity
     if flags.recompute_activations:
         recompute = "selective"
@@ -174,7 +241,7 @@ def layout(flags: Namespace, *, gpus: int, cpu: bool = False) -> Layout:
         gpus=gpus,
         tp=flags.tensor_model_parallel_size,
         pp=pp,
-        vpp=vpp if pp > 1 else 1,
+        vpp=vpp,
         micro_batch=flags.micro_batch_size,
         global_batch=flags.global_batch_size,
         sequence=flags.seq_length,

@@ -101,6 +101,8 @@ def _least_recompute(
 def _splits(arch: Architecture, layout: Layout, gpus_per_node: int) -> Iterator[dict[str, int]]:
     """Sizes that divide the model and the GPUs."""
     for tp, pp in _tp_pp(arch, layout.gpus, gpus_per_node):
+        if layout.sequence % tp:  # sequence parallelism comes with TP
+            continue
         layers = arch.layers // pp
         for vpp in [1, *(v for v in range(2, layers + 1) if pp > 1 and layers % v == 0)]:
             for micro in _powers(layout.global_batch):

@@ -2,6 +2,7 @@
 
 import pytest
 
+from megatron_ext.planning.check import _replaced
 from tests.helpers.entry import ROOT, Launch
 from tests.helpers.forked import Server
 from tests.unit.test_plan import write_index
@@ -73,11 +74,23 @@ def test_parameters_and_bytes_are_exact(name, outputs):
 
 
 def test_a_difference_is_an_error_that_names_it(server: Server):
-    # The plan is for RMSNorm; LayerNorm has a shift beside each scale, in 17 norms of 96.
-    words = ("--gpus", 12, "--check", "--", *MODEL, *UNTIED, "--normalization", "LayerNorm")
+    # The plan counts the scales of queries and keys, 24 of each in 8 layers; an L2 norm has none.
+    norms = ("--qk-layernorm", "--qk-l2-norm")
+    words = ("--gpus", 12, "--check", "--", *MODEL, *UNTIED, *norms)
     launch = Launch(words, script=ROOT / "tools" / "plan_run.py")
     [(code, output)] = server.results([launch])
     assert code == 2
     assert "plan_run.py: error: --check: rank 0 (stage 0): expected the plan's numbers" in output
-    planned = 8 * (4 * 96**2 + 3 * 96 * 200 + 2 * 96) + 96 + 2 * 501 * 96
-    assert f"parameters {planned:,} planned, {planned + 17 * 96:,} built" in output
+    built = 8 * (4 * 96**2 + 3 * 96 * 200 + 2 * 96) + 96 + 2 * 501 * 96
+    assert f"parameters {built + 8 * 2 * 24:,} planned, {built:,} built" in output
+
+
+def test_checkpoints_that_do_not_exist_yet_are_stood_for_however_they_are_written(tmp_path):
+    words = [
+        "--load=/nowhere",
+        "--pretrained-checkpoint",
+        "/nowhere",
+        f"--reference-load={tmp_path}",
+    ]
+    replaced = _replaced(words, "/empty")
+    assert replaced[2:] == ["--load", "/empty", "--pretrained-checkpoint", "/empty"]

@@ -144,3 +144,6 @@ def test_tp_stays_within_a_node_and_divides_query_groups():
     assert sizes == {1, 2, 4}
     small = {one.layout.tp for one in ranked(PAPER_RUN, GPUS["H100"], gpus_per_node=2)}
     assert small == {1, 2}
+    # Sequence parallelism comes with TP.
+    odd = replace(PAPER_RUN, sequence=4094)
+    assert {one.layout.tp for one in ranked(odd, GPUS["H100"])} == {1, 2}

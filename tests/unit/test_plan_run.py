@@ -1,5 +1,7 @@
 """The tool: what it prints, writes and refuses."""
 
+import argparse
+import contextlib
 import json
 import subprocess
 import sys
@@ -18,6 +20,7 @@ MODEL = [
     *("--swiglu", "--disable-bias-linear", "--untie-embeddings-and-output-weights", "--bf16"),
     *("--use-distributed-optimizer", "--micro-batch-size", "2", "--global-batch-size", "256"),
     *("--hidden-dropout", "0", "--attention-dropout", "0"),
+    *("--position-embedding-type", "rope", "--normalization", "RMSNorm"),
 ]
 
 
@@ -96,6 +99,12 @@ def test_a_cpu_has_no_memory_to_check():
     [
         (("--gpus", "0"), "--gpus: expected a number above 0, found 0"),
         (("--gpus", "8", "--mfu", "0"), "--mfu: expected a number above 0, found 0.0"),
+        (
+            ("--gpus", "8", "--mfu", "45"),
+            "--mfu: expected a share of the peak, at most 1, found 45",
+        ),
+        (("--gpus", "8", "--mfu", "nan"), "--mfu: expected a number above 0, found nan"),
+        (("--gpus", "8", "--rank-layouts", "-1"), "--rank-layouts: expected at least 0, found -1"),
         (("--gpus", "48"), "--global-batch-size: expected a multiple of 96"),
         (("--gpus", "8", "--check", "--check-rank", "8"), "--check-rank: expected 0 to 7, found 8"),
     ],
@@ -137,6 +146,8 @@ def test_flags_are_read_as_the_entry_point_reads_them():
     groups = [*MODEL, "--num-query-groups", "8"]
     assert architecture(entry_flags(groups)).query_groups == 32
     assert architecture(entry_flags([*groups, "--group-query-attention"])).query_groups == 8
+    # Megatron's number of groups, where the switch stands alone.
+    assert architecture(entry_flags([*MODEL, "--group-query-attention"])).query_groups == 1
     removed = unlearning(flags)
     assert removed is not None
     assert (removed.reference, removed.forget_batch) == (False, 128)
@@ -160,11 +171,58 @@ def test_flags_are_read_as_the_entry_point_reads_them():
         ([*MODEL, "--use-megatron-fsdp"], "--use-megatron-fsdp is not known to this plan"),
         ([*MODEL, "--optimizer", "sgd"], "--optimizer: expected adam, .*, found sgd"),
         ([w for w in MODEL if w != "--swiglu"], "--swiglu: expected, found none"),
+        ([*MODEL, "--no-pad-vocab-size"], "--no-pad-vocab-size is not known to this plan"),
+        (
+            [*MODEL, "--normalization", "LayerNorm"],
+            "--normalization: expected RMSNorm, .* LayerNorm",
+        ),
+        (
+            [w for w in MODEL if w not in ("--position-embedding-type", "rope")],
+            "--position-embedding-type: expected rope .*, found learned_absolute",
+        ),
+        ([*MODEL, "--num-layers", "-32"], "--num-layers: expected at least 1, found -32"),
+        (
+            [*MODEL, "--tensor-model-parallel-size=0"],
+            "--tensor-model-parallel-size: expected at least",
+        ),
+        ([*MODEL, "--save-interval", "0"], "--save-interval: expected at least 1, found 0"),
+        (
+            [*MODEL, "--tensor-parallel-size", "4"],
+            "--tensor-parallel-size: expected --tensor-model-parallel-size, found a flag",
+        ),
+        (
+            [*MODEL, "--tensor_model_parallel_size=4"],
+            "--tensor_model_parallel_size=4: expected --tensor-model-parallel-size, found a flag",
+        ),
     ],
 )
 def test_flags_that_are_missing_or_unknown_are_named(words, message):
     with pytest.raises(ConfigError, match=message):
         entry_flags(words)
+
+
+def test_flags_of_a_run_are_not_taken_for_mistyped_ones():
+    from megatron.training.arguments import add_megatron_arguments
+
+    from megatron_ext.arguments import add_arguments
+
+    parser = add_arguments(add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False)))
+    mistyped = []
+    for flag in (option for action in parser._actions for option in action.option_strings):
+        # The choice of a recompute ends the plan's own parser.
+        with contextlib.suppress(SystemExit):
+            try:
+                entry_flags([*MODEL, flag, "1"])
+            except ConfigError as error:
+                mistyped += [str(error)] * ("found a flag that no run knows" in str(error))
+    assert mistyped == []
+
+
+def test_chunks_need_a_pipeline_as_in_a_run():
+    words = [*MODEL, "--num-virtual-stages-per-pipeline-rank", "2"]
+    with pytest.raises(ConfigError, match=r"--pipeline-model-parallel-size: expected more than 1"):
+        layout(entry_flags(words), gpus=8)
+    assert layout(entry_flags([*words, "--pipeline-model-parallel-size", "2"]), gpus=8).vpp == 2
 
 
 def test_the_tool_imports_no_torch():
