@@ -39,6 +39,9 @@ _BUFFER = {
     "transformer_impl": None,
     "spec": None,
 }
+# Kept in the optimizer's state, which wins over the flags without a word.
+_SETTINGS = {"sgd": ("sgd_momentum",), "adam": ("adam_beta1", "adam_beta2", "adam_eps")}
+_ANEW = "--no-load-optim starts optimizer and learning rate schedule anew"
 BUCKETS = "distributed optimizer was saved without --dist-ckpt-optim-fully-reshardable"
 WAYS_OUT = (
     "go on as it was saved and save once with that flag, or with --no-load-optim, which starts optimizer and "
@@ -57,15 +60,21 @@ def check_resumable(checkpoint: Checkpoint, args: Namespace) -> None:
         ConfigError: names the flag and the ways out.
     """
     saved = checkpoint.args
-    lacks_optimizer = checkpoint.path.name == "release" or getattr(saved, "no_save_optim", False)
-    if args.no_load_optim or lacks_optimizer:
+    if checkpoint.path.name == "release":
         return
-    optimizer = getattr(saved, "optimizer", args.optimizer)
-    if optimizer != args.optimizer:
+    if getattr(saved, "no_save_rng", False) and not args.no_load_rng:
         raise ConfigError(
-            f"--optimizer: expected {optimizer}, as in {checkpoint.path}, found {args.optimizer}; "
-            "--no-load-optim starts optimizer and learning rate schedule anew"
+            f"--no-load-rng: expected it, for {checkpoint.path} was saved with --no-save-rng, found a run "
+            "without it"
         )
+    if args.no_load_optim:
+        return
+    if getattr(saved, "no_save_optim", False):
+        raise ConfigError(
+            f"--no-load-optim: expected it, for {checkpoint.path} was saved with --no-save-optim, found a "
+            f"run without it; {_ANEW}"
+        )
+    _check_settings(checkpoint, args)
     _check_distributed_optimizer(checkpoint, args)
     skips = args.override_opt_param_scheduler or args.use_checkpoint_opt_param_scheduler
     if checkpoint.schedule is not None and not skips:
@@ -94,6 +103,27 @@ def keep_buckets(checkpoint: Checkpoint, args: Namespace) -> None:
     args.ddp_bucket_size = saved.ddp_bucket_size or max(40_000_000, 1_000_000 * ranks)
 
 
+def _check_settings(checkpoint: Checkpoint, args: Namespace) -> None:
+    saved = checkpoint.args
+    # The weights of a decoupled learning rate are groups of their own, which no schedule's flag adds.
+    names = ("optimizer", *_SETTINGS.get(args.optimizer, ()), "decoupled_lr", "decoupled_min_lr")
+    for name in names:
+        found = getattr(args, name, None)
+        expected = getattr(saved, name, found)
+        if expected != found:
+            raise ConfigError(
+                f"--{name.replace('_', '-')}: expected {expected}, as in {checkpoint.path}, found {found}; "
+                f"{_ANEW}"
+            )
+    halves = [any(getattr(a, name, False) for name in ("bf16", "fp16")) for a in (saved, args)]
+    if halves[0] != halves[1] and not args.use_distributed_optimizer:
+        raise ConfigError(
+            f"--bf16, --fp16: expected {'one of them' if halves[0] else 'neither'}, as in {checkpoint.path}, "
+            f"whose optimizer keeps other tensors in fp32 runs, found {'neither' if halves[0] else 'one'}; "
+            f"{_ANEW}"
+        )
+
+
 def _check_distributed_optimizer(checkpoint: Checkpoint, args: Namespace) -> None:
     saved = checkpoint.args
     distributed = getattr(saved, "use_distributed_optimizer", args.use_distributed_optimizer)
@@ -103,7 +133,7 @@ def _check_distributed_optimizer(checkpoint: Checkpoint, args: Namespace) -> Non
         )
         raise ConfigError(
             f"--use-distributed-optimizer: expected as in {checkpoint.path}, which was saved {there}, found "
-            f"a run {here}; --no-load-optim starts optimizer and learning rate schedule anew"
+            f"a run {here}; {_ANEW}"
         )
     if not distributed or getattr(saved, "dist_ckpt_optim_fully_reshardable", True):
         return

@@ -10,7 +10,7 @@ import torch
 from torch.distributed.checkpoint import CheckpointException
 
 from megatron_ext.exceptions import CheckpointError
-from megatron_ext.runtime import children, packed, safe_load
+from megatron_ext.runtime import children, packed, safe_load, schedule
 
 
 def apply() -> None:
@@ -18,6 +18,7 @@ def apply() -> None:
     packed.apply()
     children.enable()
     prepare_loads()
+    schedule.enable()
     complete_saves()
     prepare_saves()
     leave_enough_samples()

@@ -111,6 +111,21 @@ def test_a_longer_run_is_refused_unless_it_says_which_schedule_counts(tiny, serv
     assert max(succeed(resume(tiny, server, runs, "release", *longer)).scalars["replay loss"]) == 4
 
 
+@pytest.mark.parametrize(
+    ("flag", "rate"), [("override", 4e-4), ("use-checkpoint", 3e-4)], ids=["override", "checkpoint"]
+)
+@pytest.mark.parametrize("name", ["release", "buckets"])
+def test_another_learning_rate_is_the_flags_or_the_checkpoints(
+    tiny, server, runs, name, flag, rate
+):
+    # At the last iteration the rate is the lowest. Megatron finds groups of parameters again by their rates.
+    more = ("--lr", 2e-3, "--min-lr", 4e-4, f"--{flag}-opt-param-scheduler")
+    if name == "buckets":
+        more += ("--use-distributed-optimizer", "--overlap-grad-reduce")
+    found = succeed(resume(tiny, server, runs, name, *more)).scalars["learning-rate"]
+    assert found == {3: pytest.approx(rate)}
+
+
 def test_buckets_of_the_distributed_optimizer_stay_or_are_named(tiny, server, runs):
     flags = ("--use-distributed-optimizer", "--overlap-grad-reduce")
     resumed = succeed(resume(tiny, server, runs, "buckets", *flags))

@@ -11,7 +11,13 @@ from megatron_ext.exceptions import ConfigError
 
 RUN = {
     "optimizer": "adam",
+    "adam_beta1": 0.9,
+    "adam_beta2": 0.999,
+    "adam_eps": 1e-8,
+    "sgd_momentum": 0.9,
+    "decoupled_lr": None,
     "no_load_optim": False,
+    "no_load_rng": False,
     "override_opt_param_scheduler": False,
     "use_checkpoint_opt_param_scheduler": False,
     "use_distributed_optimizer": True,
@@ -55,7 +61,10 @@ def check(now, saved=None, folder="iter_0000005"):
         ({"train_iters": 8, "override_opt_param_scheduler": True}, {}),
         ({"train_iters": 8, "use_checkpoint_opt_param_scheduler": True}, {}),
         ({"train_iters": 8, "no_load_optim": True, "use_distributed_optimizer": False}, {}),
-        ({"train_iters": 8, "tensor_model_parallel_size": 1}, {"no_save_optim": True}),
+        ({"train_iters": 8, "no_load_optim": True, "adam_eps": 1e-5}, {"no_save_optim": True}),
+        ({"no_load_rng": True}, {"no_save_rng": True}),
+        ({"sgd_momentum": 0.8}, {}),  # Adam has none
+        ({"bf16": True}, {"fp16": True}),
         ({"account_for_loss_in_pipeline_split": False}, {}),  # saved before there was that flag
         (
             {"tensor_model_parallel_size": 1, "transformer_impl": "transformer_engine"},
@@ -118,6 +127,27 @@ def test_a_release_has_no_optimizer_to_go_on_with():
         ),
         ({"pipeline_model_parallel_size": 2}, {}, "--pipeline-model-parallel-size: expected 1,"),
         ({"optimizer": "muon"}, {}, "--optimizer: expected adam, .*found muon; --no-load-optim"),
+        # These Megatron takes from the checkpoint whatever the flags say.
+        ({"adam_beta2": 0.95}, {}, "--adam-beta2: expected 0.999, .*found 0.95; --no-load-optim"),
+        ({"adam_eps": 1e-5}, {}, "--adam-eps: expected 1e-08, .*found 1e-05"),
+        (
+            {"optimizer": "sgd", "sgd_momentum": 0.5},
+            {"optimizer": "sgd"},
+            "--sgd-momentum: expected 0.9",
+        ),
+        ({"decoupled_lr": 1e-3}, {}, "--decoupled-lr: expected None, .*found 0.001"),
+        (
+            {"bf16": True, "use_distributed_optimizer": False},
+            {"use_distributed_optimizer": False},
+            "--bf16, --fp16: expected neither, .* found one; --no-load-optim",
+        ),
+        (
+            {"use_distributed_optimizer": False},
+            {"fp16": True, "use_distributed_optimizer": False},
+            "--bf16, --fp16: expected one of them, .* found neither",
+        ),
+        ({}, {"no_save_optim": True}, "--no-load-optim: expected it, .* --no-save-optim"),
+        ({}, {"no_save_rng": True}, "--no-load-rng: expected it, .* --no-save-rng"),
         (
             {"virtual_pipeline_model_parallel_size": 2},
             {},
