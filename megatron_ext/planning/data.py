@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from megatron_ext.data.blend import training_tokens
+from megatron_ext.exceptions import ConfigError
 
 
 @dataclass(frozen=True)
@@ -32,10 +34,13 @@ def dataset_uses(blend: Sequence[str], *, tokens: float, split: str) -> list[Dat
         split: Megatron's `--split`.
 
     Raises:
-        ConfigError: a split that leaves nothing to train on.
+        ConfigError: a split that leaves nothing to train on, or a weight that no run takes.
         DataError: a dataset is missing or broken.
     """
     weights, prefixes = _parse_blend(blend)
+    for weight, prefix in zip(weights, prefixes, strict=False):
+        if not 0 < weight < math.inf:
+            raise ConfigError(f"{prefix}: expected a weight above 0, found {weight:g}")
     sizes = [float(training_tokens(prefix, split)) for prefix in prefixes]
     weights = weights or sizes
     shares = [weight / sum(weights) for weight in weights]

@@ -271,8 +271,14 @@ def unlearning(flags: Namespace) -> Unlearning | None:
     names = [field.name for field in dataclasses.fields(UnlearnConfig)]
     config = UnlearnConfig(**{name: getattr(flags, name) for name in names if name in flags})
     batch = flags.global_batch_size
+    forget = config.forget_samples(batch, train_global_batch_size=batch)
+    if not 0 < forget < batch:
+        raise ConfigError(
+            f"--forget-batch-size: expected at least 1 and fewer than the global batch of {batch} samples, "
+            f"found {forget}"
+        )
     return Unlearning(
-        forget_batch=config.forget_samples(batch, train_global_batch_size=batch),
+        forget_batch=forget,
         reference=config.needs_reference,
         reference_offload=config.reference_offload,
         hidden_offload=config.reference_hidden_offload,

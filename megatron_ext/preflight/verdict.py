@@ -94,6 +94,10 @@ def gpus(
         for _, a in good
     ]
     rows.append(_equal("GPU", [node for node, _ in good], kinds, str))
+    # As by a torch for CPUs alone: the run would begin on the nodes' processors.
+    blind = tuple(dict.fromkeys(n for n, a in good if not a["devices"] and drivers.get(n)))
+    if blind:
+        rows.append(Row("GPU", FAIL, blind, "there is an nvidia-smi, but torch sees no GPU"))
     used = {n: a["total"] - a["free"] for n, a in good if a["devices"]}
     full = {n: size for n, size in used.items() if size > _MEMORY_IN_USE}
     if full:

@@ -250,6 +250,13 @@ def test_epochs_follow_weights_and_split(tmp_path):
             dataset_uses([real], tokens=1, split=split)
 
 
+@pytest.mark.parametrize("weight", ["0", "-0.5", "nan", "inf"])
+def test_weights_that_no_run_takes_are_refused(weight, tmp_path):
+    prefix = write_index(tmp_path / "a", 1000)
+    with pytest.raises(ConfigError, match=r"a: expected a weight above 0, found "):
+        dataset_uses([weight, prefix], tokens=1, split="1,0,0")
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

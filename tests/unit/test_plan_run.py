@@ -218,6 +218,13 @@ def test_flags_of_a_run_are_not_taken_for_mistyped_ones():
     assert mistyped == []
 
 
+@pytest.mark.parametrize("forgotten", ["256", "512"])
+def test_some_of_a_batch_is_replayed_as_in_a_run(forgotten):
+    flags = entry_flags([*MODEL, "--forget-data-path", "x", "--forget-batch-size", forgotten])
+    with pytest.raises(ConfigError, match=r"--forget-batch-size: .* fewer than the global batch"):
+        unlearning(flags)
+
+
 def test_chunks_need_a_pipeline_as_in_a_run():
     words = [*MODEL, "--num-virtual-stages-per-pipeline-rank", "2"]
     with pytest.raises(ConfigError, match=r"--pipeline-model-parallel-size: expected more than 1"):

@@ -237,6 +237,14 @@ def test_gpus_are_judged_by_count_name_memory_and_errors():
     ]
 
 
+def test_gpus_that_torch_does_not_see_fail_though_no_node_has_one():
+    smi = {"index": "0", "driver_version": "570", "ecc.errors.uncorrected.volatile.total": "0"}
+    none = [{"devices": 0}] * 2
+    assert verdict.gpus(["a", "b"], none, {"a": [], "b": []}) == [Row("GPU", PASS, (), "none")]
+    rows = verdict.gpus(["a", "b"], none, {"a": [smi], "b": [smi]})
+    assert rows[1] == Row("GPU", FAIL, ("a", "b"), "there is an nvidia-smi, but torch sees no GPU")
+
+
 def test_the_tool_prints_a_table_and_fails_with_1(tmp_path):
     alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
     result = subprocess.run(
