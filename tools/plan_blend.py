@@ -28,6 +28,8 @@ from megatron_ext.data.blend import MOST_EPOCHS, Part, Source, bare_prefix, plan
 from megatron_ext.exceptions import ConfigError
 from tools.common import ToolParser, run_tool
 
+# More than any run reads, and few enough for whole numbers in floating point.
+_MOST = 1e15
 _ROLES = {"learn": "--data-path", "forget": "--forget-data-path", "replay": "--data-path"}
 
 
@@ -59,6 +61,13 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
         if not getattr(options, name):
             flag = f"--{name.replace('_', '-')}"
             raise ConfigError(f"{flag}: expected it, or --run to count, found neither")
+    for name in ("tokens", "seq_length", "global_batch_size"):
+        value = getattr(options, name)
+        if value is not None and not 0 < value <= _MOST:
+            flag = f"--{name.replace('_', '-')}"
+            raise ConfigError(
+                f"{flag}: expected a number above 0, at most {_MOST:g}, found {value:g}"
+            )
     if options.forget and not (options.global_batch_size and options.forget_batch_size):
         raise ConfigError("--forget: expected --global-batch-size and --forget-batch-size with it")
     return options

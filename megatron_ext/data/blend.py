@@ -72,11 +72,17 @@ def plan_blend(
         flag: that named the sources, for messages.
 
     Raises:
-        ConfigError: the shares do not make a whole, or are less than a sample.
+        ConfigError: the shares do not make a whole, or are less than a sample, or a data set is named twice.
         DataError: a data set is missing, broken, or has nothing to train on.
     """
     shares = parse_shares([source.share for source in sources], samples * seq_length, flag)
     prefixes = [prefix for source in sources for prefix in source.prefixes]
+    # Both would be read from the same beginning, and neither as often as is asked for.
+    seen: set[Path] = set()
+    for prefix in prefixes:
+        if (place := idx_path(prefix).resolve()) in seen:
+            raise ConfigError(f"{flag}: expected each data set once, found {prefix} twice")
+        seen.add(place)
     owner = [i for i, source in enumerate(sources) for _ in source.prefixes]
     available = [training_tokens(prefix, split) for prefix in prefixes]
     totals = np.bincount(owner, weights=available)

@@ -141,6 +141,23 @@ def test_less_than_a_sample(data, monkeypatch, capsys):
         tool(monkeypatch, capsys, *words, "--dataset", "rest", data["code"])
 
 
+def test_a_data_set_in_two_sources(data, monkeypatch, capsys):
+    """As where ``data/*.idx`` is the rest of ``data/qa``: its share would be that of two sources."""
+    with pytest.raises(
+        ConfigError, match=r"--dataset: expected each data set once, found .*qa twice"
+    ):
+        planned(monkeypatch, capsys, data, data["qa"], "--tokens", "1e7")
+
+
+@pytest.mark.parametrize("flag", ["--tokens", "--seq-length", "--global-batch-size"])
+def test_numbers_of_no_run(data, monkeypatch, capsys, flag):
+    good = {"--tokens": "1e4", "--seq-length": "10", "--global-batch-size": "4"}
+    for value in ("-8", *(["nan", "inf", "1e30"] if flag == "--tokens" else [])):
+        words = [word for pair in (good | {flag: value}).items() for word in pair]
+        with pytest.raises(ConfigError, match=f"{flag}: expected a number above 0"):
+            tool(monkeypatch, capsys, *words, "--dataset", "rest", data["code"])
+
+
 def record(start, weights, index, *, size=4000):
     """A part of a plain run."""
     names = [f"d{i}" for i in range(len(weights))]
