@@ -16,7 +16,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from megatron_ext.analysis.scalars import Scalars, compare, format_scalars, read_scalars
-from megatron_ext.exceptions import DataError
+from megatron_ext.exceptions import ConfigError, DataError
 from tools.common import ToolParser, run_tool
 
 # Tags of losses; the rest of a TensorBoard directory is learning rates and sizes.
@@ -32,6 +32,8 @@ def main() -> None:
     parser.add_argument("--tolerance", type=float, default=1e-5, help="relative, default 1e-5")
     parser.add_argument("--write", action="store_true", help="print the first as text and stop")
     args = parser.parse_args()
+    if not args.tolerance >= 0:  # nor NaN, below which everything is
+        raise ConfigError(f"--tolerance: expected 0 or more, found {args.tolerance}")
     expected = read_scalars(args.expected)
     found = {} if args.found is None else read_scalars(args.found)
     for side, scalars in ((args.expected, expected), (args.found, found)):

@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import math
 import os
 import sys
 from collections.abc import Sequence
@@ -59,10 +60,14 @@ def parse_args() -> argparse.Namespace:
         raise ConfigError(
             "--tokenizer-type, --tokenizer-model: expected both or neither, found one"
         )
-    for flag in ("timeout", "probe_mib"):
-        if not getattr(args, flag) > 0:
-            name = flag.replace("_", "-")
-            raise ConfigError(f"--{name}: expected more than 0, found {getattr(args, flag)}")
+    for flag in ("timeout", "probe_mib", "message_mib", "min_bus_bandwidth"):
+        given = getattr(args, flag)
+        for value in given if isinstance(given, list) else [given]:
+            if value is not None and not 0 < value < math.inf:
+                name = flag.replace("_", "-")
+                raise ConfigError(f"--{name}: expected more than 0, found {value}")
+    if not 0 <= args.checkpoint_bytes < math.inf:
+        raise ConfigError(f"--checkpoint-bytes: expected 0 or more, found {args.checkpoint_bytes}")
     return args
 
 

@@ -81,11 +81,13 @@ def format_scalars(scalars: Scalars, *, tags: Sequence[str], comment: str = "") 
 
 
 def relative_difference(expected: float, found: float) -> float:
-    """Difference over the larger magnitude; infinite where one is NaN."""
-    if math.isnan(expected) or math.isnan(found):
+    """Difference over the larger magnitude; infinite where one is NaN, or where one alone is infinite."""
+    if expected == found:
+        return 0.0
+    if not math.isfinite(expected) or not math.isfinite(found):
         return math.inf
     scale = max(abs(expected), abs(found))
-    return abs(expected - found) / scale if scale else 0.0
+    return abs(expected - found) / scale
 
 
 def compare(expected: Scalars, found: Scalars, *, tags: Sequence[str]) -> dict[str, float]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
+import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -44,7 +45,7 @@ def write_probe(directory: Path, size: int) -> dict[str, Any]:
 
 
 def read_probe(probe: dict[str, Any], *, patience: float) -> dict[str, Any]:
-    """Read what rank 0 wrote.
+    """Read what rank 0 wrote, and write beside it: all ranks write parts of a checkpoint.
 
     Args:
         probe: what `write_probe` returned.
@@ -68,6 +69,13 @@ def read_probe(probe: dict[str, Any], *, patience: float) -> dict[str, Any]:
         return {"error": f"{path.parent}: cannot be read: {error.strerror}"}
     if digest != probe["digest"]:
         return {"error": f"{path.parent}: rank 0's file has other bytes here"}
+    try:
+        with tempfile.TemporaryFile(dir=path.parent) as stream:
+            stream.write(b"0")
+            stream.flush()
+            os.fsync(stream.fileno())
+    except OSError as error:
+        return {"error": f"{path.parent}: can be read, but not written: {error.strerror}"}
     return {"waited": waited, "free": free}
 
 

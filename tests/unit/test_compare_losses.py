@@ -45,7 +45,10 @@ def test_broken_text_is_named(text):
 
 @pytest.mark.parametrize(
     ("expected", "found", "difference"),
-    [(1, 1, 0), (0, 0, 0), (2, 1, 0.5), (1, 2, 0.5), (-1, 1, 2), (math.nan, 1, math.inf)],
+    [
+        *((1, 1, 0), (0, 0, 0), (2, 1, 0.5), (1, 2, 0.5), (-1, 1, 2), (math.nan, 1, math.inf)),
+        *((math.inf, 1, math.inf), (math.inf, -math.inf, math.inf), (math.inf, math.inf, 0)),
+    ],
 )
 def test_relative_difference(expected, found, difference):
     assert relative_difference(expected, found) == difference
@@ -67,6 +70,11 @@ def test_the_command_line(tmp_path):
     assert tool(tmp_path / "one", "--write").stdout == (tmp_path / "one").read_text().replace(
         "3.0", "3"
     )
+    (tmp_path / "endless").write_text("step\tlm loss\n1\t2\n2\tinf\n")
+    assert tool(tmp_path / "one", tmp_path / "endless").returncode == 1
+    refused = tool(tmp_path / "one", tmp_path / "other", "--tolerance", "nan")
+    assert refused.returncode == 2
+    assert "--tolerance: expected 0 or more, found nan" in refused.stderr
     (tmp_path / "head").write_text("step\tlm loss\n")
     empty = tool(tmp_path / "head", tmp_path / "head")
     assert empty.returncode == 2

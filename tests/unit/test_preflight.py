@@ -19,11 +19,12 @@ import torch.distributed as dist
 
 from megatron_ext.data.tokenizers import TokenizerSpec
 from megatron_ext.exceptions import ConfigError
-from megatron_ext.preflight import facts, network, run, verdict
+from megatron_ext.preflight import facts, files, network, run, verdict
 from megatron_ext.preflight.ranks import MissingRanksError, Ranks, connect
 from megatron_ext.preflight.verdict import FAIL, PASS, WARN, Row
 from tests.helpers.entry import ROOT
 from tests.helpers.tiny import preprocess
+from tools.preflight import parse_args
 
 SPEC = TokenizerSpec(tokenizer_type="SentencePieceTokenizer", tokenizer_model="tokenizer.model")
 OPTIONS = run.Options(
@@ -59,6 +60,10 @@ CASES = {
     ),
     "clock": (OPTIONS, [mock.patch.object(run.time, "time", return_value=30.0)]),
     "folder": (replace(OPTIONS, shared=Path("own")), []),
+    "read-only": (
+        OPTIONS,
+        [mock.patch.object(files.tempfile, "TemporaryFile", side_effect=OSError(30, "Read-only"))],
+    ),
     "room": (replace(OPTIONS, checkpoint_bytes=1 << 60), []),
     "sum": (OPTIONS, [mock.patch.object(dist, "all_reduce", _wrong_all_reduce)]),
     "slow": (replace(OPTIONS, least_bandwidth=1e15), []),
@@ -172,6 +177,10 @@ def test_two_good_nodes_pass(tables, nodes):
             "node1",
             "own: rank 0's file is not there: not the same folder",
         ),
+        (
+            *("read-only", "shared folder", "node1"),
+            "../shared: can be read, but not written: Read-only",
+        ),
         ("room", "free space", None, ""),
         ("slow", "all-reduce", None, "sums right"),
         ("manifest", "data", "node1", "broken.manifest.json describes "),
@@ -263,6 +272,22 @@ def test_the_tool_prints_a_table_and_fails_with_1(tmp_path):
     report = json.loads((tmp_path / "report.json").read_text())
     assert report["passed"] is False
     assert len(report["rows"]) == len(lines) - 2
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--checkpoint-bytes", "inf"), "--checkpoint-bytes: expected 0 or more, found inf"),
+        (("--checkpoint-bytes", "-5"), "--checkpoint-bytes: expected 0 or more, found -5.0"),
+        (("--message-mib", "1", "-1"), "--message-mib: expected more than 0, found -1.0"),
+        (("--min-bus-bandwidth", "nan"), "--min-bus-bandwidth: expected more than 0, found nan"),
+        (("--timeout", "0"), "--timeout: expected more than 0, found 0.0"),
+    ],
+)
+def test_numbers_that_check_nothing_are_refused(words, message, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["preflight.py", *words])
+    with pytest.raises(ConfigError, match=f"^{message}$"):
+        parse_args()
 
 
 def test_a_start_without_a_launcher_is_refused():
