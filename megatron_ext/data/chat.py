@@ -1,7 +1,8 @@
 """Reading conversations: four shapes of JSON lines become one list of messages.
 
 The shape of a file is that of its first record, and every later record must have it: a file of two
-shapes is a mistake more often than a wish. Keys that belong to no shape are ignored.
+shapes is a mistake more often than a wish. Keys that belong to no shape are ignored, but for those under
+which some sets keep further turns: a record that has any there is refused.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from megatron_ext.exceptions import DataError
 Message = dict[str, str]
 
 _CONTAINERS = ("messages", "conversations")
+_FURTHER_TURNS = ("system", "history")
 # Key of the speaker, key of the text, and the names of the speakers.
 _ROLE_CONTENT = ("role", "content", {"system": "system", "user": "user", "assistant": "assistant"})
 _FROM_VALUE = ("from", "value", {"system": "system", "human": "user", "gpt": "assistant"})
@@ -119,6 +121,9 @@ def take_messages(record: Any, shape: Shape) -> list[Message]:
 
     An empty system turn, which some sets carry in every record, is left out.
     """
+    for key in _FURTHER_TURNS:
+        if isinstance(record, dict) and record.get(key):
+            raise _ShapeError(f"expected all turns in {shape}", f'more of them in "{key}"')
     if shape.speaker is None:
         if not isinstance(record, dict) or not {"query", "response"} <= record.keys():
             raise _ShapeError(

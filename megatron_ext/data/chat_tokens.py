@@ -173,8 +173,16 @@ def _publish(path: Path, write: Callable[[BinaryIO], object]) -> None:
 
 
 def _map(names: Sequence[Path]) -> ChatTokens:
-    ids, mask, bounds = (np.load(name, mmap_mode="r") for name in names[:3])
-    return ChatTokens(ids=ids, mask=mask, bounds=bounds, **json.loads(names[3].read_text()))
+    try:
+        ids, mask, bounds = (np.load(name, mmap_mode="r") for name in names[:3])
+        counts = json.loads(names[3].read_text())
+    except (ValueError, EOFError, OSError) as error:
+        raise DataError(
+            f"{names[3].with_suffix('')}.*: expected the tokens of the conversations, as an earlier start "
+            f"has written them, found a file that cannot be read: {error}; without "
+            "these files they are made again"
+        ) from error
+    return ChatTokens(ids=ids, mask=mask, bounds=bounds, **counts)
 
 
 def _file_digest(path: Path) -> bytes:

@@ -153,6 +153,20 @@ def test_tokens_are_kept_and_found_again(tmp_path, monkeypatch):
     assert load_tokens([path], Letters(), **options).digest != changed.digest
 
 
+@pytest.mark.parametrize(("part", "share"), [("ids", 0.5), ("mask", 0.0), ("json", 0.5)])
+def test_kept_tokens_that_were_cut_are_named(tmp_path, part, share):
+    path = write_jsonl(tmp_path / "a.jsonl", conversations(20, seed=1))
+    options = {"limit": 100, "tokenizer_digest": "x", "cache": tmp_path / "cache"}
+    first = load_tokens([path], Letters(), **options).ids.tolist()
+    [file] = (tmp_path / "cache").glob(f"*.{part}")
+    file.write_bytes(file.read_bytes()[: int(share * file.stat().st_size)])
+    with pytest.raises(DataError, match=r"chat_\w+\.\*: expected the tokens .* cannot be read"):
+        load_tokens([path], Letters(), **options)
+    for kept in (tmp_path / "cache").iterdir():
+        kept.unlink()
+    assert load_tokens([path], Letters(), **options).ids.tolist() == first
+
+
 def test_all_bad_records_are_counted_and_the_first_are_named(tmp_path):
     bad = [{"role": "user", "content": "forbidden"}, {"role": "assistant", "content": "a"}]
     good = conversations(3, seed=1)

@@ -38,7 +38,7 @@ def test_every_shape_of_turns_gives_the_same_messages(tmp_path, shape):
 
 
 def test_query_and_response_are_a_user_and_an_assistant_turn(tmp_path):
-    path = write_jsonl(tmp_path / "a.jsonl", [{"query": "1+1?", "response": "2", "type": "gsm"}])
+    path = write_jsonl(tmp_path / "a.jsonl", [{"query": "1+1?", "response": "2", "history": []}])
     assert [found.messages for found in read(path)] == [
         [{"role": "user", "content": "1+1?"}, {"role": "assistant", "content": "2"}]
     ]
@@ -67,6 +67,8 @@ BAD = {
     "blank text": ({"messages": [{"role": "user", "content": " "}]}, '"content" of turn 0'),
     "no answer": ({"messages": [ROLE]}, "expected at least one assistant turn (found user)"),
     "half a surrogate": ({"messages": [{"role": "user", "content": "\ud800"}]}, "valid Unicode"),
+    "history": ({"messages": TURNS, "history": [["a", "b"]]}, 'found more of them in "history"'),
+    "system": ({"messages": TURNS, "system": "Be kind."}, 'found more of them in "system"'),
     "number": (3, "expected a JSON object or list (found '3')"),
 }
 
