@@ -21,7 +21,12 @@ from megatron_ext.batches import check_batches
 from megatron_ext.chat import ChatRun, chat_run
 from megatron_ext.chat import check_resume as check_chat_resume
 from megatron_ext.checkpoint.resumable import check_resumable, keep_buckets
-from megatron_ext.checkpoint.source import Start, check_resume, resolve_start
+from megatron_ext.checkpoint.source import (
+    Start,
+    check_resume,
+    resolve_start,
+    warn_of_overwriting,
+)
 from megatron_ext.config import ChatConfig, UnlearnConfig
 from megatron_ext.data.checks import check_vocabulary
 from megatron_ext.data.tokenizers import TOKENIZER_TYPES, TokenizerSpec, tokenizer_digest
@@ -154,6 +159,7 @@ def check_checkpoints(args: Namespace, config: UnlearnConfig) -> Start:
         ConfigError: the run cannot go on from it.
     """
     start = resolve_start(args, required=config.enabled or args.chat_digest is not None)
+    warn_of_overwriting(args, start)
     if args.chat_digest is None and start.checkpoint is not None:
         # What is trained on from a tuned model still speaks its template.
         args.tuned_chat_template = getattr(start.checkpoint.args, "tuned_chat_template", None)

@@ -179,6 +179,12 @@ def check_resume(saved: Namespace, args: Namespace) -> None:
             f"--load {args.load}: expected --finetune beside it, for this checkpoint is of no chat tuning "
             "run; its iterations and samples would count as done"
         )
+    if saved.global_batch_size != args.global_batch_size:
+        # Iterations are counted from the start, as if all had had the batch of today.
+        raise ConfigError(
+            f"--global-batch-size: expected {saved.global_batch_size}, with which {args.load} was started "
+            f"and from which the number of iterations follows, found {args.global_batch_size}"
+        )
     if found != args.chat_digest:
         raise ConfigError(
             f"--chat-data-path: expected the conversations, template, tokenizer, --seq-length and --seed "

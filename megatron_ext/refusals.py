@@ -108,6 +108,11 @@ NEVER: tuple[Refusal, ...] = (
         "torch_dist",
         lambda name: name != "torch_dist",
     ),
+    Refusal(
+        "override_ckpt_iteration",
+        "the learning rate's schedule would not go back with it; --ckpt-step goes on from an earlier "
+        "checkpoint",
+    ),
     Refusal("non_persistent_save_interval", _ONE_KIND),
     Refusal("non_persistent_ckpt_type", _ONE_KIND),
     Refusal("tensor_parallel_num_weight_shards", "weights are sharded by tensor parallelism alone"),

@@ -124,6 +124,32 @@ def _go_on_from_complete(args: Namespace) -> str | None:
     return folder_name(choice.iteration)
 
 
+def warn_of_overwriting(args: Namespace, start: Start) -> None:
+    """Say that ``--save`` holds later checkpoints of a run that is not gone on from.
+
+    Most often ``--load`` was forgotten or names where the run came from: it would begin there again each
+    time that its job is started again.
+
+    Args:
+        args: Megatron's validated arguments.
+        start: where the run begins.
+    """
+    if not args.save or args.skip_train or not has_checkpoint(args.save):
+        return
+    first = start.checkpoint.iteration if start.checkpoint is not None and start.resumed else 0
+    own = start.resumed and Path(args.load).resolve() == Path(args.save).resolve()
+    latest = (Path(args.save) / TRACKER).read_text(errors="replace").strip()
+    if not own and latest.isdecimal() and int(latest) > first and args.rank == 0:
+        logger.warning(
+            "--save %s: holds the checkpoint of iteration %s already; this run begins at iteration %d and "
+            "will write over it (--load %s would go on from it)",
+            args.save,
+            latest,
+            first,
+            args.save,
+        )
+
+
 def check_resume(start: Start, composition: dict[str, int]) -> None:
     """The order of the samples follows from the batch sizes; a resumed run must see those that were left.
 

@@ -8,6 +8,8 @@ with them to every checkpoint, from which sample on which index is read (`args.c
 
 from __future__ import annotations
 
+import hashlib
+import logging
 from argparse import Namespace
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -24,8 +26,12 @@ from megatron_ext.data.composition import ComposedDataset
 from megatron_ext.data.index_cache import blend_index_file
 from megatron_ext.exceptions import CheckpointError, DataError
 
+logger = logging.getLogger(__name__)
+
 # Samples that are counted at a time: 128 MiB of the index.
 _CHUNK = 1 << 26
+# Samples of a data set that tell its order from another: two of very many.
+_PROBES = 2
 
 Blend = dict[str, Any]
 
@@ -33,7 +39,8 @@ Blend = dict[str, Any]
 def record_start(args: Namespace, train: Any, *, forget_samples: int) -> None:
     """Add to the arguments what the training samples are read from, from this start on.
 
-    Called on all ranks, once the checkpoint is loaded and the datasets are built.
+    Called on all ranks, once the checkpoint is loaded and the datasets are built. A run that goes on in
+    another order than before is told so: its place is a number of samples, whichever these are.
 
     Args:
         args: Megatron's validated arguments.
@@ -53,7 +60,9 @@ def record_start(args: Namespace, train: Any, *, forget_samples: int) -> None:
             "forget": forget_samples,
             "roles": _roles(train),
         }
-        parts = [_append(_history(args), part)]
+        history = _history(args)
+        _compare_order(history, part)
+        parts = [_append(history, part)]
     # The arguments of a checkpoint must be the same on all ranks.
     torch.distributed.broadcast_object_list(parts, src=0)
     args.consumed_data = parts[0]
@@ -68,14 +77,42 @@ def _roles(train: Any) -> dict[str, Blend]:
 def _describe(dataset: Any) -> Blend:
     """What it takes to tell the data set of each sample."""
     if not isinstance(dataset, BlendedDataset):
-        return {"datasets": [str(dataset.dataset_path)], "weights": [1.0], "size": len(dataset)}
+        return {
+            **{"datasets": [str(dataset.dataset_path)], "weights": [1.0], "size": len(dataset)},
+            "order": [_order(dataset)],
+        }
     file = blend_index_file(dataset)
     return {
+        "order": [_order(part) for part in dataset.datasets],
         "datasets": [str(part.dataset_path) for part in dataset.datasets],
         "weights": list(dataset.weights),
         "size": dataset.size,
         "index": None if file is None else str(file.resolve()),
     }
+
+
+def _order(dataset: Any) -> str:
+    """Digest of the first samples' tokens: of the text, its split, the seed, the length and the epochs."""
+    digest = hashlib.sha256()
+    for index in range(min(_PROBES, len(dataset))):
+        digest.update(dataset[index]["tokens"].numpy().tobytes())
+    return digest.hexdigest()[:12]
+
+
+def _compare_order(history: list[dict[str, Any]], part: dict[str, Any]) -> None:
+    """Say where the samples come in another order than those that were consumed."""
+    before = [other for other in history if other["start"] < part["start"]]
+    for role, blend in part["roles"].items() if before else ():
+        old = before[-1]["roles"].get(role, {})
+        # Checkpoints of earlier versions do not say.
+        if "order" in old and any(old[key] != blend[key] for key in ("order", "weights")):
+            logger.warning(
+                "from sample %d on, the samples to %s come from other data or in another order than those "
+                "before, for data, weights, --split, --seed, --seq-length or the number of epochs changed: "
+                "what was read may be read again, and some of the rest not at all",
+                part["start"],
+                role,
+            )
 
 
 def _history(args: Namespace) -> list[dict[str, Any]]:

@@ -139,6 +139,7 @@ BAD = {
     "base: end of text": (["--eod-mask-loss"], ["--eod-mask-loss", "--chat-data-path"]),
     "continued: ": ([], ["--load", "--finetune"]),
     "resumed: other seed": (["--seed", "7"], ["--chat-data-path", "--seed", "digest"]),
+    "resumed: other batch": (["--global-batch-size", "32"], ["--global-batch-size", "32"]),
     "resumed: other data": (["--chat-data-path", "{dir}/other.jsonl"], ["--chat-data-path"]),
 }
 

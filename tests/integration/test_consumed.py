@@ -37,7 +37,9 @@ def folder(tiny, server, tmp_path_factory):
         "plain": launch("plain-1", *plain),
     }
     server.run_all(first, folder / "tensorboard")
-    server.run_all({"unlearn-2": launch("unlearn-2", *unlearn(1))}, folder / "tensorboard")
+    runs = {"unlearn-2": launch("unlearn-2", *unlearn(1))}
+    for name, run in server.run_all(runs, folder / "tensorboard").items():
+        (folder / f"{name}.log").write_text(run.output)
     return folder
 
 
@@ -71,6 +73,12 @@ def test_an_unlearning_run_that_went_on_with_other_weights(folder, server):
     assert sum(n for (role, _), n in found.items() if role == "forget") == STEPS * FORGET
     # By the first weights alone it would have been another number.
     assert seen != {key: 2 * n for key, n in read(folder, "unlearn-1").items()}
+
+
+def test_only_samples_that_come_in_another_order_are_told_of(folder):
+    log = (folder / "unlearn-2.log").read_text()
+    assert f"from sample {HALF * BATCH} on, the samples to replay come from other data or in" in log
+    assert "the samples to forget come" not in log
 
 
 def test_up_to_an_earlier_checkpoint(folder, server):

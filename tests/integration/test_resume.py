@@ -33,6 +33,7 @@ def test_another_layout_gives_the_same_losses(straight, resumed, change):
     expected, found = second_half(straight), second_half(resumed[change])
     for tag, difference in compare(expected, found, tags=list(expected)).items():
         assert difference < 1e-5, tag
+    assert "another order" not in resumed[change].output
 
 
 @pytest.mark.parametrize("layout", ["TP 2", "DP 2, overlapped", "everything on 4 ranks"])
