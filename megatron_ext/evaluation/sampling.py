@@ -8,6 +8,7 @@ Shapes: b requests of a batch, V tokens of the vocabulary.
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -37,7 +38,7 @@ class Sampling:
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
             raise ConfigError(f"--max-new-tokens: expected at least 1, found {self.max_new_tokens}")
-        if self.temperature < 0:
+        if not 0 <= self.temperature < math.inf:
             raise ConfigError(f"--temperature: expected 0 or more, found {self.temperature}")
         if not 0 < self.top_p <= 1:
             raise ConfigError(f"--top-p: expected more than 0 and at most 1, found {self.top_p}")

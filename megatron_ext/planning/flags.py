@@ -20,7 +20,7 @@ _REQUIRED_SIZES = (
 )
 _OPTIONAL_SIZES = (
     *("num-query-groups", "kv-channels", "vocab-size", "padded-vocab-size"),
-    *("train-iters", "save-interval"),
+    *("train-iters", "save-interval", "save-retain-interval"),
     *("num-layers-per-virtual-pipeline-stage", "num-virtual-stages-per-pipeline-rank"),
     *("ddp-bucket-size", "forget-batch-size", "recompute-num-layers"),
 )

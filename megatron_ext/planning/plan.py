@@ -138,11 +138,13 @@ def _checkpoints(
     arch: Architecture, layout: Layout, cluster: Cluster, flags: Namespace
 ) -> dict[str, Any]:
     size = checkpoint_bytes(arch, tp=layout.tp, half=layout.half)
-    counted = flags.train_iters and flags.save_interval
+    # Of older ones only some are kept; the last step is saved in any case.
+    kept = flags.save_interval and (flags.save_retain_interval or flags.save_interval)
+    counted = flags.train_iters and kept
     return {
         "checkpoint_bytes": size,
         "checkpoint_weights_bytes": arch.parameters(layout.tp) * layout.element,
-        "checkpoints": -(-flags.train_iters // flags.save_interval) if counted else None,
+        "checkpoints": -(-flags.train_iters // kept) if counted else None,
         "write_bandwidth": cluster.write_bandwidth,
         "write_seconds": size / cluster.write_bandwidth if cluster.write_bandwidth else None,
     }

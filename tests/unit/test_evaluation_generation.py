@@ -1,6 +1,7 @@
 """Choosing tokens, keeping what is finished, and the order of a long run; without a model."""
 
 import json
+import math
 
 import pytest
 import torch
@@ -196,3 +197,9 @@ def test_numbers_out_of_range_are_refused(change):
     flag = "--" + next(iter(change)).replace("_", "-")
     with pytest.raises(ConfigError, match=flag):
         Sampling(**change)
+
+
+@pytest.mark.parametrize("temperature", [-1.0, math.nan, math.inf])
+def test_temperatures_that_are_none_are_refused(temperature):
+    with pytest.raises(ConfigError, match=r"--temperature: expected 0 or more, found "):
+        Sampling(temperature=temperature)

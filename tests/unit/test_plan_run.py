@@ -11,6 +11,8 @@ import pytest
 
 from megatron_ext.exceptions import ConfigError
 from megatron_ext.planning.flags import architecture, entry_flags, layout, unlearning
+from megatron_ext.planning.gpus import GPUS, Cluster
+from megatron_ext.planning.plan import plan
 from tests.helpers.entry import ROOT
 from tests.unit.test_plan import write_index
 
@@ -223,6 +225,14 @@ def test_some_of_a_batch_is_replayed_as_in_a_run(forgotten):
     flags = entry_flags([*MODEL, "--forget-data-path", "x", "--forget-batch-size", forgotten])
     with pytest.raises(ConfigError, match=r"--forget-batch-size: .* fewer than the global batch"):
         unlearning(flags)
+
+
+def test_checkpoints_are_those_that_stay():
+    words = [*MODEL, "--train-iters", "950", "--save-interval", "100"]
+    cluster = Cluster(gpus=8, name="H100", gpu=GPUS["H100"], peak_flops=989e12, mfu=0.45)
+    assert plan(entry_flags(words), cluster)["checkpoints"] == 10
+    retained = entry_flags([*words, "--save-retain-interval", "300"])
+    assert plan(retained, cluster)["checkpoints"] == 4  # 300, 600, 900, 950
 
 
 def test_chunks_need_a_pipeline_as_in_a_run():
