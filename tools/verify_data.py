@@ -98,10 +98,15 @@ def check_overlaps(args: argparse.Namespace, tokenizer: Tokenizer | None) -> int
     bad = 0
     for prefix in args.prefix:
         for other in args.against:
-            with _bar(other, "comparing") as bar:
-                found = find_overlap(
-                    prefix, other, max_bytes=max_bytes, eod_id=eod_id, advance=bar.update
-                )
+            try:
+                with _bar(other, "comparing") as bar:
+                    found = find_overlap(
+                        prefix, other, max_bytes=max_bytes, eod_id=eod_id, advance=bar.update
+                    )
+            except DataError as error:
+                bad += 1
+                print(f"BAD {error}")
+                continue
             if found.documents:
                 bad += 1
                 numbers = ", ".join(map(str, found.examples))

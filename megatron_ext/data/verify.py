@@ -171,13 +171,18 @@ def _read_tokens(
 
 
 def digests(
-    prefix: str | Path, *, eod_id: int | None = None, advance: Advance = lambda _: None
+    prefix: str | Path,
+    *,
+    eod_id: int | None = None,
+    dtype: np.dtype | None = None,
+    advance: Advance = lambda _: None,
 ) -> Iterator[NDArray[np.uint64]]:
     """Digests of all documents in order, in parts; 0 for one too short to have one.
 
     Args:
         prefix: Path without `.bin` and `.idx`.
         eod_id: Id that may end a document and is no part of its text; None if there is none.
+        dtype: Type, at least as wide as the stored one, in which ids are digested; None: that one.
         advance: Called with the bytes that were read since the last call.
     """
     summary = read_index_summary(prefix)
@@ -194,7 +199,9 @@ def digests(
             bounds = bounds[: max(1, fit) + 1]
             stream.seek(int(bounds[0]))
             block = stream.read(int(bounds[-1] - bounds[0]))
-            found = document_digests(block, bounds - bounds[0], dtype=summary.dtype, eod_id=eod_id)
+            tokens = np.frombuffer(block, summary.dtype).astype(dtype or summary.dtype, copy=False)
+            places = (bounds - bounds[0]) // summary.dtype.itemsize * tokens.itemsize
+            found = document_digests(tokens, places, dtype=tokens.dtype, eod_id=eod_id)
             yield found
             advance(len(block))
             first += len(found)
@@ -218,19 +225,30 @@ def find_overlap(
         max_bytes: Of memory for digests.
         eod_id: Id that ends documents where a data set has no manifest; None: the other's, if it has one.
         advance: Called with the bytes of the second that were read since the last call.
+
+    Raises:
+        DataError: a file is missing or broken, or the two were made with different tokenizers.
     """
     manifests = [read_manifest(prefix) for prefix in (first, second)]
+    if len({each.tokenizer_digest for each in manifests if each is not None}) > 1:
+        raise DataError(
+            f"{manifest_path(second)}: expected data of the tokenizer of {first}, so that ids can be "
+            "compared, found another tokenizer's"
+        )
+    summaries = [read_index_summary(prefix) for prefix in (first, second)]
+    # Stock Megatron-LM and other tools may have chosen another type for the same ids.
+    dtype = np.promote_types(*(each.dtype for each in summaries))
     if eod_id is None:
         eod_id = next((each.eod_id for each in manifests if each is not None), None)
     eods = [eod_id if each is None else each.eod_id for each in manifests]
     documents, distinct, examples = 0, 0, list[int]()
-    parts = -(-read_index_summary(first).documents * 3 * _DIGEST // max_bytes)
+    parts = -(-summaries[0].documents * 3 * _DIGEST // max_bytes)
     for remainder in range(parts):
-        known = _part(digests(first, eod_id=eods[0]), remainder, parts)
+        known = _part(digests(first, eod_id=eods[0], dtype=dtype), remainder, parts)
         if not len(known):
             continue
         number, shared = 0, np.zeros(len(known), dtype=bool)
-        for part in digests(second, eod_id=eods[1], advance=advance):
+        for part in digests(second, eod_id=eods[1], dtype=dtype, advance=advance):
             places = np.minimum(np.searchsorted(known, part), len(known) - 1)
             hits = known[places] == part
             shared[places[hits]] = True

@@ -157,6 +157,26 @@ def test_shared_documents_are_counted(made, tmp_path):
         assert (found.documents, found.distinct) == (11, 10)
 
 
+def test_the_type_of_the_ids_hides_no_shared_text(tmp_path):
+    random = np.random.default_rng(3)
+    texts = [random.integers(0, 9, MIN_TOKENS + i % 5) for i in range(20)]
+    prefixes = {
+        dtype: write_dataset(tmp_path / dtype, [*texts[:k], [], [7]], dtype=np.dtype(dtype).type)
+        for dtype, k in (("uint16", 20), ("int32", 5), ("int64", 8))
+    }
+    for first, a in (("uint16", 20), ("int32", 5), ("int64", 8)):
+        for second, b in (("uint16", 20), ("int32", 5), ("int64", 8)):
+            found = find_overlap(prefixes[first], prefixes[second], eod_id=3)
+            assert (found.documents, found.examples) == (min(a, b), [*range(5)])
+
+
+def test_ids_of_two_tokenizers_are_not_compared(made, copy):
+    fields = dataclasses.replace(read_manifest(copy), tokenizer_digest="another")
+    write_manifest(copy, fields, overwrite=True)
+    with pytest.raises(DataError, match=r"c\.manifest\.json: expected data of the tokenizer of"):
+        find_overlap(made["first"], copy)
+
+
 def test_samples_are_comparable_whatever_the_size():
     """A full sample says nothing beyond its largest digest."""
     everything = [number * 2**50 for number in range(SAMPLED_DOCUMENTS * 8)]
