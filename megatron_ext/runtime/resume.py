@@ -90,7 +90,9 @@ def prepare_saves() -> None:
     TensorBoard's writer keeps what is logged in memory for two minutes: a run that is killed after a
     checkpoint and goes on from it would never log those steps again. And a folder that an earlier run
     left unfinished, or that is written again after a broken checkpoint, must not look complete while new
-    tensors replace the old. A save that fails names its folder and the room on its disk.
+    tensors replace the old. A run that is started again at its end does not write what it has just loaded:
+    Megatron would, and a full disk would then cost the result. A save that fails names its folder and the
+    room on its disk.
     """
     import megatron.training.training as loop
 
@@ -103,6 +105,8 @@ def prepare_saves() -> None:
         options = loop.get_args()
         if writer := loop.get_tensorboard_writer():
             writer.flush()
+        if iteration == options.iteration > 0 and _is_own(options):
+            return None
         if options.save and options.rank == 0:
             # Rank 0 alone writes these files, after all ranks have written their tensors.
             for mark in MARKS:
@@ -119,6 +123,12 @@ def prepare_saves() -> None:
             ) from error
 
     loop.save_checkpoint = save_after_preparing
+
+
+def _is_own(args: Any) -> bool:
+    """Whether the run saves where it was loaded from."""
+    places = [place and Path(place).resolve() for place in (args.load, args.save)]
+    return bool(places[0] == places[1])
 
 
 def leave_enough_samples() -> None:

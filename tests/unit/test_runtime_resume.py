@@ -29,7 +29,7 @@ def test_before_a_save_logs_are_flushed_and_an_old_folder_looks_unfinished(tmp_p
     def save(iteration, *args, **kwargs):
         order.append((iteration, args, kwargs, sorted(file.name for file in path.iterdir())))
 
-    options = types.SimpleNamespace(save=str(tmp_path), rank=1)
+    options = types.SimpleNamespace(save=str(tmp_path), load=None, iteration=0, rank=1)
     writer = types.SimpleNamespace(flush=lambda: order.append("flush"))
     monkeypatch.setattr(loop, "save_checkpoint", save)
     monkeypatch.setattr(loop, "get_args", lambda: options)
@@ -45,6 +45,14 @@ def test_before_a_save_logs_are_flushed_and_an_old_folder_looks_unfinished(tmp_p
         "flush",
         (4, (), {}, ["__0_0.distcp"]),
     ]
+    # What was loaded from there, and not trained since, stays as it is; elsewhere it is written.
+    options.iteration, options.load = 4, f"{tmp_path}/../{tmp_path.name}"
+    loop.save_checkpoint(4)
+    assert order[4:] == ["flush"]
+    loop.save_checkpoint(5)
+    options.load = str(tmp_path.parent)
+    loop.save_checkpoint(4)
+    assert [entry[0] for entry in order[5:] if entry != "flush"] == [5, 4]
 
 
 def test_a_save_that_fails_names_its_folder_and_the_room_on_its_disk(tmp_path, monkeypatch):
@@ -52,7 +60,8 @@ def test_a_save_that_fails_names_its_folder_and_the_room_on_its_disk(tmp_path, m
         raise RuntimeError("[enforce fail] unexpected pos 704 vs 598")
 
     monkeypatch.setattr(loop, "save_checkpoint", save)
-    monkeypatch.setattr(loop, "get_args", lambda: types.SimpleNamespace(save=str(tmp_path), rank=0))
+    options = types.SimpleNamespace(save=str(tmp_path), load=None, iteration=0, rank=0)
+    monkeypatch.setattr(loop, "get_args", lambda: options)
     monkeypatch.setattr(loop, "get_tensorboard_writer", lambda: None)
     resume.prepare_saves()
     with pytest.raises(CheckpointError, match=rf"--save {tmp_path}: .* 6 .* MiB free .* pos 704"):
