@@ -1,9 +1,9 @@
 """Digests of documents, by which data sets that share some are found.
 
 A document's digest is an 8-byte BLAKE2b of its token ids as they are stored, without the end-of-document
-id, which one data set may have and the other not. That any two different documents of 10^8 and 10^9 have
-the same one has a probability of 0.5%. A document of a few tokens, a number or "Yes.", is no text that two
-data sets share: it has no digest.
+ids at its end (at most two), which one data set may have and the other not. That any two different
+documents of 10^8 and 10^9 have the same one has a probability of 0.5%. A document of a few tokens, a number
+or "Yes.", is no text that two data sets share: it has no digest.
 """
 
 import hashlib
@@ -35,9 +35,11 @@ def document_digests(
     view = memoryview(tokens).cast("B")
     starts, ends = bounds[:-1], bounds[1:].copy()
     if eod_id is not None:
-        filled = np.flatnonzero(ends > starts)
-        last = np.frombuffer(view, dtype)[ends[filled] // dtype.itemsize - 1]
-        ends[filled[last == eod_id]] -= dtype.itemsize
+        ids = np.frombuffer(view, dtype)
+        for _ in range(2):  # a tokenizer's own template may have put one there already
+            filled = np.flatnonzero(ends > starts)
+            last = ids[ends[filled] // dtype.itemsize - 1]
+            ends[filled[last == eod_id]] -= dtype.itemsize
     long = ends - starts >= MIN_TOKENS * dtype.itemsize
     places = zip(starts[long].tolist(), ends[long].tolist(), strict=True)
     found = b"".join(

@@ -209,6 +209,12 @@ def test_short_documents_have_no_digest(dtype):
     assert found.tolist() == [0, 0, 0, long[2]]
     found = document_digests(ids.tobytes(), bounds, dtype=ids.dtype, eod_id=int(ids[-1]))
     assert found.tolist() == [0, *long[:2], digest(bounds[3], bounds[4] - size)]
+    # Twice, and nothing else; neither reaches into the document before.
+    ids[-2:] = ids[bounds[0] // size : bounds[1] // size] = 7
+    found = document_digests(ids.tobytes(), bounds, dtype=ids.dtype, eod_id=7)
+    assert found.tolist() == [0, long[0], 0, 0]
+    found = document_digests(ids.tobytes(), bounds[[0, 4]], dtype=ids.dtype, eod_id=7)
+    assert found.tolist() == [digest(0, bounds[4] - 2 * size)]
 
 
 def test_an_end_of_document_hides_no_shared_text(made, tmp_path):
