@@ -79,6 +79,15 @@ def check_resumable(checkpoint: Checkpoint, args: Namespace) -> None:
     skips = args.override_opt_param_scheduler or args.use_checkpoint_opt_param_scheduler
     if checkpoint.schedule is not None and not skips:
         _check_schedule(checkpoint, args)
+    elif checkpoint.schedule is not None and getattr(args, "decoupled_lr", None) is not None:
+        # Megatron tells these weights from the others by their rates alone.
+        for name in ("max_lr", "min_lr"):
+            expected, found = checkpoint.schedule.get(name), schedule_of(args)[name]
+            if expected != found:
+                raise ConfigError(
+                    f"{_SCHEDULE[name]}: expected {expected} beside --decoupled-lr, as in {checkpoint.path}, "
+                    f"found {found}; {_ANEW}"
+                )
 
 
 def keep_buckets(checkpoint: Checkpoint, args: Namespace) -> None:

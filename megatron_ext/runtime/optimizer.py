@@ -106,6 +106,7 @@ def enable() -> Callable[[], None]:
 
     undo = ExitStack()
     _share_checkpoints(undo)
+    _make_sgd_resumable(undo)
     if optimizers.USING_PYTORCH_OPTIMIZER:
         undo.callback(register_optimizer_step_pre_hook(_fuse_before_step).remove)
         _make_resumable(undo)
@@ -164,6 +165,30 @@ def _make_resumable(undo: ExitStack) -> None:
         undo, DistributedOptimizer, "_set_main_param_and_optimizer_states", set_states_but_step
     )
     _replace(undo, DistributedOptimizer, "load_state_dict", load)
+
+
+def _make_sgd_resumable(undo: ExitStack) -> None:
+    """Let SGD say which tensors a checkpoint has to fill: Megatron calls what it gives Adam alone."""
+    from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params, FP32Optimizer
+
+    def answering(sharded_state_dict: Callable[..., Any]) -> Callable[..., Any]:
+        def sharded_state_dict_of_filled(self: Any, *args: Any, **kwargs: Any) -> Any:
+            if self.init_state_fn is None:
+                self.init_state_fn = lambda optimizer, config: fill_momentum(optimizer)
+            return sharded_state_dict(self, *args, **kwargs)
+
+        return sharded_state_dict_of_filled
+
+    for kind in (FP32Optimizer, Float16OptimizerWithFloat16Params):
+        _replace(undo, kind, "sharded_state_dict", answering(kind.sharded_state_dict))
+
+
+def fill_momentum(optimizer: torch.optim.Optimizer) -> None:
+    """Give each parameter of torch's SGD the momentum that it has after a step, as zeros."""
+    for group in optimizer.param_groups:
+        for parameter in group["params"] if group.get("momentum") else ():
+            if not optimizer.state[parameter]:
+                optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
 
 
 def adopt(state: dict[str, Any], optimizer: torch.optim.Optimizer, *, step_in_groups: bool) -> None:

@@ -1,6 +1,7 @@
 """torch's fused optimizer kernels in Megatron's slots: same numbers, and slots given back."""
 
 import copy
+import types
 
 import pytest
 import torch
@@ -139,6 +140,26 @@ def test_the_distributed_optimizers_groups_get_a_step_that_counts_in_whole_numbe
     untouched = {"param_groups": [{"lr": 0.5}]}  # before the first step there is none
     kernels.adopt(untouched, other, step_in_groups=True)
     assert untouched == {"param_groups": [{"lr": 0.5}]}
+
+
+@pytest.mark.parametrize("momentum", [0.9, 0.0])
+def test_sgd_asks_a_checkpoint_for_what_it_has_saved(momentum, monkeypatch):
+    from megatron.core.optimizer.optimizer import FP32Optimizer
+
+    # As Megatron's begins when it loads.
+    monkeypatch.setattr(
+        FP32Optimizer, "sharded_state_dict", lambda self: self.init_state_fn(self.optimizer, None)
+    )
+    parameters = [p.requires_grad_() for p in _parameters()]
+    saved, new = (torch.optim.SGD(parameters, lr=1e-2, momentum=momentum) for _ in range(2))
+    _train(saved, parameters, 1, seed=1, fused=False)
+    undo = kernels.enable()
+    FP32Optimizer.sharded_state_dict(types.SimpleNamespace(init_state_fn=None, optimizer=new))
+    undo()
+    found, wanted = new.state_dict()["state"], saved.state_dict()["state"]
+    assert {i: state.keys() for i, state in found.items()} == {
+        i: state.keys() for i, state in wanted.items() if momentum
+    }
 
 
 def test_norm_and_scale_equal_plain_ones():

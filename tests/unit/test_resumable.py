@@ -148,6 +148,11 @@ def test_a_release_has_no_optimizer_to_go_on_with():
             {"fp16": True, "use_distributed_optimizer": False},
             "--bf16, --fp16: expected one of them, .* found neither",
         ),
+        (
+            {"decoupled_lr": 1e-3, "lr": 2e-4, "override_opt_param_scheduler": True},
+            {"decoupled_lr": 1e-3},
+            "--lr: expected 0.0001 beside --decoupled-lr, .*found 0.0002; --no-load-optim",
+        ),
         ({}, {"no_save_optim": True}, "--no-load-optim: expected it, .* --no-save-optim"),
         ({}, {"no_save_rng": True}, "--no-load-rng: expected it, .* --no-save-rng"),
         (
