@@ -42,7 +42,13 @@ from megatron_ext.refusals import (
     refuse,
 )
 from megatron_ext.runtime import compat, cpu
-from megatron_ext.values import check_places, check_required, check_schedule, check_values
+from megatron_ext.values import (
+    check_index,
+    check_places,
+    check_required,
+    check_schedule,
+    check_values,
+)
 
 
 def add_arguments(parser: ArgumentParser) -> ArgumentParser:
@@ -103,6 +109,7 @@ def parse() -> tuple[Namespace, UnlearnConfig, ChatRun | None]:
     config = unlearn_config(raw)
     check_before_megatron(raw, config)
     check_values(raw)
+    check_index(raw)
     check_places(raw)
     chat, chat_config = None, _config(ChatConfig, raw)
     if chat_config.enabled:

@@ -68,6 +68,26 @@ def check_values(args: Namespace) -> None:
             raise ConfigError(f"{_flag(name)}: expected a directory, found an empty name")
 
 
+def check_index(args: Namespace) -> None:
+    """Refuse an index that is to be found ready, but in no folder or for data that are split by a ratio.
+
+    Args:
+        args: what was typed.
+
+    Raises:
+        ConfigError: names the flag and what it needs; Megatron would end in assertions, behind the model.
+    """
+    for name in ("dataloader_fast_cache_load", "dataloader_defer_npy_index_mmap"):
+        if getattr(args, name) and args.data_cache_path is None:
+            raise ConfigError(f"{_flag(name)}: expected --data-cache-path beside it, found none")
+    for name in ("data_path", "data_args_path", "forget_data_path"):
+        if args.dataloader_fast_cache_load and getattr(args, name) is not None:
+            raise ConfigError(
+                "--dataloader-fast-cache-load: expected data named for each split, as by --train-data-path, "
+                f"found {_flag(name)}"
+            )
+
+
 def check_places(args: Namespace) -> None:
     """Refuse directories that the run could not write to, hours before it would, or not go on from.
 

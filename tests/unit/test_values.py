@@ -5,7 +5,7 @@ from argparse import Namespace
 import pytest
 
 from megatron_ext.exceptions import ConfigError
-from megatron_ext.values import check_places, check_schedule, check_values
+from megatron_ext.values import check_index, check_places, check_schedule, check_values
 
 NUMBERS = {
     **{"train_iters": 10, "train_samples": None, "eval_interval": 1000, "eval_iters": 0},
@@ -32,6 +32,27 @@ def test_values_that_no_run_can_use(changes, message):
     check_values(Namespace(**NUMBERS))
     with pytest.raises(ConfigError, match=f"^{message}$"):
         check_values(Namespace(**(NUMBERS | changes)))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"data_cache_path": None}, "--dataloader-fast-cache-load: expected --data-cache-path"),
+        ({"data_path": ["a"]}, "--dataloader-fast-cache-load: .* each split, .* found --data-path"),
+        ({"forget_data_path": ["a"]}, "--dataloader-fast-cache-load: .* found --forget-data-path"),
+        (
+            {"dataloader_fast_cache_load": False, "data_cache_path": None},
+            "--dataloader-defer-npy-index-mmap: expected --data-cache-path",
+        ),
+    ],
+)
+def test_an_index_that_is_to_be_there_needs_a_folder_and_data_of_each_split(changes, message):
+    flags = {"dataloader_fast_cache_load": True, "dataloader_defer_npy_index_mmap": True}
+    flags |= {"data_cache_path": "cache", "data_path": None, "data_args_path": None}
+    flags |= {"forget_data_path": None}
+    check_index(Namespace(**flags))
+    with pytest.raises(ConfigError, match=message):
+        check_index(Namespace(**flags | changes))
 
 
 def places(**changes):
