@@ -4,8 +4,6 @@ import json
 import multiprocessing
 import os
 import pickle
-import subprocess
-import sys
 import threading
 from contextlib import ExitStack
 from dataclasses import replace
@@ -18,13 +16,10 @@ import sentencepiece
 import torch.distributed as dist
 
 from megatron_ext.data.tokenizers import TokenizerSpec
-from megatron_ext.exceptions import ConfigError
 from megatron_ext.preflight import facts, files, network, run, verdict
-from megatron_ext.preflight.ranks import MissingRanksError, Ranks, connect
+from megatron_ext.preflight.ranks import MissingRanksError, Ranks
 from megatron_ext.preflight.verdict import FAIL, PASS, WARN, Row
-from tests.helpers.entry import ROOT
 from tests.helpers.tiny import preprocess
-from tools.preflight import parse_args
 
 SPEC = TokenizerSpec(tokenizer_type="SentencePieceTokenizer", tokenizer_model="tokenizer.model")
 OPTIONS = run.Options(
@@ -252,55 +247,3 @@ def test_gpus_that_torch_does_not_see_fail_though_no_node_has_one():
     assert verdict.gpus(["a", "b"], none, {"a": [], "b": []}) == [Row("GPU", PASS, (), "none")]
     rows = verdict.gpus(["a", "b"], none, {"a": [smi], "b": [smi]})
     assert rows[1] == Row("GPU", FAIL, ("a", "b"), "there is an nvidia-smi, but torch sees no GPU")
-
-
-def test_the_tool_prints_a_table_and_fails_with_1(tmp_path):
-    alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
-    result = subprocess.run(
-        [
-            *(sys.executable, ROOT / "tools" / "preflight.py", "--shared", "/proc/nowhere"),
-            *("--message-mib", "0.1", "--json", tmp_path / "report.json"),
-        ],
-        env=os.environ | alone | {"MASTER_PORT": "0"},
-        **{"capture_output": True, "text": True, "timeout": 120},
-    )
-    assert result.returncode == 1, result.stderr
-    lines = result.stdout.splitlines()
-    assert lines[0].split() == ["check", "result", "nodes", "found"]
-    assert any(line.startswith("shared folder  FAIL  ") for line in lines)
-    assert lines[-1].endswith("1 FAIL")
-    report = json.loads((tmp_path / "report.json").read_text())
-    assert report["passed"] is False
-    assert len(report["rows"]) == len(lines) - 2
-
-
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        (("--checkpoint-bytes", "inf"), "--checkpoint-bytes: expected 0 or more, found inf"),
-        (("--checkpoint-bytes", "-5"), "--checkpoint-bytes: expected 0 or more, found -5.0"),
-        (("--message-mib", "1", "-1"), "--message-mib: expected more than 0, found -1.0"),
-        (("--min-bus-bandwidth", "nan"), "--min-bus-bandwidth: expected more than 0, found nan"),
-        (("--timeout", "0"), "--timeout: expected more than 0, found 0.0"),
-    ],
-)
-def test_numbers_that_check_nothing_are_refused(words, message, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["preflight.py", *words])
-    with pytest.raises(ConfigError, match=f"^{message}$"):
-        parse_args()
-
-
-def test_a_start_without_a_launcher_is_refused():
-    with pytest.raises(
-        ConfigError, match=r"^RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT: "
-    ):
-        connect({}, timeout=1)
-
-
-def test_tasks_of_srun_are_ranks_on_nodes_that_have_unequal_numbers_of_them():
-    served = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    task = {"SLURM_PROCID": "8", "SLURM_NTASKS": "15", "SLURM_LOCALID": "0"}
-    task |= {"SLURMD_NODENAME": "node1", "SLURM_STEP_TASKS_PER_NODE": "8,7"}
-    task |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(served.port)}
-    ranks = connect(task, timeout=10)
-    assert (ranks.rank, ranks.world, ranks.leads_node, ranks.node) == (8, 15, True, "node1")
