@@ -44,10 +44,7 @@ check: lint test
 faults: $(READY)
 	$(PYTHON) -m tests.faults.run --faults $(FAULTS) --seed $(SEED)
 
-slurm-sweep: demo
-	$(PYTHON) examples/demo/sweep.py --demo-dir $(DEMO)
-
-test: $(READY)
+slurm-test: $(READY)
 	$(PYTHON) -m pytest --no-header --show-capture=no --durations=0 tests/slurm/jobs.py tests/slurm/elastic.py
 
 bench: $(READY)

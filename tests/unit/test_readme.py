@@ -1,6 +1,8 @@
-"""The README's Python runs as it stands."""
+"""The README's Python runs as it stands, and make does what its first lines say."""
 
+import os
 import re
+import subprocess
 from types import SimpleNamespace
 
 import torch
@@ -40,3 +42,21 @@ def test_the_loss_in_a_loop_of_ones_own_is_the_objective():
     expected.backward()
     torch.testing.assert_close(scope["loss"].double(), expected, rtol=1e-5, atol=0)
     torch.testing.assert_close(hidden.grad.double(), states.grad, rtol=1e-4, atol=1e-6)
+
+
+def dry_run(target):
+    """What make would do; this may run under a make of its own."""
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("MAKE", "MFLAGS"))}
+    done = subprocess.run(
+        ["make", "--dry-run", target], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
+    assert (done.returncode, done.stderr) == (0, ""), target
+    return done.stdout.splitlines()
+
+
+def test_every_command_of_make_is_what_it_says():
+    """Of two recipes for a target make takes the last, with a warning that nobody reads in CI."""
+    told = re.findall(r"^# make ([a-z-]+) ", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    assert {"demo", "sweep", "test", "check", "slurm-test", "setup"} <= set(told)
+    commands = {target: dry_run(target) for target in told}
+    assert commands["test"][-1] == commands["check"][-1] == ".venv/bin/python -m pytest"
