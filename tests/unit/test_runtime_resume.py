@@ -19,7 +19,9 @@ from megatron_ext.runtime import resume
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def test_before_a_save_logs_are_flushed_and_an_old_folder_looks_unfinished(tmp_path, monkeypatch):
+def test_before_a_save_logs_are_flushed_and_an_old_folder_looks_unfinished(
+    tmp_path, monkeypatch, capsys
+):
     path = tmp_path / "iter_0000004"
     path.mkdir()
     for name in (*MARKS, "__0_0.distcp"):
@@ -49,6 +51,7 @@ def test_before_a_save_logs_are_flushed_and_an_old_folder_looks_unfinished(tmp_p
     options.iteration, options.load = 4, f"{tmp_path}/../{tmp_path.name}"
     loop.save_checkpoint(4)
     assert order[4:] == ["flush"]
+    assert capsys.readouterr().out == f"iteration 4 is in {tmp_path} already: not saved again\n"
     loop.save_checkpoint(5)
     options.load = str(tmp_path.parent)
     loop.save_checkpoint(4)
