@@ -106,7 +106,9 @@ def prepare_saves() -> None:
         if writer := loop.get_tensorboard_writer():
             writer.flush()
         if iteration == options.iteration > 0 and _is_own(options):
-            loop.print_rank_0(f"iteration {iteration} is in {options.save} already: not saved again")
+            loop.print_rank_0(
+                f"iteration {iteration} is in {options.save} already: not saved again"
+            )
             return None
         if options.save and options.rank == 0:
             # Rank 0 alone writes these files, after all ranks have written their tensors.
