@@ -110,13 +110,17 @@ def check_places(args: Namespace) -> None:
                 f"{_flag(name)} {getattr(args, name)}: expected a directory, there or to be made, to "
                 f"write to, found {what} at {nearest}"
             )
-    own = args.save and args.load and Path(args.save).resolve() == Path(args.load).resolve()
-    if args.finetune and own:
+    if args.finetune and saves_where_it_loads(args):
         # Slurm and torchrun start a run again, which would begin at iteration 0 with what it saved last.
         raise ConfigError(
             f"--finetune: expected different directories at --load and --save, found {args.save}; a run "
             "that starts at --pretrained-checkpoint goes on from its own --load"
         )
+
+
+def saves_where_it_loads(args: Namespace) -> bool:
+    """Whether ``--load`` and ``--save`` are one directory, whatever their names."""
+    return bool(args.load and args.save) and Path(args.load).resolve() == Path(args.save).resolve()
 
 
 def check_schedule(args: Namespace) -> None:

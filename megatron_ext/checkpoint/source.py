@@ -24,6 +24,7 @@ from megatron_ext.checkpoint.inspect import (
 from megatron_ext.checkpoint.recovery import last_good
 from megatron_ext.config import UnlearnConfig
 from megatron_ext.exceptions import CheckpointError, ConfigError
+from megatron_ext.values import saves_where_it_loads
 
 logger = logging.getLogger(__name__)
 
@@ -137,7 +138,7 @@ def warn_of_overwriting(args: Namespace, start: Start) -> None:
     if not args.save or args.skip_train or not has_checkpoint(args.save):
         return
     first = start.checkpoint.iteration if start.checkpoint is not None and start.resumed else 0
-    own = start.resumed and Path(args.load).resolve() == Path(args.save).resolve()
+    own = start.resumed and saves_where_it_loads(args)
     latest = (Path(args.save) / TRACKER).read_text(errors="replace").strip()
     if not own and latest.isdecimal() and int(latest) > first and args.rank == 0:
         logger.warning(

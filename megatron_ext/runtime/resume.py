@@ -11,6 +11,7 @@ from torch.distributed.checkpoint import CheckpointException
 
 from megatron_ext.exceptions import CheckpointError
 from megatron_ext.runtime import children, packed, safe_load, schedule
+from megatron_ext.values import saves_where_it_loads
 
 
 def apply() -> None:
@@ -105,7 +106,7 @@ def prepare_saves() -> None:
         options = loop.get_args()
         if writer := loop.get_tensorboard_writer():
             writer.flush()
-        if iteration == options.iteration > 0 and _is_own(options):
+        if iteration == options.iteration > 0 and saves_where_it_loads(options):
             loop.print_rank_0(
                 f"iteration {iteration} is in {options.save} already: not saved again"
             )
@@ -126,12 +127,6 @@ def prepare_saves() -> None:
             ) from error
 
     loop.save_checkpoint = save_after_preparing
-
-
-def _is_own(args: Any) -> bool:
-    """Whether the run saves where it was loaded from."""
-    places = [place and Path(place).resolve() for place in (args.load, args.save)]
-    return bool(places[0] == places[1])
 
 
 def leave_enough_samples() -> None:
