@@ -89,6 +89,9 @@ class FrozenModel:
         transformer.fp8 = transformer.fp4 = None
         transformer.fp8_param = transformer.fp4_param = False
         transformer.quant_recipe = None
+        transformer.moe_input_jitter_eps = (
+            None  # noise that a router adds without asking for training
+        )
         frozen_config = dataclasses.replace(
             model_config, transformer=transformer, pre_wrap_hooks=[], post_wrap_hooks=[]
         )

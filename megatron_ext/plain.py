@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from megatron.core import parallel_state
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.utils import get_attr_wrapped_model
 from megatron.training import get_timers
@@ -63,6 +64,10 @@ class PlainStep:
     ) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
         """Sum of the losses, number of tokens and report, as Megatron averages them.
 
+        Megatron divides each context-parallel rank's sum by that rank's tokens and averages over ranks,
+        which weighs a token by how few others its rank has. Here a microbatch's mean does not depend on
+        how its sequences are split.
+
         Args:
             loss_mask: ``[b, s]``, 1 where a token counts.
             index: number of the microbatch, from the guard.
@@ -72,6 +77,11 @@ class PlainStep:
         tokens = loss_mask.sum().to(torch.int)
         self.guard.check_loss(loss, index)
         report = torch.cat((loss.detach().view(1), tokens.view(1)))
+        group = parallel_state.get_context_parallel_group()
+        if group.size() > 1 and not self.args.calculate_per_token_loss:
+            tokens = tokens.clone()
+            torch.distributed.all_reduce(tokens, group=group)
+            loss = loss * group.size()  # its gradient is averaged over these ranks too
         return loss, tokens, {"lm loss": report}
 
     def _micro_batch_size(self, model: MegatronModule) -> int:

@@ -46,7 +46,6 @@ def _differs_from(default: object) -> Callable[[Any], bool]:
 
 # These make another model of the same weights, or weights that no model here has.
 OF_THE_MODEL: tuple[Refusal, ...] = (
-    Refusal("num_experts", "mixture-of-experts layers route tokens with losses of their own"),
     Refusal(
         "multi_latent_attention", "multi-latent attention is not among the layers of this product"
     ),
@@ -72,6 +71,13 @@ NEVER: tuple[Refusal, ...] = (
     ),
     Refusal("reset_attention_mask", "attention is causal over the whole sample"),
     Refusal("dataloader_inter_document_masking", "attention is causal over the whole sample"),
+    Refusal(
+        "overlap_moe_expert_parallel_comm", "it replaces the schedule that runs the steps here"
+    ),
+    Refusal("moe_use_upcycling", "a model goes on from a checkpoint of its own architecture"),
+    Refusal("moe_router_force_load_balancing", "tokens would go to experts at random"),
+    Refusal("moe_router_force_biased", "tokens would go to experts at random"),
+    Refusal("hybrid_context_parallel", "every sample is split over as many ranks"),
     Refusal(
         "defer_embedding_wgrad_compute", "the head computes the output layer's gradient itself"
     ),
@@ -119,13 +125,6 @@ NEVER: tuple[Refusal, ...] = (
 )
 WITHOUT_TRANSFORMER_ENGINE = (
     Refusal(
-        "context_parallel_size",
-        "attention over a sequence that is split across ranks needs Transformer Engine, which is not "
-        "installed",
-        "1",
-        lambda size: size > 1,
-    ),
-    Refusal(
         "use_precision_aware_optimizer",
         "its optimizer comes with Transformer Engine, which is not installed",
     ),
@@ -144,6 +143,15 @@ WITH_TORCH_NATIVE_LAYERS = (
         "Megatron-Core's own attention is not among these layers",
         "auto, flash, fused or unfused",
         lambda backend: backend.name == "local",
+    ),
+    Refusal(
+        "cp_comm_type",
+        "context-parallel ranks gather keys and values here",
+        "all_gather (or p2p, Megatron's default, which is then not used)",
+        lambda kinds: not {*kinds} <= {"p2p", "all_gather"},
+    ),
+    Refusal(
+        "hierarchical_context_parallel_sizes", "context-parallel ranks gather keys and values here"
     ),
 )
 WITH_DISTRIBUTED_OPTIMIZER = (
@@ -172,8 +180,10 @@ WITH_UNLEARNING: tuple[Refusal, ...] = (
         "calculate_per_token_loss",
         "each term is already averaged over its tokens of the global batch",
     ),
-    Refusal("overlap_moe_expert_parallel_comm", "it replaces the schedule that runs the reference"),
-    Refusal("hybrid_context_parallel", "it replaces the schedule that runs the reference"),
+    Refusal(
+        "moe_expert_capacity_factor",
+        "what a token gets would depend on the others of its microbatch",
+    ),
     Refusal("mock_data", "there is nothing to forget in random tokens"),
     Refusal(
         "dataloader_type",
@@ -217,7 +227,6 @@ WITH_CHAT: tuple[Refusal, ...] = (
     Refusal("step_batch_size_schedule", _FIXED),
     Refusal("decrease_batch_size_if_needed", _FIXED),
     Refusal("phase_transition_iterations", _FIXED),
-    Refusal("hybrid_context_parallel", _PACKED),
     Refusal(
         "ddp_average_in_collective", "gradients are summed and then divided by the counted tokens"
     ),

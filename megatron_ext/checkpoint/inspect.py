@@ -63,6 +63,20 @@ ARCHITECTURE = (
     "untie_embeddings_and_output_weights",
     "add_bias_linear",
     "add_qkv_bias",
+    "num_experts",
+    "moe_layer_freq",
+    "moe_ffn_hidden_size",
+    "moe_shared_expert_intermediate_size",
+    "moe_shared_expert_gate",
+    "moe_router_topk",
+    "moe_router_score_function",
+    "moe_router_pre_softmax",
+    "moe_router_num_groups",
+    "moe_router_group_topk",
+    "moe_router_topk_scaling_factor",
+    "moe_router_enable_expert_bias",
+    "moe_apply_probs_on_input",
+    "moe_latent_size",
 )
 # Where the flag has another name than the argument.
 _FLAGS = {

@@ -8,7 +8,7 @@ Shapes: s sequence, b batch, h query heads and g key heads on this rank, d head 
 """
 
 from contextlib import AbstractContextManager, nullcontext
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -19,9 +19,12 @@ from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.enums import AttnBackend, AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
+from torch.distributed import ProcessGroup
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.bias import causal_lower_right
 
+from megatron_ext.model.context_parallel import attend_over_ranks
 from megatron_ext.model.rope import cos_sin, rotate, split_rotate
 
 # cuDNN up to this version may read beyond sequences whose length is no multiple of 128; 9.15.1 mended it.
@@ -48,6 +51,16 @@ def _gpu_backends(device: torch.device, chosen: AttnBackend) -> list[SDPBackend]
     return others
 
 
+def _last_queries(query: Tensor, key: Tensor) -> Tensor | None:
+    """Mask of queries that are the last positions of the keys, where torch needs one."""
+    queries, keys = len(query), len(key)
+    if queries in (1, keys):
+        return None
+    if query.is_cuda:
+        return causal_lower_right(queries, keys)  # flash knows it; [n, m] is never formed
+    return torch.ones(queries, keys, dtype=torch.bool).tril(keys - queries)
+
+
 class SdpaCoreAttention(MegatronModule):
     """Softmax attention between projected queries, keys and values; no parameters.
 
@@ -63,8 +76,8 @@ class SdpaCoreAttention(MegatronModule):
         attention_type: Unused, part of Megatron's interface.
         attention_dropout: Probability; the config's where None.
         softmax_scale: Factor on the scores; `1 / sqrt(d)` where None.
-        cp_comm_type: Unused, part of Megatron's interface.
-        pg_collection: Unused, part of Megatron's interface.
+        cp_comm_type: Unused: context-parallel ranks gather keys and values.
+        pg_collection: Its `cp` is read, the context-parallel ranks.
     """
 
     def __init__(
@@ -84,6 +97,11 @@ class SdpaCoreAttention(MegatronModule):
         )
         self.dropout = config.attention_dropout if attention_dropout is None else attention_dropout
         self.softmax_scale = softmax_scale
+        self.cp_group: ProcessGroup | None = None
+        if config.context_parallel_size > 1:
+            if pg_collection is None:
+                pg_collection = ProcessGroupCollection.use_mpu_process_groups(required_pgs=["cp"])
+            self.cp_group = pg_collection.cp
 
     def forward(
         self,
@@ -98,7 +116,8 @@ class SdpaCoreAttention(MegatronModule):
         """Attend causally.
 
         Args:
-            query: `[s, b, h, d]`, any strides; or `[1, b, h, d]`, the last position of the keys.
+            query: `[s, b, h, d]`, any strides; or `[1, b, h, d]`, the last position of the keys. Under
+                context parallelism all three are this rank's part of the sequence.
             key: `[s, b, g, d]`.
             value: `[s, b, g, d]`.
             attention_mask: Not read.
@@ -120,24 +139,34 @@ class SdpaCoreAttention(MegatronModule):
         if query.is_cuda:
             order = _gpu_backends(query.device, self.config.attention_backend)
             kernels = sdpa_kernel(order, set_priority=True)
+        attend = partial(self._attend, dropout=dropout)
+        with get_cuda_rng_tracker().fork() if forked else nullcontext(), kernels:
+            if self.cp_group is None:
+                context = attend(query, key, value)
+            else:
+                context = attend_over_ranks(query, key, value, attend, group=self.cp_group)
+        return context.flatten(2)
+
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor, *, dropout: float) -> Tensor:
+        """Causal context `[n, b, h, d]` of queries of that shape, the last n positions of the keys."""
         grouped = query.shape[2] != key.shape[2]
+        # torch's one kernel for these without [s, s] refuses grouped heads, and none is left then.
         alone = query.dtype == torch.float32 or query.shape[3] > _FLASH_HEAD
         if grouped and query.is_cuda and alone:
-            # torch's one kernel for these without [s, s] refuses grouped heads, and none is left then.
             repeats = query.shape[2] // key.shape[2]
             key, value = (t.repeat_interleave(repeats, dim=2) for t in (key, value))
             grouped = False
-        with get_cuda_rng_tracker().fork() if forked else nullcontext(), kernels:
-            context = functional.scaled_dot_product_attention(
-                query.permute(1, 2, 0, 3),
-                key.permute(1, 2, 0, 3),
-                value.permute(1, 2, 0, 3),
-                dropout_p=dropout,
-                is_causal=query.shape[0] > 1,
-                scale=self.softmax_scale,
-                enable_gqa=grouped,
-            )
-        return context.permute(2, 0, 1, 3).flatten(2)
+        context = functional.scaled_dot_product_attention(
+            query.permute(1, 2, 0, 3),
+            key.permute(1, 2, 0, 3),
+            value.permute(1, 2, 0, 3),
+            attn_mask=_last_queries(query, key),
+            dropout_p=dropout,
+            is_causal=len(query) == len(key) > 1,
+            scale=self.softmax_scale,
+            enable_gqa=grouped,
+        )
+        return context.permute(2, 0, 1, 3)
 
 
 class TorchSelfAttention(SelfAttention):

@@ -10,10 +10,12 @@ from collections.abc import Callable
 from typing import Any
 
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.models.backends import LocalSpecProvider
+from megatron.core.models.gpt.moe_module_specs import get_moe_module_spec_for_backend
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer import ModuleSpec, TransformerConfig
 from megatron.core.transformer.attention import SelfAttentionSubmodules
-from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.enums import AttnMaskType, LayerType
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.mlp import MLPSubmodules
 from megatron.core.transformer.torch_norm import L2Norm
@@ -22,7 +24,11 @@ from megatron.core.transformer.transformer_block import (
     TransformerBlockSubmodules,
     get_num_layers_to_build,
 )
-from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+from megatron.core.transformer.transformer_layer import (
+    TransformerLayer,
+    TransformerLayerSubmodules,
+    get_transformer_layer_offset,
+)
 
 from megatron_ext.exceptions import ConfigError
 from megatron_ext.model.attention import SdpaCoreAttention, TorchSelfAttention
@@ -49,13 +55,15 @@ UNSUPPORTED = {
     "mrope_section": "multi-dimensional rotary embedding (--mrope-section)",
     "use_te_activation_func": "Transformer Engine's activation (--use-te-activation-func)",
     "batch_invariant_mode": "--batch-invariant-mode",
-    "context_parallel_size": "context parallelism (--context-parallel-size above 1)",
+    "moe_grouped_gemm": "experts in one product (--moe-grouped-gemm)",
+    "moe_permute_fusion": "--moe-permute-fusion",
+    "moe_router_fusion": "--moe-router-fusion",
+    "moe_latent_size": "--moe-latent-size",
     "softmax_type": "--softmax-type other than vanilla",
     "cuda_graph_impl": "--cuda-graph-impl transformer_engine",
 }
 # Of these, some values are fine though they are set.
 _FINE: dict[str, Callable[[Any], bool]] = {
-    "context_parallel_size": lambda size: size == 1,
     "softmax_type": lambda kind: kind == "vanilla",
     "cuda_graph_impl": lambda kind: kind != "transformer_engine",
 }
@@ -78,7 +86,8 @@ def check_config(config: TransformerConfig) -> None:
         raise ConfigError(f"the torch-native layers do not support: {'; '.join(wrong)}")
 
 
-def _layer_spec(config: TransformerConfig) -> ModuleSpec:
+def _layer_spec(config: TransformerConfig, *, experts: bool) -> ModuleSpec:
+    """Spec of a layer: dense, or a mixture of experts with Megatron's own router and dispatcher."""
     if config.qk_l2_norm:
         qk_norm: type = L2Norm
     else:
@@ -94,7 +103,16 @@ def _layer_spec(config: TransformerConfig) -> ModuleSpec:
             k_layernorm=qk_norm,
         ),
     )
-    mlp = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
+    keys = {"input_layernorm.": "self_attention.linear_qkv.layer_norm_"}
+    if experts:
+        # Transformer Engine too keeps the norm before a router apart.
+        mlp = get_moe_module_spec_for_backend(
+            LocalSpecProvider(), num_experts=config.num_moe_experts
+        )
+    else:
+        dense = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
+        mlp = TorchMLP.builder(dense)
+        keys["pre_mlp_layernorm."] = "mlp.linear_fc1.layer_norm_"
     return ModuleSpec(
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(
@@ -102,14 +120,37 @@ def _layer_spec(config: TransformerConfig) -> ModuleSpec:
             self_attention=attention,
             self_attn_bda=get_bias_dropout_add,
             pre_mlp_layernorm=TorchNorm,
-            mlp=TorchMLP.builder(mlp),
+            mlp=mlp,
             mlp_bda=get_bias_dropout_add,
-            sharded_state_dict_keys_map={
-                "input_layernorm.": "self_attention.linear_qkv.layer_norm_",
-                "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_",
-            },
+            sharded_state_dict_keys_map=keys,
         ),
     )
+
+
+def _have_experts(config: TransformerConfig) -> list[bool]:
+    """Of every layer of the model, whether it is a mixture of experts."""
+    if config.num_moe_experts is None:
+        return [False] * config.num_layers
+    every = config.moe_layer_freq
+    if isinstance(every, int):
+        return [layer % every == 0 for layer in range(config.num_layers)]
+    if len(every) != config.num_layers or not {*every} <= {0, 1}:
+        raise ConfigError(
+            f"--moe-layer-freq: expected a number, or 0 or 1 for each of {config.num_layers} layers, "
+            f"found {every}"
+        )
+    return [bool(one) for one in every]
+
+
+def _own_layers(config: TransformerConfig, vp_stage: int | None, pp_rank: int | None) -> list[int]:
+    """The model's layers, from 0, that a stage or its chunk builds."""
+    layout = config.pipeline_model_parallel_layout
+    if layout is not None:
+        return layout.get_layer_id_list(
+            layer_type=LayerType.decoder, vp_stage=vp_stage, pp_rank=pp_rank
+        )
+    start = get_transformer_layer_offset(config, vp_stage, pp_rank)
+    return list(range(start, start + get_num_layers_to_build(config, vp_stage, pp_rank)))
 
 
 def torch_native_layer_spec(
@@ -129,7 +170,9 @@ def torch_native_layer_spec(
         ConfigError: See `check_config`.
     """
     check_config(config)
-    layers = [_layer_spec(config)] * get_num_layers_to_build(config, vp_stage, pp_rank)
+    experts = _have_experts(config)
+    specs = {kind: _layer_spec(config, experts=kind) for kind in {*experts}}
+    layers = [specs[experts[layer]] for layer in _own_layers(config, vp_stage, pp_rank)]
     return ModuleSpec(
         module=TransformerBlock,
         submodules=TransformerBlockSubmodules(layer_specs=layers, layer_norm=TorchNorm),

@@ -22,9 +22,10 @@ def layer_bytes_per_token(arch: Architecture, layout: Layout) -> float:
     grouped queries, which are copied out of the projection's buffer); the softmax's fp32 log-sum-exp
     (4 a); both halves before SwiGLU and its output (3 e f). Norms of queries and keys add their output
     (e (q + k), and on a CPU as much again), since no longer the projection is rotated in place, and an
-    fp32 scale a head. TP divides all but the layer's norms, which sequence parallelism divides (table 2
-    there). Full recompute keeps a layer's input alone; selective recompute makes the core attention again,
-    which here saves the log-sum-exp.
+    fp32 scale a head. Context parallelism joins the contexts of a rank's two chunks in another tensor (e q);
+    the gathered keys and values are not kept. TP divides all but the layer's norms, which sequence
+    parallelism divides (table 2 there). Full recompute keeps a layer's input alone; selective recompute makes
+    the core attention again, which here saves the log-sum-exp and the chunks' contexts.
     """
     e = layout.element
     if layout.recompute == "full":
@@ -35,7 +36,7 @@ def layer_bytes_per_token(arch: Architecture, layout: Layout) -> float:
         normed = (2 if layout.cpu else 1) * e * (arch.query + arch.key)
         split += normed + 4 * (arch.heads + arch.query_groups)
     if layout.recompute == "none":
-        split += 4 * arch.heads
+        split += 4 * arch.heads + (e * arch.query if layout.cp > 1 else 0)
     return 2 * _norm_bytes(arch, layout) / layout.sequence_split + split / layout.tp
 
 
@@ -78,14 +79,17 @@ def final_norm_bytes(arch: Architecture, layout: Layout) -> int:
 def working_bytes(arch: Architecture, layout: Layout) -> int:
     """Bytes that exist only inside a layer's backward pass.
 
-    The gradients of SwiGLU's input and output (3 e f) and of the residual stream (e h); with sequence
-    parallelism the gathered input of a matrix and its gradient; and the layers that full recompute
-    makes again, at once those of a group. In a chunk whose last layers are not recomputed (block)
-    their memory is free by then.
+    The gradients of SwiGLU's input and output (3 e f), or, if they are more, the keys and values of all
+    context-parallel ranks, their gradient and its copy in the order of the ranks (6 e k for each token of
+    the whole sequence); the gradient of the residual stream (e h); with sequence parallelism the gathered
+    input of a matrix and its gradient; and the layers that full recompute makes again, at once those of a
+    group. In a chunk whose last layers are not recomputed (block) their memory is free by then.
     """
     gathered = 2 * arch.hidden if layout.sequence_parallel else 0
     residual = arch.hidden / layout.sequence_split
-    width = layout.element * (3 * arch.ffn / layout.tp + residual + gathered)
+    attention = 6 * arch.key * layout.cp if layout.cp > 1 else 0
+    inner = max(3 * arch.ffn, attention) / layout.tp
+    width = layout.element * (inner + residual + gathered)
     if layout.recompute == "full":
         layers = arch.layers // (layout.pp * layout.vpp)
         n = min(layout.recompute_layers, layers)

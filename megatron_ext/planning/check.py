@@ -51,13 +51,13 @@ def check_rank(
     flags = entry.entry_flags(words)
     arch, layout = entry.architecture(flags), entry.layout(flags, gpus=gpus)
     unlearning = entry.unlearning(flags)
-    stage, data_rank = layout.place(rank)
+    stage, shard = layout.place(rank)
     fused_norms, built = _build(words, gpus=gpus, rank=rank)
     arch = dataclasses.replace(arch, fused_norms=fused_norms)
     planned = {
         "parameters": arch.stage_parameters(stage, tp=layout.tp, pp=layout.pp, vpp=layout.vpp)
     }
-    planned |= state_bytes(arch, layout, stage, data_rank=data_rank)
+    planned |= state_bytes(arch, layout, stage, shard=shard)
     if unlearning is not None and unlearning.reference:
         planned["reference"] = layout.element * planned["parameters"]
     wrong = [
@@ -153,6 +153,7 @@ def _start(args: Any, *, gpus: int, rank: int) -> None:
         args.tensor_model_parallel_size,
         args.pipeline_model_parallel_size,
         args.virtual_pipeline_model_parallel_size,
+        context_parallel_size=args.context_parallel_size,
         create_gloo_process_groups=False,
     )
 

@@ -32,7 +32,7 @@ _SWITCHES = (
     *("add-qkv-bias", "qk-layernorm", "use-rotary-position-embeddings"),
 )
 _DEFAULT_SIZES = (
-    *("tensor-model-parallel-size", "pipeline-model-parallel-size"),
+    *("tensor-model-parallel-size", "pipeline-model-parallel-size", "context-parallel-size"),
     "make-vocab-size-divisible-by",
 )
 _TABLES = ("learned_absolute", "relative")  # positions with weights
@@ -42,7 +42,6 @@ _NOT_PLANNED = (
     *(
         "num-experts",
         "moe-ffn-hidden-size",
-        "context-parallel-size",
         "rampup-batch-size",
         "mtp-num-layers",
     ),
@@ -134,8 +133,8 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(usage=usage, allow_abbrev=False, add_help=False)
     for name in (*_REQUIRED_SIZES, *_OPTIONAL_SIZES):
         parser.add_argument(f"--{name}", type=int)
-    for name in ("tensor-model-parallel-size", "pipeline-model-parallel-size"):
-        parser.add_argument(f"--{name}", type=int, default=1)
+    for name in ("tensor-model", "pipeline-model", "context"):
+        parser.add_argument(f"--{name}-parallel-size", type=int, default=1)
     for name in _SWITCHES:
         parser.add_argument(f"--{name}", action="store_true")
     parser.add_argument("--make-vocab-size-divisible-by", type=int, default=128)
@@ -224,10 +223,14 @@ def layout(flags: Namespace, *, gpus: int, cpu: bool = False) -> Layout:
                 f"chunk), found {flags.num_layers}"
             )
         vpp = flags.num_layers // (pp * each)
-    if flags.sequence_parallel and flags.seq_length % flags.tensor_model_parallel_size:
+    split = flags.tensor_model_parallel_size * flags.context_parallel_size
+    if flags.sequence_parallel and flags.seq_length % split:
+        by = f"TP {flags.tensor_model_parallel_size}"
+        if flags.context_parallel_size > 1:
+            by = f"{split} ({by} x CP {flags.context_parallel_size})"
         raise ConfigError(
-            f"--seq-length: expected a multiple of TP {flags.tensor_model_parallel_size}, which "
-            f"--sequence-parallel divides it by, found {flags.seq_length}"
+            f"--seq-length: expected a multiple of {by}, which --sequence-parallel divides it by, found "
+            f"{flags.seq_length}"
         )
     if vpp > 1 and pp == 1:
         raise ConfigError(
@@ -240,6 +243,7 @@ def layout(flags: Namespace, *, gpus: int, cpu: bool = False) -> Layout:
     return Layout(
         gpus=gpus,
         tp=flags.tensor_model_parallel_size,
+        cp=flags.context_parallel_size,
         pp=pp,
         vpp=vpp,
         micro_batch=flags.micro_batch_size,

@@ -21,6 +21,7 @@ class Layout:
         global_batch: sequences of a step.
         sequence: tokens of a sequence.
         tp: tensor-parallel size.
+        cp: context-parallel size: ranks among which each sequence is split.
         pp: pipeline-parallel size.
         vpp: model chunks of a pipeline rank; above 1 the schedule is interleaved.
         sequence_parallel: whether TP divides the norms' activations too.
@@ -45,6 +46,7 @@ class Layout:
     global_batch: int
     sequence: int
     tp: int = 1
+    cp: int = 1
     pp: int = 1
     vpp: int = 1
     sequence_parallel: bool = False
@@ -60,10 +62,16 @@ class Layout:
     cpu: bool = False
 
     def __post_init__(self) -> None:
-        if self.gpus % (self.tp * self.pp):
+        if self.gpus % self.model_parallel:
+            sizes = [("TP", self.tp), *([("CP", self.cp)] if self.cp > 1 else []), ("PP", self.pp)]
+            product = " x ".join(f"{name} {size}" for name, size in sizes)
             raise ConfigError(
-                f"GPUs: expected a multiple of {self.tp * self.pp} (TP {self.tp} x PP {self.pp}), "
-                f"found {self.gpus}"
+                f"GPUs: expected a multiple of {self.model_parallel} ({product}), found {self.gpus}"
+            )
+        if self.cp > 1 and self.sequence % (2 * self.cp):
+            raise ConfigError(
+                f"--seq-length: expected a multiple of {2 * self.cp} (2 x CP {self.cp}, the parts that a "
+                f"sequence is split into), found {self.sequence}"
             )
         unit = self.micro_batch * self.data_parallel
         if self.global_batch % unit:
@@ -81,8 +89,18 @@ class Layout:
 
     @property
     def data_parallel(self) -> int:
-        """Copies of the model."""
-        return self.gpus // (self.tp * self.pp)
+        """Copies of the model, or rather groups of ranks with the same samples."""
+        return self.gpus // self.model_parallel
+
+    @property
+    def model_parallel(self) -> int:
+        """Ranks that share a sample."""
+        return self.tp * self.cp * self.pp
+
+    @property
+    def shards(self) -> int:
+        """Ranks with the same weights, which sum gradients and share the optimizer's state."""
+        return self.data_parallel * self.cp
 
     @property
     def microbatches(self) -> int:
@@ -91,8 +109,8 @@ class Layout:
 
     @property
     def tokens(self) -> int:
-        """Tokens of a microbatch."""
-        return self.micro_batch * self.sequence
+        """Tokens of a microbatch on a rank."""
+        return self.micro_batch * self.sequence // self.cp
 
     @property
     def tokens_per_step(self) -> int:
@@ -110,8 +128,11 @@ class Layout:
         return self.tp if self.sequence_parallel else 1
 
     def place(self, rank: int) -> tuple[int, int]:
-        """Pipeline stage and data-parallel rank of a rank: TP varies fastest, then DP, then PP."""
-        return rank // (self.tp * self.data_parallel), rank // self.tp % self.data_parallel
+        """Pipeline stage of a rank, and which of the `shards` it has.
+
+        TP varies fastest, then CP, then DP, then PP.
+        """
+        return rank // (self.tp * self.shards), rank // self.tp % self.shards
 
     def in_flight(self, stage: int) -> int:
         """Model chunks whose activations a stage holds at once: warm-up passes of 1F1B, and one more.

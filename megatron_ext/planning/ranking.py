@@ -42,8 +42,8 @@ def rank_layouts(
     """All layouts that divide model, batch and GPUs and fit in memory, the fastest first.
 
     TP stays within a node and divides heads and query groups; microbatches are powers of two. Each
-    has the least recompute with which it fits. What the given layout says of optimizer, overlap and
-    precision stays. Equal times are ordered by memory.
+    has the least recompute with which it fits. What the given layout says of context parallelism,
+    optimizer, overlap and precision stays. Equal times are ordered by memory.
 
     Args:
         arch: the model.
@@ -100,8 +100,8 @@ def _least_recompute(
 
 def _splits(arch: Architecture, layout: Layout, gpus_per_node: int) -> Iterator[dict[str, int]]:
     """Sizes that divide the model and the GPUs."""
-    for tp, pp in _tp_pp(arch, layout.gpus, gpus_per_node):
-        if layout.sequence % tp:  # sequence parallelism comes with TP
+    for tp, pp in _tp_pp(arch, layout.gpus // layout.cp, gpus_per_node):
+        if layout.sequence % (tp * layout.cp):  # sequence parallelism comes with TP
             continue
         layers = arch.layers // pp
         for vpp in [1, *(v for v in range(2, layers + 1) if pp > 1 and layers % v == 0)]:

@@ -35,8 +35,9 @@ def _model(n: dict[str, Any]) -> Iterator[str]:
         f"{n['padded_vocab_size']:,})"
     )
     chunks = f" x {where['vpp']} chunks" if where["vpp"] > 1 else ""
+    context = f", CP {where['cp']}" if where["cp"] > 1 else ""
     yield (
-        f"layout        {n['gpus']} ranks: TP {where['tp']}, PP {where['pp']}{chunks}, DP "
+        f"layout        {n['gpus']} ranks: TP {where['tp']}{context}, PP {where['pp']}{chunks}, DP "
         f"{n['data_parallel']}; {n['microbatches']} microbatches of {n['micro_batch']} a step"
     )
 
@@ -111,9 +112,11 @@ def _costs(n: dict[str, Any]) -> Iterator[str]:
 
 
 def _layouts(n: dict[str, Any]) -> Iterator[str]:
+    cp = n["layout"]["cp"]
+    context = f"; CP {cp}, whose communication is counted with that of TP" if cp > 1 else ""
     yield (
         f"layouts       {n['layouts_that_fit']:,} fit; the fastest by a model of the step (not measured), "
-        f"products at {n['mfu']:.0%} of the peak:"
+        f"products at {n['mfu']:.0%} of the peak{context}:"
     )
     yield (
         "              TP  PP VPP   DP micro recompute   GiB   s/step = compute +    TP + bubble + "
@@ -124,7 +127,8 @@ def _layouts(n: dict[str, Any]) -> Iterator[str]:
         yield (
             f"              {one['tp']:2} {one['pp']:3} {one['vpp']:3} {one['dp']:4} "
             f"{one['micro_batch']:5} {one['recompute']:>9} {one['memory'] / _GIB:5.1f} "
-            f"{one['seconds_per_step']:8.3f}   {parts['compute']:7.3f} {parts['tensor_parallel']:7.3f} "
+            f"{one['seconds_per_step']:8.3f}   {parts['compute']:7.3f} "
+            f"{parts['tensor_parallel'] + parts['context_parallel']:7.3f} "
             f"{parts['bubble']:8.3f} {parts['pipeline']:8.3f} {parts['data_parallel']:6.3f} "
             f"{parts['reference']:11.3f}"
         )

@@ -44,7 +44,7 @@ def lay_out(tensors: list[Tensor], *, ranks: int, bucket_size: int | None) -> li
 
     Args:
         tensors: in the order of `named_parameters`.
-        ranks: data-parallel size.
+        ranks: data-parallel size, times the context-parallel one.
         bucket_size: elements after which a bucket ends; None for one bucket.
     """
     unit = math.lcm(ranks, _END)
@@ -83,7 +83,7 @@ def buffers(arch: Architecture, layout: Layout, stage: int) -> list[list[Bucket]
     Gradients are in buckets where their reduction overlaps, and there only in the first chunk of the
     first stage (`DistributedDataParallel`, "turn off bucketing").
     """
-    ranks = layout.data_parallel
+    ranks = layout.shards
     bucketed = layout.overlap_gradients and stage == 0
     size = layout.bucket_size or max(40_000_000, 1_000_000 * ranks)
     return [
@@ -97,7 +97,7 @@ def buffers(arch: Architecture, layout: Layout, stage: int) -> list[list[Bucket]
 
 
 def state_bytes(
-    arch: Architecture, layout: Layout, stage: int, *, data_rank: int = 0
+    arch: Architecture, layout: Layout, stage: int, *, shard: int = 0
 ) -> dict[str, int]:
     """Bytes of weights, gradients and optimizer on one rank.
 
@@ -110,12 +110,12 @@ def state_bytes(
     if layout.distributed_optimizer:
         laid = buffers(arch, layout, stage)
         elements = sum(buckets[-1].end for buckets in laid)
-        shard = sum(b.shard(data_rank, layout.data_parallel) for buckets in laid for b in buckets)
+        own = sum(b.shard(shard, layout.shards) for buckets in laid for b in buckets)
     else:
         elements = arch.stage_parameters(stage, tp=layout.tp, pp=layout.pp, vpp=layout.vpp)
-        shard = elements
+        own = elements
     return {
         "weights": layout.element * elements,
         "gradients": layout.gradient * elements,
-        "optimizer": moments * shard,
+        "optimizer": moments * own,
     }

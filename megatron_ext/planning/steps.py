@@ -8,6 +8,8 @@ The model is arithmetic; nothing of it was measured. Its parts and where they co
 - Tensor parallelism: four all-reduces of `s b h` a layer and microbatch, two each way, or as many
   pairs of all-gather and reduce-scatter (2104.04473, section 3.2; 2205.05198, section 4.2.2), through
   a node's links, nothing hidden. A ring moves `2 (t - 1) / t` of the bytes.
+- Context parallelism: a layer gathers keys and values forward, and again backward, where their gradients
+  are reduced and scattered; nothing hidden, over the links of a node if TP x CP ranks are in one.
 - Every microbatch adds its gradients to the sum: read and written, in fp32 8 bytes a parameter.
 - The pipeline: the slowest stage works `m` times and waits `(p - 1) / v` times more (2104.04473,
   section 2.2), and each chunk's output and its gradient cross the network.
@@ -44,6 +46,7 @@ class StepTime:
     Attributes:
         compute: of the slowest stage: products, recompute, gradient sums.
         tensor_parallel: of its tensor-parallel communication.
+        context_parallel: of its context-parallel communication.
         bubble: waiting for the first and the last microbatch of the pipeline.
         pipeline: sending activations and their gradients between stages.
         data_parallel: reducing gradients and gathering weights, as far as not hidden.
@@ -52,6 +55,7 @@ class StepTime:
 
     compute: float
     tensor_parallel: float
+    context_parallel: float
     bubble: float
     pipeline: float
     data_parallel: float
@@ -93,18 +97,22 @@ def model_step(
         for seconds, count in zip(work, _parameters(arch, layout), strict=True)
     ]
     tensor = _reductions(layout) * _reduction(arch, layout, gpu) * arch.layers / p
+    gather = _gather(arch, layout, gpu, gpus_per_node) * arch.layers / p
+    # Forward, backward again, and the gradient's way back; and once more where a layer is made again.
+    context = (3 if layout.recompute == "none" else 4) * gather
     slowest = max(work)
     far = gpu.link if layout.gpus <= gpus_per_node else gpu.network
     output = layout.tokens * arch.hidden * layout.element / layout.sequence_split
     sent = 2 * v * output / far if p > 1 else 0.0
-    forward_only = 2 * _reduction(arch, layout, gpu) * arch.layers / p + sent / 2
+    forward_only = 2 * _reduction(arch, layout, gpu) * arch.layers / p + gather + sent / 2
     return StepTime(
         compute=m * slowest,
         tensor_parallel=m * tensor,
-        bubble=(p - 1) / v * (slowest + tensor),
+        context_parallel=m * context,
+        bubble=(p - 1) / v * (slowest + tensor + context),
         pipeline=m * sent,
         data_parallel=_data_parallel(
-            arch, layout, _data_link(layout, gpu, gpus_per_node), hidden=slowest + tensor
+            arch, layout, _data_link(layout, gpu, gpus_per_node), hidden=slowest + tensor + context
         ),
         reference=_reference(arch, layout, unlearning, rate, forward_only),
     )
@@ -147,20 +155,26 @@ def _reduction(arch: Architecture, layout: Layout, gpu: Gpu) -> float:
     return moved / gpu.link
 
 
+def _gather(arch: Architecture, layout: Layout, gpu: Gpu, gpus_per_node: int) -> float:
+    """Seconds of gathering a layer's keys and values of a microbatch over a ring of CP ranks."""
+    received = (layout.cp - 1) * layout.tokens * 2 * arch.key / layout.tp * layout.element
+    return received / (gpu.link if layout.tp * layout.cp <= gpus_per_node else gpu.network)
+
+
 def _data_link(layout: Layout, gpu: Gpu, gpus_per_node: int) -> float:
     """Bytes a second of a ring of data-parallel ranks: TP varies fastest, so neighbours share a node.
 
     NCCL makes as many rings as there are adapters, and each crosses to the next node by another one.
     """
     together = max(1, gpus_per_node // layout.tp)
-    if layout.data_parallel <= together:
+    if layout.shards <= together:
         return gpu.link
     return min(gpu.link, together * gpu.network)
 
 
 def _data_parallel(arch: Architecture, layout: Layout, bandwidth: float, *, hidden: float) -> float:
     """Seconds of gradient reduction and of gathering weights that are not hidden behind `hidden`."""
-    ranks, count = layout.data_parallel, max(_parameters(arch, layout))
+    ranks, count = layout.shards, max(_parameters(arch, layout))
     share = (ranks - 1) / ranks * count / bandwidth
     if not layout.distributed_optimizer:
         reduce, gather = 2 * layout.gradient * share, 0.0

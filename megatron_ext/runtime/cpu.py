@@ -31,6 +31,7 @@ _FACTORIES = (
     *("arange", "as_tensor", "empty", "empty_like", "eye", "full", "full_like", "linspace", "ones"),
     *("ones_like", "rand", "randint", "randn", "randperm", "tensor", "zeros", "zeros_like"),
 )
+_METHODS = ("new_empty", "new_full", "new_ones", "new_tensor", "new_zeros")
 
 # The flags that a machine without CUDA needs; users do not type them. Those that one without Transformer
 # Engine and Apex needs are set where `hide_packages` has hidden them.
@@ -211,23 +212,26 @@ def _patch_tensors() -> None:
     module.to = module_to
 
 
+def _makes_on_cpu(factory: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(factory)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if kwargs.get("device") is not None:
+            kwargs["device"] = _on_cpu(kwargs["device"])
+        kwargs.pop("pin_memory", None)
+        return factory(*args, **kwargs)
+
+    return call
+
+
 def _patch_factories() -> None:
-    def on_cpu(factory: Callable[..., Any]) -> Callable[..., Any]:
-        @functools.wraps(factory)
-        def call(*args: Any, **kwargs: Any) -> Any:
-            if kwargs.get("device") is not None:
-                kwargs["device"] = _on_cpu(kwargs["device"])
-            kwargs.pop("pin_memory", None)
-            return factory(*args, **kwargs)
-
-        return call
-
     # torch keeps the set of factories that `with torch.device(...)` acts on, and makes it at the first use.
     # It must hold the originals, which the replacements call: transformers loads a model under such a
     # context, and without it the model's rotary frequencies are uninitialised memory.
     torch.utils._device._device_constructors()
     for name in _FACTORIES:
-        setattr(torch, name, on_cpu(getattr(torch, name)))
+        setattr(torch, name, _makes_on_cpu(getattr(torch, name)))
+    for name in _METHODS:
+        setattr(torch.Tensor, name, _makes_on_cpu(getattr(torch.Tensor, name)))
 
 
 # Logger and warning of what is no news here: Megatron warns when the CPU's random numbers advance while
@@ -255,6 +259,12 @@ def _patch_megatron() -> None:
     )
     random_states._set_cuda_rng_state = lambda new_state, device=-1, graph_safe=False: (
         torch.set_rng_state(new_state)
+    )
+    import megatron.core.transformer.moe.token_dispatcher as dispatcher
+
+    # What comes from a GPU becomes an array there, and gloo's all-to-all takes its sizes only so.
+    dispatcher.maybe_move_tensor_to_cpu = lambda tensor, as_numpy=False, record_stream=False: (
+        tensor.numpy() if as_numpy and isinstance(tensor, torch.Tensor) else tensor
     )
     import megatron.training.training as training
 

@@ -40,6 +40,18 @@ LAYOUTS: dict[str, tuple[int, tuple[object, ...]]] = {
     # A single replay microbatch: the reference's pass has fewer than the pipeline has stages.
     "interleaved PP 2, micro-batch 4": (2, (*INTERLEAVED, "--micro-batch-size", 4)),
     "TP 2 x PP 2": (4, ("--tensor-model-parallel-size", 2, "--pipeline-model-parallel-size", 2)),
+    "CP 2": (2, ("--context-parallel-size", 2)),
+    "CP 2, attention recomputed": (
+        2,
+        ("--context-parallel-size", 2, "--recompute-granularity", "selective")
+        + ("--recompute-modules", "core_attn"),
+    ),
+    "CP 2 x TP 2, sequence parallel": (
+        4,
+        ("--context-parallel-size", 2, "--tensor-model-parallel-size", 2, "--sequence-parallel"),
+    ),
+    "CP 2 x PP 2, interleaved": (4, ("--context-parallel-size", 2, *INTERLEAVED)),
+    "CP 4, micro-batch 1": (4, ("--context-parallel-size", 4, "--micro-batch-size", 1)),
     "DP 2": (2, ()),
     "DP 2, distributed optimizer": (
         2,

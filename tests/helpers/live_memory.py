@@ -15,6 +15,7 @@ class LiveMemory(TorchDispatchMode):
     a GPU has other kernels and another transport.
 
     Attributes:
+        now: bytes of all storages that are alive.
         peak: bytes of all storages that were alive at once.
     """
 
@@ -22,7 +23,7 @@ class LiveMemory(TorchDispatchMode):
         super().__init__()
         self.peak = 0
         self._sizes: dict[int, int] = {}
-        self._now = 0
+        self.now = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -32,13 +33,13 @@ class LiveMemory(TorchDispatchMode):
             storage = tensor.untyped_storage()
             if storage._cdata not in given and storage._cdata not in self._sizes:
                 self._sizes[storage._cdata] = storage.nbytes()
-                self._now += storage.nbytes()
+                self.now += storage.nbytes()
                 weakref.finalize(storage, self._freed, storage._cdata)
-        self.peak = max(self.peak, self._now)
+        self.peak = max(self.peak, self.now)
         return out
 
     def _freed(self, key: int) -> None:
-        self._now -= self._sizes.pop(key)
+        self.now -= self._sizes.pop(key)
 
 
 def _tensors(tree: Any) -> list[torch.Tensor]:

@@ -11,7 +11,7 @@ import torch
 VOCAB, SEQUENCE, BATCH = 64, 16, 2
 
 
-def start(tensor_parallel: int = 1) -> None:
+def start(tensor_parallel: int = 1, context_parallel: int = 1) -> None:
     """Build Megatron's process groups over the ranks of this test, unless it has them already.
 
     They are some 20, of three threads each that gloo never ends: built anew for every case of a test,
@@ -23,10 +23,17 @@ def start(tensor_parallel: int = 1) -> None:
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
-    present = parallel_state.is_initialized()
-    if not present or parallel_state.get_tensor_model_parallel_world_size() != tensor_parallel:
+    found = None
+    if parallel_state.is_initialized():
+        found = (
+            parallel_state.get_tensor_model_parallel_world_size(),
+            parallel_state.get_context_parallel_world_size(),
+        )
+    if found != (tensor_parallel, context_parallel):
         parallel_state.destroy_model_parallel()
-        parallel_state.initialize_model_parallel(tensor_model_parallel_size=tensor_parallel)
+        parallel_state.initialize_model_parallel(
+            tensor_model_parallel_size=tensor_parallel, context_parallel_size=context_parallel
+        )
     model_parallel_cuda_manual_seed(1)
 
 
@@ -52,6 +59,7 @@ def config(**changes: Any) -> Any:
         "persist_layer_norm": False,
         "masked_softmax_fusion": False,
         "tensor_model_parallel_size": parallel_state.get_tensor_model_parallel_world_size(),
+        "context_parallel_size": parallel_state.get_context_parallel_world_size(),
     }
     return TransformerConfig(**(fields | changes))
 

@@ -46,6 +46,9 @@ CASES = {
     "TP 2, sequence parallel": (ARCH, SP),
     "TP 2, sequence parallel, selective": (ARCH, replace(SP, recompute="selective")),
     "TP 2, sequence parallel, full": (DEEP, replace(SP, **FULL)),
+    "CP 2": (ARCH, replace(EACH, cp=2)),
+    "CP 2, grouped queries, selective": (GROUPED, replace(EACH, cp=2, recompute="selective")),
+    "CP 2, full": (DEEP, replace(EACH, cp=2, **FULL)),
     "PP 2": (ARCH, replace(PP, global_batch=8)),
     "PP 2, interleaved": (ARCH, replace(PP, vpp=3, global_batch=12)),
 }
@@ -83,9 +86,9 @@ def _step(arch: Architecture, layout: Layout) -> Any:
         DistributedDataParallel(chunk.config, DistributedDataParallelConfig(), chunk)
         for chunk in _chunks(arch, layout)
     ]
-    shape = (layout.micro_batch, layout.sequence)
+    shape = (layout.micro_batch, layout.sequence // layout.cp)
     tokens = torch.zeros(shape, dtype=torch.int64)
-    positions = torch.arange(layout.sequence).expand(*shape)
+    positions = torch.arange(shape[1]).expand(*shape)
 
     head = {"loss_mask": torch.ones(shape), "output_processor": summed_loss}
 
@@ -109,7 +112,7 @@ def _step(arch: Architecture, layout: Layout) -> Any:
 
 def _start(layout: Layout) -> None:
     """Megatron's process groups, anew only where the layout is another one."""
-    models.start(layout.tp)
+    models.start(layout.tp, layout.cp)
     from megatron.core import parallel_state
 
     found = parallel_state.get_pipeline_model_parallel_world_size()
@@ -117,7 +120,10 @@ def _start(layout: Layout) -> None:
     if (found, chunks) != (layout.pp, layout.vpp):
         parallel_state.destroy_model_parallel()
         parallel_state.initialize_model_parallel(
-            layout.tp, layout.pp, layout.vpp if layout.vpp > 1 else None
+            layout.tp,
+            layout.pp,
+            layout.vpp if layout.vpp > 1 else None,
+            context_parallel_size=layout.cp,
         )
 
 

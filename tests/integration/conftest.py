@@ -49,6 +49,7 @@ def resumed(tiny: Tiny, server: Server, halfway, runs_directory) -> dict[str, Ru
             (*until_half, *SHARDED, *overlapped, "--save", runs_directory / "dp2"), ranks=2
         ),
     }
+    split = ("--context-parallel-size", 2)
     # As a user starts them, with torchrun; what follows need not pay for that again.
     runs = run_all(first_half, runs_directory / "first_half")
 
@@ -60,6 +61,10 @@ def resumed(tiny: Tiny, server: Server, halfway, runs_directory) -> dict[str, Ru
         "same layout": Launch(rest(halfway)),
         "DP 1 to DP 2": Launch(rest(halfway), ranks=2),
         "TP 2 to PP 2": Launch(pp2, ranks=2),
+        "DP 2, overlapped, to CP 2": Launch(
+            rest(runs_directory / "dp2", *SHARDED, *split), ranks=2
+        ),
+        "DP 1 to CP 2": Launch(rest(halfway, *split), ranks=2),
         "DP 2, overlapped, to DP 1": Launch(rest(runs_directory / "dp2", *SHARDED)),
         "everything to one rank": Launch(rest(runs_directory / "all", *SHARDED)),
     }

@@ -18,6 +18,7 @@ LAYOUTS = {
     "micro-batch 2": (1, ("--micro-batch-size", 2)),
     "micro-batch 4": (1, ("--micro-batch-size", 4)),
     "DP 2": (2, ("--micro-batch-size", 2)),
+    "CP 2": (2, ("--micro-batch-size", 2, "--context-parallel-size", 2)),
 }
 TAGS = ("lm loss", "grad-norm")
 HALF = 12

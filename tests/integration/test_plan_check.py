@@ -44,6 +44,7 @@ CASES = {
     "buckets": (12, 7, (*UNTIED, *SHARED, *SMALL_BUCKETS)),
     "tied, first stage": (24, 0, (*SHARED, *PP2, *SMALL_BUCKETS)),
     "tied, last stage": (24, 23, (*SHARED, *PP2, *SMALL_BUCKETS)),
+    "sequences split": (48, 41, (*SHARED, *TP2, "--context-parallel-size", 4, *SMALL_BUCKETS)),
     "interleaved": (48, 17, (*SHARED, *CHUNKS, *SMALL_BUCKETS)),
     "unlearning, 512 ranks": (512, 301, (*UNTIED, *SHARED, *TP2, *PP2, *UNLEARN)),
 }

@@ -14,6 +14,7 @@ STEP = ("--train-iters", 2, "--micro-batch-size", 4, "--lr", 1e-3, "--min-lr", 1
 CASES = {
     "one rank": (1, ()),
     "TP 2": (2, ("--tensor-model-parallel-size", 2, "--sequence-parallel")),
+    "CP 2": (2, ("--context-parallel-size", 2)),
     "PP 2": (2, ("--pipeline-model-parallel-size", 2)),
 }
 

@@ -26,7 +26,10 @@ def test_same_layout_gives_the_same_bits(straight, resumed):
 
 @pytest.mark.parametrize(
     "change",
-    ["DP 1 to DP 2", "TP 2 to PP 2", "DP 2, overlapped, to DP 1", "everything to one rank"],
+    [
+        *("DP 1 to DP 2", "DP 1 to CP 2", "TP 2 to PP 2"),
+        *("DP 2, overlapped, to CP 2", "DP 2, overlapped, to DP 1", "everything to one rank"),
+    ],
 )
 def test_another_layout_gives_the_same_losses(straight, resumed, change):
     # Overlapped gradients lie in many buckets, each with padding at its end that no checkpoint has.

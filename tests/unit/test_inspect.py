@@ -50,7 +50,7 @@ def test_a_model_that_is_not_computed_here_is_refused(tmp_path):
         CheckpointError, match=r"^--load: .*iter_0000005 was trained with --use-mup"
     ):
         check(tmp_path, {"use_mup": True}, {})
-    check(tmp_path, {"use_mup": False, "num_experts": None}, {})
+    check(tmp_path, {"use_mup": False, "is_hybrid_model": None}, {})
 
 
 @pytest.mark.parametrize(

@@ -16,14 +16,13 @@ from megatron_ext.model.layer_spec import (
 
 # Of fields that may be set to something else.
 VALUES = {
-    "context_parallel_size": 2,
     "softmax_type": "learnable",
     "cuda_graph_impl": "transformer_engine",
 }
 
 
 def _config(**changes):
-    plain = {"context_parallel_size": 1, "softmax_type": "vanilla", "cuda_graph_impl": "none"}
+    plain = {"softmax_type": "vanilla", "cuda_graph_impl": "none"}
     return SimpleNamespace(**(plain | changes))
 
 
@@ -40,10 +39,8 @@ def test_each_unsupported_field_is_named_and_exists(field):
 
 
 def test_the_message_lists_all_problems():
-    cfg = _config(context_parallel_size=2, softmax_type="learnable", fp8="hybrid")
-    with pytest.raises(
-        ConfigError, match=r"fp8; .*--context-parallel-size .* found 2; .* learnable"
-    ):
+    cfg = _config(window_size=(8, 0), softmax_type="learnable", fp8="hybrid")
+    with pytest.raises(ConfigError, match=r"--window-size.*; fp8; .* found learnable"):
         check_config(cfg)
 
 

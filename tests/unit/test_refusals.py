@@ -93,8 +93,8 @@ def test_a_flag_of_unlearning_is_not_dropped_where_nothing_is_unlearned(name, va
 
 
 def test_the_first_row_that_applies_is_named():
-    with pytest.raises(ConfigError, match=r"^--num-experts is not supported: mixture-of-experts"):
-        refuse(Namespace(num_experts=8, sft=True), NEVER, where="is not supported")
+    with pytest.raises(ConfigError, match=r"^--use-mup is not supported: the head does not scale"):
+        refuse(Namespace(use_mup=True, sft=True), NEVER, where="is not supported")
     with pytest.raises(
         ConfigError, match=r"^--dataloader-type: expected single, found cyclic; the"
     ):
@@ -112,4 +112,4 @@ def test_the_first_row_that_applies_is_named():
     backend = Namespace(attention_backend=AttnBackend.local)
     with pytest.raises(ConfigError, match=r"^--attention-backend: expected auto, .* found local; "):
         refuse(backend, WITH_TORCH_NATIVE_LAYERS, where="")
-    refuse(Namespace(num_experts=None, dataloader_type="single"), ROWS, where="")
+    refuse(Namespace(use_mup=None, dataloader_type="single"), ROWS, where="")
