@@ -6,6 +6,7 @@ What a machine without CUDA or without Transformer Engine needs is set here by i
 from __future__ import annotations
 
 import importlib.util
+import logging
 import traceback
 from argparse import ArgumentParser, Namespace
 from dataclasses import fields
@@ -49,6 +50,8 @@ from megatron_ext.values import (
     check_schedule,
     check_values,
 )
+
+logger = logging.getLogger(__name__)
 
 
 def add_arguments(parser: ArgumentParser) -> ArgumentParser:
@@ -172,6 +175,7 @@ def check_checkpoints(args: Namespace, config: UnlearnConfig) -> Start:
         args.tuned_chat_template = getattr(start.checkpoint.args, "tuned_chat_template", None)
     args.unlearn_composition = args.unlearn_reference = None
     if config.enabled:
+        _warn_of_dropout(args, config)
         args.unlearn_composition = _composition(args, config)
         check_resume(start, args.unlearn_composition)
         # A part of the run without the mitigation term hands the record on.
@@ -189,6 +193,18 @@ def check_checkpoints(args: Namespace, config: UnlearnConfig) -> Start:
         check_resumable(start.checkpoint, args)
         keep_buckets(start.checkpoint, args)
     return start
+
+
+def _warn_of_dropout(args: Namespace, config: UnlearnConfig) -> None:
+    """Megatron's default of 0.1 is of another time, and is taken where the flags are left out."""
+    rates = {name: getattr(args, name) for name in ("hidden_dropout", "attention_dropout")}
+    if config.needs_reference and any(rates.values()) and args.rank == 0:
+        found = ", ".join(f"--{name.replace('_', '-')} {rate:g}" for name, rate in rates.items())
+        logger.warning(
+            "%s: the reference computes without dropout, so the KL measures this noise as well; models "
+            "that were trained without it need 0 for both",
+            found,
+        )
 
 
 def _composition(args: Namespace, config: UnlearnConfig) -> dict[str, int]:

@@ -30,6 +30,8 @@ _SCHEDULE = {
 _BUFFER = {
     "tensor_model_parallel_size": None,
     "pipeline_model_parallel_size": None,
+    "expert_model_parallel_size": None,
+    "expert_tensor_parallel_size": None,
     "virtual_pipeline_model_parallel_size": "--num-virtual-stages-per-pipeline-rank",
     "pipeline_model_parallel_layout": None,
     "decoder_first_pipeline_num_layers": None,
@@ -124,6 +126,13 @@ def _check_settings(checkpoint: Checkpoint, args: Namespace) -> None:
                 f"--{name.replace('_', '-')}: expected {expected}, as in {checkpoint.path}, found {found}; "
                 f"{_ANEW}"
             )
+    apart = [getattr(a, "expert_model_parallel_size", 1) for a in (saved, args)]
+    if (apart[0] > 1) != (apart[1] > 1):
+        wanted = "more than 1" if apart[0] > 1 else "1"
+        raise ConfigError(
+            f"--expert-model-parallel-size: expected {wanted}, as in {checkpoint.path}, found {apart[1]}; "
+            f"above 1 Megatron keeps an optimizer of its own for the experts; {_ANEW}"
+        )
     halves = [any(getattr(a, name, False) for name in ("bf16", "fp16")) for a in (saved, args)]
     if halves[0] != halves[1] and not args.use_distributed_optimizer:
         raise ConfigError(

@@ -212,6 +212,13 @@ def find_reference(args: Namespace, config: UnlearnConfig, start: Start) -> Refe
                 f"{flag}: expected the reference that {args.load} was unlearned against, found nothing at "
                 f"{directory}; name its new place with {flag}"
             )
+        named = config.reference_load or args.pretrained_checkpoint or directory
+        if Path(named).resolve() != Path(directory).resolve() and args.rank == 0:
+            logger.warning(
+                "--pretrained-checkpoint %s: not read, for the run goes on from --load %s, against the "
+                "reference that it was started with, %s",
+                *(named, args.load, directory),
+            )
         opened = open_checkpoint(directory, flag=flag, folder=recorded["folder"])
         source = ReferenceSource(opened, recorded["digest"])
     elif config.reference_load is not None:

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 from tqdm import tqdm
 
 from megatron_ext.data.chat import Message
-from megatron_ext.data.chat_template import ChatTemplate, load_template
+from megatron_ext.data.chat_template import BUILT_IN, ChatTemplate, load_template
 from megatron_ext.data.tokenizers import SentencePieceReference, TokenizerSpec, build_reference
 from megatron_ext.evaluation.journal import Journal
 from megatron_ext.evaluation.sampling import Request, Sampling, Scored
@@ -83,7 +83,13 @@ class Codec:
     @cached_property
     def template(self) -> ChatTemplate:
         """The chat template."""
-        return load_template(self._spec, path=self._template_path)
+        template = load_template(self._spec, path=self._template_path)
+        if self._template_path is None and template.source == BUILT_IN:
+            logger.warning(
+                "--chat-template: none is given and none is stored with the model; the built-in one is used, "
+                "which a model that was not tuned on it does not follow"
+            )
+        return template
 
     def prompt(self, key: str, text: str, sampling: Sampling) -> Request:
         """A request to continue a text; an empty one begins a document."""

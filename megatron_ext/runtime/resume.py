@@ -92,15 +92,22 @@ def prepare_saves() -> None:
     checkpoint and goes on from it would never log those steps again. And a folder that an earlier run
     left unfinished, or that is written again after a broken checkpoint, must not look complete while new
     tensors replace the old. A run that is started again at its end does not write what it has just loaded:
-    Megatron would, and a full disk would then cost the result. A save that fails names its folder and the
-    room on its disk.
+    Megatron would, and a full disk would then cost the result. A run that is not alone in its folder ends
+    before it mixes its tensors with another's. A save that fails names its folder and the room on its disk.
     """
     import megatron.training.training as loop
 
     from megatron_ext.checkpoint.complete import MARKS
     from megatron_ext.checkpoint.inspect import folder_name
+    from megatron_ext.runtime.one_writer import OneWriter
 
-    save = loop.save_checkpoint
+    save, setup, writers = loop.save_checkpoint, loop.setup_model_and_optimizer, OneWriter()
+
+    def set_up_after_looking(*args: Any, **kwargs: Any) -> Any:
+        options = loop.get_args()
+        if options.save and options.rank == 0:
+            writers.begin(options.save)
+        return setup(*args, **kwargs)
 
     def save_after_preparing(iteration: int, *args: Any, **kwargs: Any) -> Any:
         options = loop.get_args()
@@ -112,6 +119,7 @@ def prepare_saves() -> None:
             )
             return None
         if options.save and options.rank == 0:
+            writers.claim(options.save, iteration)
             # Rank 0 alone writes these files, after all ranks have written their tensors.
             for mark in MARKS:
                 (Path(options.save) / folder_name(iteration) / mark).unlink(missing_ok=True)
@@ -126,6 +134,7 @@ def prepare_saves() -> None:
                 f"{free:.1f} MiB free on its disk: {safe_load.reason(error)}"
             ) from error
 
+    loop.setup_model_and_optimizer = set_up_after_looking
     loop.save_checkpoint = save_after_preparing
 
 

@@ -40,6 +40,10 @@ CASES = {
         "attention_softmax_in_fp32": True,
     },
     "layers without rotation": {"no_rope_freq": [1, 0]},
+    "experts": {
+        **{"num_moe_experts": 4, "moe_router_topk": 2, "moe_ffn_hidden_size": 24},
+        **{"moe_shared_expert_intermediate_size": 16, "moe_router_load_balancing_type": "none"},
+    },
 }
 
 
@@ -62,7 +66,7 @@ def _compare(case: dict, *, tensor_parallel: int, sequence_parallel: bool) -> tu
 
 
 # Megatron's own local attention cannot split one query group over two ranks.
-TP_CASES = [name for name in CASES if name not in ("one group", "all recomputed")]
+TP_CASES = [name for name in CASES if name not in ("one group", "all recomputed", "experts")]
 
 
 def _everything(directory: str) -> dict[str, Any]:

@@ -72,7 +72,10 @@ def gpt(cfg: Any, *, native: bool, seed: int = 0) -> Any:
     from megatron_ext.model.layer_spec import torch_native_layer_spec
 
     stock = get_gpt_layer_local_spec(
-        normalization=cfg.normalization, qk_layernorm=cfg.qk_layernorm, qk_l2_norm=cfg.qk_l2_norm
+        num_experts=cfg.num_moe_experts,
+        normalization=cfg.normalization,
+        qk_layernorm=cfg.qk_layernorm,
+        qk_l2_norm=cfg.qk_l2_norm,
     )
     model = GPTModel(
         config=cfg,

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch.distributed.checkpoint as dcp
 
-from megatron_ext.checkpoint.inspect import Checkpoint
+from megatron_ext.checkpoint.inspect import Checkpoint, open_checkpoint
 from megatron_ext.checkpoint.source import Start, check_kept, find_reference
 from megatron_ext.config import UnlearnConfig
 from megatron_ext.exceptions import CheckpointError, ConfigError
@@ -74,6 +74,20 @@ def test_a_recorded_reference_that_was_moved_is_asked_for(tmp_path):
     args, config = Namespace(load="runs/a"), UnlearnConfig(forget_data_path=["a"])
     with pytest.raises(CheckpointError, match=f"--reference-load: .* runs/a .* nothing at {gone}"):
         find_reference(args, config, resumed)
+
+
+def test_a_checkpoint_that_a_resume_does_not_read_is_named(tiny, caplog):
+    record = {"directory": str(tiny.base), "folder": "iter_0000040", "digest": "0"}
+    base = open_checkpoint(tiny.base, flag="--load")
+    base.args.unlearn_reference = record
+    resumed = Start(base, "--load", True)
+    own = vars(base.args) | {"load": "runs/a", "save": None, "rank": 0}
+    config = UnlearnConfig(forget_data_path=["a"])
+    for named, told in ((None, 0), (str(tiny.base), 0), (str(tiny.reference), 1)):
+        caplog.clear()
+        args = Namespace(**(own | {"pretrained_checkpoint": named}))
+        assert find_reference(args, config, resumed).recorded_digest == "0"
+        assert caplog.text.count("--pretrained-checkpoint") == told
 
 
 @pytest.mark.parametrize(

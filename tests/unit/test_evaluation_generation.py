@@ -133,13 +133,17 @@ def test_an_interrupted_run_goes_on(tmp_path, codec):
     assert not list(tmp_path.iterdir())
 
 
-def test_prompts_and_conversations_become_tokens(codec):
+def test_prompts_and_conversations_become_tokens(codec, caplog):
     sampling = Sampling()
     assert codec.prompt("1", "", sampling).tokens == [codec.eod]
+    assert "--chat-template" not in caplog.text
     chat = codec.chat("1", [{"role": "user", "content": "the fox"}], sampling)
     assert codec.eod in chat.stop
     found = codec.completion(chat, [*codec.prompt("", "the fox", sampling).tokens, codec.eod])
     assert (found.text, found.finish) == ("the fox", "stop")
+    codec.chat("2", [{"role": "user", "content": "the dog"}], sampling)
+    # This model was never tuned on conversations; once is enough.
+    assert caplog.text.count("--chat-template: none is given and none is stored") == 1
 
 
 @pytest.mark.parametrize("single", ["<s> $A", "<s> $A </s>"])

@@ -166,6 +166,11 @@ def test_a_release_has_no_optimizer_to_go_on_with():
             {},
             "--transformer-impl: expected local, .* found transformer_engine; go on as it was saved",
         ),
+        (
+            {"expert_model_parallel_size": 1},
+            {"expert_model_parallel_size": 2},
+            "--expert-model-parallel-size: expected more than 1, .* found 1; above 1 Megatron keeps",
+        ),
     ],
 )
 def test_what_megatron_would_fail_on_is_refused(now, saved, message):

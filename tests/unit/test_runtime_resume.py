@@ -36,6 +36,7 @@ def test_before_a_save_logs_are_flushed_and_an_old_folder_looks_unfinished(
     monkeypatch.setattr(loop, "save_checkpoint", save)
     monkeypatch.setattr(loop, "get_args", lambda: options)
     monkeypatch.setattr(loop, "get_tensorboard_writer", lambda: writer)
+    monkeypatch.setattr(loop, "setup_model_and_optimizer", None)
     resume.prepare_saves()
     loop.save_checkpoint(4, "model", key=1)
     options.rank = 0
@@ -66,6 +67,7 @@ def test_a_save_that_fails_names_its_folder_and_the_room_on_its_disk(tmp_path, m
     options = types.SimpleNamespace(save=str(tmp_path), load=None, iteration=0, rank=0)
     monkeypatch.setattr(loop, "get_args", lambda: options)
     monkeypatch.setattr(loop, "get_tensorboard_writer", lambda: None)
+    monkeypatch.setattr(loop, "setup_model_and_optimizer", None)
     resume.prepare_saves()
     with pytest.raises(CheckpointError, match=rf"--save {tmp_path}: .* 6 .* MiB free .* pos 704"):
         loop.save_checkpoint(6)
