@@ -89,6 +89,15 @@ NEVER: tuple[Refusal, ...] = (
     Refusal(
         "init_method_xavier_uniform", "Megatron-Core hands it to a config that does not take it"
     ),
+    Refusal(
+        "init_model_with_meta_device", "Megatron-Core leaves the weights of such a model unset"
+    ),
+    Refusal(
+        "rerun_mode",
+        "Megatron-Core does not know the other one that its own parser offers",
+        "disabled or validate_results",
+        lambda mode: mode == "report_stats",
+    ),
     Refusal("lazy_mpu_init", "the groups of ranks are needed from the start"),
     Refusal("full_validation", "Megatron-Core fails with it at the first validation"),
     Refusal("multiple_validation_sets", "it needs --full-validation"),
@@ -127,6 +136,12 @@ WITHOUT_TRANSFORMER_ENGINE = (
     Refusal(
         "use_precision_aware_optimizer",
         "its optimizer comes with Transformer Engine, which is not installed",
+    ),
+    Refusal(
+        "recompute_modules",
+        "Megatron-Core makes norms again only with Transformer Engine, which is not installed",
+        "modules without layernorm",
+        lambda modules: "layernorm" in modules,
     ),
     Refusal(
         "save_activations_interval",

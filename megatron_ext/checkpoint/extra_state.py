@@ -39,13 +39,21 @@ def keep_own(sharded_state: dict[str, Any], present: Mapping[str, Any]) -> None:
     dict_list_map_inplace(own, sharded_state)
 
 
-def add_empty(sharded_state: dict[str, Any]) -> None:
+def add_empty(
+    sharded_state: dict[str, Any], *, present: Mapping[str, Any] | None = None
+) -> list[tuple[str, str]]:
     """Add, in place, an empty extra state for every norm that has none.
 
     Args:
-        sharded_state: what will be saved; the models in it are dictionaries by the names of their parameters.
+        sharded_state: what will be saved or loaded; the models in it are dictionaries by the names of their
+            parameters.
+        present: of a load, what the checkpoint holds, by key; others are not asked for.
+
+    Returns:
+        What was added: the model's key and the name in it.
     """
-    for part in sharded_state.values():
+    added = []
+    for key, part in sharded_state.items():
         if not isinstance(part, dict):
             continue
         for name, value in list(part.items()):
@@ -59,7 +67,11 @@ def add_empty(sharded_state: dict[str, Any]) -> None:
                 value.global_offset[:layers] or (0,),
                 replica_id=value.replica_id,
             )
-            part.setdefault(f"{name.removesuffix('.weight')}{_SUFFIX}", empty)
+            own = f"{name.removesuffix('.weight')}{_SUFFIX}"
+            if own not in part and (present is None or empty.unique_key in present):
+                part[own] = empty
+                added.append((key, own))
+    return added
 
 
 def _is_extra(value: Any) -> bool:

@@ -89,11 +89,14 @@ def gradient_kernel(
             if WITH_KL:
                 t = tl.load(t_row + columns)
         else:
-            z = tl.load(z_row + columns, mask=columns < valid, other=_EMPTY)
+            z = tl.load(z_row + columns, mask=columns < valid, other=0.0)
             if WITH_KL:
-                t = tl.load(t_row + columns, mask=columns < valid, other=_EMPTY)
+                t = tl.load(t_row + columns, mask=columns < valid, other=0.0)
         z = z.to(tl.float32)
         t = t.to(tl.float32)
+        if start + BLOCK > valid:  # in fp32: fp16 has no such number
+            z = tl.where(columns < valid, z, _EMPTY)
+            t = tl.where(columns < valid, t, _EMPTY)
         rest = _softmax(z, rest_coarse, rest_fine)
         if WITH_KL:
             # One exponential fewer a column than from lse_z.

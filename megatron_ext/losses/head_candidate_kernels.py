@@ -23,7 +23,7 @@ an offset of the logits costs no digits.
 import triton
 import triton.language as tl
 
-# Finite stand-in for -inf, in bf16 as well: the difference of two of them is 0 and not NaN.
+# Finite stand-in for -inf: the difference of two of them is 0 and not NaN. Not in fp16, which ends at 65504.
 _EMPTY = tl.constexpr(-3.38e38)
 # Below every maximum that matters, and so far above _EMPTY that e^(_EMPTY - _LOWEST) is 0.
 _LOWEST = tl.constexpr(-3.0e38)
@@ -75,17 +75,26 @@ def _tile(LANES: tl.constexpr, LOADS: tl.constexpr):
 
 @triton.jit
 def _load(row, columns, valid, MASKED: tl.constexpr):
-    """Logits of a tile, in their type; _EMPTY beyond the vocabulary."""
+    """Logits of a tile, in their type; beyond the vocabulary 0, which _empty_beyond replaces."""
     if MASKED:
-        return tl.load(row + columns, mask=columns < valid, other=_EMPTY)
+        return tl.load(row + columns, mask=columns < valid, other=0.0)
     return tl.load(row + columns)
+
+
+@triton.jit
+def _empty_beyond(x, columns, valid, MASKED: tl.constexpr):
+    """fp32 logits of a tile, _EMPTY beyond the vocabulary."""
+    x = x.to(tl.float32)
+    if MASKED:
+        x = tl.where(columns < valid, x, _EMPTY)
+    return x
 
 
 @triton.jit
 def _margin_tile(z_row, start, tile, size, valid, label, z_max, z_sum, MASKED: tl.constexpr):
     """Adds a tile to the sum of e^(z - z_max)."""
     columns = start + tile
-    z = _load(z_row, columns, valid, MASKED).to(tl.float32)
+    z = _empty_beyond(_load(z_row, columns, valid, MASKED), columns, valid, MASKED)
     if (label >= start) & (label < start + size):
         z = tl.where(columns == label, _EMPTY, z)
     highest = _thread_max(z)
@@ -176,8 +185,8 @@ def _divergence_tile(
     columns = start + tile
     z = _load(z_row, columns, valid, MASKED)  # both under way before either is looked at
     t = _load(t_row, columns, valid, MASKED)
-    z = z.to(tl.float32)
-    t = t.to(tl.float32)
+    z = _empty_beyond(z, columns, valid, MASKED)
+    t = _empty_beyond(t, columns, valid, MASKED)
     if (label >= start) & (label < start + size):
         z = tl.where(columns == label, _EMPTY, z)
         t = tl.where(columns == label, _EMPTY, t)

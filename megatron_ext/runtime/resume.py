@@ -29,14 +29,15 @@ def apply() -> None:
 def prepare_loads() -> None:
     """Wrap the load of Megatron's loop.
 
-    Layers keep the extra states that a checkpoint lacks. And a load that fails because the gradients lie in
-    other buckets says so: the distributed optimizer's state is saved bucket by bucket unless it is asked to
-    be reshardable.
+    Layers keep the extra states that a checkpoint lacks. Those that `complete_saves` has added are asked for
+    where ``--dist-ckpt-strictness`` would refuse what nobody asks for, and dropped. And a load that fails
+    because the gradients lie in other buckets says so: the distributed optimizer's state is saved bucket by
+    bucket unless it is asked to be reshardable.
     """
     from megatron.core.dist_checkpointing.serialization import load_sharded_metadata
     from megatron.training import checkpointing
 
-    from megatron_ext.checkpoint.extra_state import keep_own
+    from megatron_ext.checkpoint.extra_state import add_empty, keep_own
     from megatron_ext.checkpoint.resumable import BUCKETS, WAYS_OUT
 
     load = checkpointing._load_global_dist_base_checkpoint
@@ -50,13 +51,19 @@ def prepare_loads() -> None:
         release: bool,
         **more: Any,
     ) -> Any:
+        added: list[tuple[str, str]] = []
         try:
             if not rank0 and sharded_state_dict is not None:
                 path = checkpointing.get_checkpoint_name(
                     load_dir, iteration, release, return_base_dir=True
                 )
-                keep_own(sharded_state_dict, load_sharded_metadata(path))
-            return load(load_dir, args, rank0, sharded_state_dict, iteration, release, **more)
+                present = load_sharded_metadata(path)
+                keep_own(sharded_state_dict, present)
+                if args.dist_ckpt_strictness != "assume_ok_unexpected":
+                    added = add_empty(sharded_state_dict, present=present)
+            state, *rest = load(
+                load_dir, args, rank0, sharded_state_dict, iteration, release, **more
+            )
         # torch's error is no Exception.
         except (Exception, CheckpointException) as error:
             if ".bucket_idx_" not in str(error):
@@ -66,6 +73,10 @@ def prepare_loads() -> None:
                 "--overlap-grad-reduce, --ddp-bucket-size, --ddp-num-buckets and the precisions of weights "
                 f"and gradients; {WAYS_OUT}"
             ) from error
+
+        for part, name in added:
+            del state[part][name]
+        return state, *rest
 
     checkpointing._load_global_dist_base_checkpoint = load_or_explain
 

@@ -68,7 +68,8 @@ def runs(tiny, server, runs_directory):
     found = server.run_all(launches, directory / "tensorboard")
     halfway = at_iteration(directory / next(iter(LAYOUTS)), HALF, directory / "halfway")
     rest = tiny.objective(*TRAIN, *MODEL, *UNBALANCED, *SHARDED, "--load", halfway)
-    resumed = Launch((*rest, "--expert-model-parallel-size", 4), ranks=4)
+    layout = ("--expert-model-parallel-size", 4, "--micro-batch-size", 1)
+    resumed = Launch((*rest, *layout), ranks=4)
     return found | server.run_all({"resumed at EP 4": resumed}, directory / "tensorboard_rest")
 
 

@@ -59,6 +59,7 @@ def resumed(tiny: Tiny, server: Server, halfway, runs_directory) -> dict[str, Ru
     pp2 = rest(runs_directory / "tp2", "--pipeline-model-parallel-size", 2, *SHARDED)
     launches = {
         "same layout": Launch(rest(halfway)),
+        "every key accounted for": Launch(rest(halfway, "--dist-ckpt-strictness", "raise_all")),
         "DP 1 to DP 2": Launch(rest(halfway), ranks=2),
         "TP 2 to PP 2": Launch(pp2, ranks=2),
         "DP 2, overlapped, to CP 2": Launch(

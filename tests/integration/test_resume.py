@@ -18,8 +18,9 @@ def second_half(run):
     }
 
 
-def test_same_layout_gives_the_same_bits(straight, resumed):
-    expected, found = second_half(straight), second_half(resumed["same layout"])
+@pytest.mark.parametrize("run", ["same layout", "every key accounted for"])
+def test_same_layout_gives_the_same_bits(straight, resumed, run):
+    expected, found = second_half(straight), second_half(resumed[run])
     assert len(expected["unlearn loss"]) == STEPS - HALF
     assert found == expected
 

@@ -134,7 +134,7 @@ BEYOND_FP32 = "spread 6e38"
 
 @runs
 @quiet
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize(("vocab_size", "margins", "tp"), ACCURACY)
 def test_accuracy(vocab_size, margins, tp, dtype):
     check(accuracy_case(vocab_size, dtype, margins=margins), tp)

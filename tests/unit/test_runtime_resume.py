@@ -80,6 +80,7 @@ def test_a_load_leaves_a_model_its_extra_states_and_explains_other_buckets(tmp_p
         loaded.append((load_dir, rank0, state and type(state["extra"]), iteration, release, more))
         if release:
             raise KeyError("optimizer.bucket_idx_3.exp_avg")
+        return {"weights": 1}, "name"
 
     read = []
     monkeypatch.setattr(
@@ -92,11 +93,13 @@ def test_a_load_leaves_a_model_its_extra_states_and_explains_other_buckets(tmp_p
         return {"extra": ShardedObject("layers._extra_state", None, (1,), (0,))}
 
     prepared = checkpointing._load_global_dist_base_checkpoint
-    prepared(str(tmp_path), None, True, state(), 4, False, key=1)
+    options = types.SimpleNamespace(dist_ckpt_strictness="assume_ok_unexpected")
+    found = prepared(str(tmp_path), options, True, state(), 4, False, key=1)
+    assert list(found) == [{"weights": 1}, "name"]
     assert read == []
-    prepared(str(tmp_path), None, False, state(), 4, False)
+    prepared(str(tmp_path), options, False, state(), 4, False)
     with pytest.raises(CheckpointError, match=rf"--load {tmp_path}: .* in other buckets"):
-        prepared(str(tmp_path), None, False, state(), 0, True)
+        prepared(str(tmp_path), options, False, state(), 0, True)
     own = LocalNonpersistentObject
     assert loaded == [
         (str(tmp_path), True, ShardedObject, 4, False, {"key": 1}),
