@@ -24,11 +24,15 @@ TIMEOUT = 300  # seconds; a rank that hangs is ended by a signal, and its run fa
 
 
 class Server:
-    """The process with everything imported; `close` ends it."""
+    """The process with everything imported; `close` ends it.
 
-    def __init__(self) -> None:
+    Args:
+        module: what it runs; it calls `main`.
+    """
+
+    def __init__(self, module: str = "tests.helpers.forked") -> None:
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "tests.helpers.forked"],
+            [sys.executable, "-m", module],
             cwd=ROOT,
             env=os.environ | {"OMP_NUM_THREADS": "1"},
             stdin=subprocess.PIPE,
