@@ -37,6 +37,7 @@ def main() -> None:
     from megatron_ext.runtime import compat, console, cpu, optimizer
 
     console.quiet()
+    compat.ask_for_one_queue()
     cpu.enable()  # before anything of Megatron is imported; does nothing where a CUDA device exists
 
     import torch

@@ -188,10 +188,20 @@ def read_sizes_and_types() -> None:
     strategies.TorchDistLoadShardedStrategy.load_tensors_metadata = load_tensors_metadata
 
 
+def ask_for_one_queue() -> None:
+    """Let kernels start in the order in which they were launched, so that communication begins in time.
+
+    With TP or CP on a GPU before Blackwell Megatron ends where this is not asked for. Read when CUDA starts,
+    so the entry point calls it first of all.
+    """
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+
+
 def apply() -> None:
     """Apply all of the above but what the parser is given; called once by the entry point before training."""
     check_megatron_version()
     check_torch_version()
+    ask_for_one_queue()
     safe_load.enable()
     skip_helper_compilation()
     read_docstrings_once()

@@ -33,8 +33,9 @@ from tests.helpers import forked
 NAME, MEMORY = "NVIDIA H200", 141 * 2**30
 CUDA, LAZY, CPU = torch.device("cuda", 0), torch.device("lazy", 0), torch.device("cpu")
 _construct: Any = getattr(torch._C, "_construct_CUDA_Tensor_From_Storage_And_Metadata", None)
-# Whether this machine can simulate one.
-AVAILABLE = not torch.cuda.is_available() and bool(_construct and find_spec("triton"))
+# Whether this machine can simulate one. Much of what this takes is private to torch.
+_KNOWN = torch.__version__.startswith("2.13.")
+AVAILABLE = not torch.cuda.is_available() and bool(_KNOWN and _construct and find_spec("triton"))
 
 aten = torch.ops.aten
 dist: Any = torch.distributed
@@ -175,8 +176,7 @@ def _compute(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 def install() -> None:
     """Give this process the device, for good; before anything of Megatron is imported."""
     assert AVAILABLE, "expected Triton and a CUDA build of torch, on a machine without a device"
-    # The last is what Megatron asks for under TP; the recipes set it.
-    names = "TRITON_INTERPRET", "TORCHDYNAMO_DISABLE", "CUDA_DEVICE_MAX_CONNECTIONS"
+    names = "TRITON_INTERPRET", "TORCHDYNAMO_DISABLE"
     os.environ |= dict.fromkeys(names, "1")
     torch._C._ensureCUDADeviceGuardSet()  # torch's own stand-in for guards of an absent device
     _patch_cuda()

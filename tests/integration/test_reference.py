@@ -50,9 +50,11 @@ def test_default_reference_is_the_start_and_no_mitigation_means_none(
     assert runs["default"].scalars["mitigation kl"][1] < 1e-6
     assert "reference:" not in runs["none"].output
     assert not [tag for tag in runs["none"].scalars if "mitigation" in tag]
-    # The other terms do not depend on the reference before the first step.
+    # The other terms do not depend on the reference before the first step, but for the last bit: beside a
+    # reference the sums over the vocabulary are of other kernels, and some processors show it.
     for tag in ("forget loss", "replay loss"):
-        assert runs["none"].scalars[tag][1] == runs["default"].scalars[tag][1]
+        expected = pytest.approx(runs["default"].scalars[tag][1], rel=3e-7)
+        assert runs["none"].scalars[tag][1] == expected
 
 
 def test_a_reference_that_changes_is_found_out(tiny, server, runs_directory):

@@ -10,7 +10,7 @@ from tests.helpers.entry import LOSSES, ROOT, Launch
 from tests.helpers.forked import Server
 
 pytestmark = pytest.mark.skipif(
-    not simulated_cuda.AVAILABLE, reason="needs a CUDA build of torch, Triton and no CUDA device"
+    not simulated_cuda.AVAILABLE, reason="needs torch 2.13 for CUDA, Triton and no CUDA device"
 )
 
 STEPS = 2
