@@ -6,7 +6,6 @@ peak is one layer and the embeddings, whatever the number of layers.
 
 from __future__ import annotations
 
-import shlex
 import sys
 from argparse import Namespace
 from pathlib import Path
@@ -36,7 +35,7 @@ from megatron_ext.checkpoint.llama import LlamaLike
 from megatron_ext.checkpoint.safetensors import DTYPES, SafetensorsReader
 from megatron_ext.checkpoint.weights import Part, join, megatron_shape, parts, zero_shapes
 from megatron_ext.data.tokenizers import HuggingFaceReference, tokenizer_digest
-from megatron_ext.exceptions import CheckpointError
+from megatron_ext.exceptions import CheckpointError, ConfigError
 
 ARGS_FILE = "ARGS.txt"
 # Rows of the vocabulary are padded to a multiple of this, Megatron's own default.
@@ -65,11 +64,12 @@ def import_model(
 
     Raises:
         CheckpointError: the model does not fit; names the field, or the tensor.
-        ConfigError: the tokenizer cannot be loaded, or the output exists.
+        ConfigError: the tokenizer cannot be loaded, or the output exists or has white space in its path.
     """
+    kept_path = _check_path(output.resolve()) / KEPT
     config = read_config(source)
     model = LlamaLike.from_config(config)
-    tokenizer = HuggingFaceReference(tokenizer_spec(source))
+    tokenizer = HuggingFaceReference(tokenizer_spec(source), flag="--source")
     if tokenizer.vocab_size > model.vocab_size:
         raise CheckpointError(
             f"vocab_size: expected at least the {tokenizer.vocab_size} tokens of the tokenizer, "
@@ -83,7 +83,7 @@ def import_model(
             kept = folder / KEPT
             kept.mkdir()
             copy_files(source, kept, (CONFIG, GENERATION, *TOKENIZER_FILES))
-            flags = _flags(model, dtype, tokenizer.vocab_size, output.resolve() / KEPT)
+            flags = _flags(model, dtype, tokenizer.vocab_size, kept_path)
             args = _arguments(flags)
             args.unpadded_vocab_size, args.padded_vocab_size = tokenizer.vocab_size, rows
             args.tokenizer_digest, args.params_dtype = tokenizer_digest(tokenizer_spec(kept)), dtype
@@ -95,10 +95,21 @@ def import_model(
                 args=args,
                 empty_objects=_extra_states(model),
             )
-            lines = tuple(shlex.join(flag) for flag in flags)
+            # Without quotes: $(cat ARGS.txt) would take them for a part of the path.
+            lines = tuple(" ".join(flag) for flag in flags)
             (folder / ARGS_FILE).write_text("".join(line + "\n" for line in lines))
             (folder / TRACKER).write_text("0")
     return Converted(output, parameters(model), dtype, lines)
+
+
+def _check_path(output: Path) -> Path:
+    """The path, if the flags of a run can name it."""
+    if any(map(str.isspace, str(output))):
+        raise ConfigError(
+            f"--output: expected a path without white space, at which $(cat {ARGS_FILE}) splits the flags, "
+            f"found {str(output)!r}"
+        )
+    return output
 
 
 def _extra_states(model: LlamaLike) -> list[tuple[str, int]]:

@@ -128,7 +128,7 @@ def _template(folder: Path) -> PreTrainedConfig | None:
 def _check_tokenizer(folder: Path, checkpoint: Checkpoint) -> int:
     """Whether it is the tokenizer that the model was trained with; its number of tokens."""
     args = checkpoint.args
-    tokens = HuggingFaceReference(tokenizer_spec(folder)).vocab_size
+    tokens = HuggingFaceReference(tokenizer_spec(folder), flag="--tokenizer").vocab_size
     facts: list[tuple[str, object, object]] = [
         ("tokens", getattr(args, "unpadded_vocab_size", None), tokens)
     ]

@@ -19,6 +19,13 @@ from megatron_ext.exceptions import ConfigError
 
 SENTENCEPIECE_TYPES = ("SentencePieceTokenizer", "GPTSentencePieceTokenizer", "Llama2Tokenizer")
 TOKENIZER_TYPES = (*SENTENCEPIECE_TYPES, "HuggingFaceTokenizer")
+# The files of a Hugging Face vocabulary: any one of these sets.
+_VOCABULARIES = (
+    ("tokenizer.json",),
+    ("tokenizer.model",),
+    ("vocab.json", "merges.txt"),
+    ("vocab.txt",),
+)
 # Flat ids `[tokens]` and int64 bounds `[texts + 1]` of each text in them.
 Encoded = tuple[NDArray[Any], NDArray[np.int64]]
 
@@ -87,11 +94,11 @@ class SentencePieceReference:
 
 
 class HuggingFaceReference:
-    """`transformers`, as `megatron.core`'s HuggingFaceTokenizer calls it."""
+    """`transformers`, as `megatron.core`'s HuggingFaceTokenizer calls it; `flag` named it, for messages."""
 
     backend_name = "reference"
 
-    def __init__(self, spec: TokenizerSpec) -> None:
+    def __init__(self, spec: TokenizerSpec, *, flag: str = "--tokenizer-model") -> None:
         from transformers import AutoTokenizer
         from transformers.utils import logging as transformers_logging
 
@@ -104,9 +111,7 @@ class HuggingFaceReference:
                 trust_remote_code=spec.trust_remote_code,
             )
         except Exception as error:
-            raise ConfigError(
-                f"--tokenizer-model {spec.tokenizer_model} cannot be loaded: {error}"
-            ) from error
+            raise ConfigError(_why_not_loaded(spec.tokenizer_model, flag, error)) from error
         self.include_special_tokens = spec.include_special_tokens
         self.vocab_size = len(self.tokenizer)
         # Megatron takes the separator for the end of a document where no end token is named.
@@ -120,6 +125,22 @@ class HuggingFaceReference:
             return flatten([self.tokenizer(text).input_ids for text in texts])
         tokenize, to_ids = self.tokenizer.tokenize, self.tokenizer.convert_tokens_to_ids
         return flatten([to_ids(tokenize(text)) for text in texts])
+
+
+def _why_not_loaded(model: str, flag: str, error: Exception) -> str:
+    """What is wrong with a Hugging Face tokenizer; `transformers` does not say that there is none."""
+    path = Path(model)
+    if path.is_file():
+        text = f"{flag}: expected the folder of a Hugging Face tokenizer, found a file, {model}"
+        hint = "; --tokenizer-type SentencePieceTokenizer reads .model files"
+        return text + (hint if flag == "--tokenizer-model" else "")
+    vocabularies = [name for names in _VOCABULARIES for name in names]
+    if path.is_dir() and not any((path / name).is_file() for name in vocabularies):
+        return (
+            f"{flag}: expected a folder with a Hugging Face tokenizer (tokenizer.json or a vocabulary), "
+            f"found none in {model}"
+        )
+    return f"{flag} {model} cannot be loaded: {error}"
 
 
 def build_reference(spec: TokenizerSpec) -> SentencePieceReference | HuggingFaceReference:
@@ -140,12 +161,7 @@ def tokenizer_digest(spec: TokenizerSpec) -> str:
     from transformers.utils import cached_file
 
     digest = hashlib.sha256()
-    for names in (
-        ("tokenizer.json",),
-        ("tokenizer.model",),
-        ("vocab.json", "merges.txt"),
-        ("vocab.txt",),
-    ):
+    for names in _VOCABULARIES:
         paths = [
             cached_file(spec.tokenizer_model, name, _raise_exceptions_for_missing_entries=False)
             for name in names

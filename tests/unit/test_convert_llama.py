@@ -132,6 +132,12 @@ def test_rows_are_those_of_an_imported_model_and_not_of_a_tokenizer_from_another
         export_model(tmp_path / "ours", tmp_path / family, tokenizer=kept)
         found = json.loads((tmp_path / family / "config.json").read_text())
         assert (found["model_type"], found["vocab_size"]) == (family, rows)
+    file = tmp_path / "tokenizer.model"
+    file.write_bytes(b"SentencePiece")
+    with pytest.raises(
+        ConfigError, match=r"^--tokenizer: expected the folder .* found a file, \S+$"
+    ):
+        export_model(tmp_path / "ours", tmp_path / "back", tokenizer=file)
     qwen = llama.save(tmp_path / "qwen", model_type="qwen3", head_dim=8, vocab_size=600)
     export_model(tmp_path / "ours", tmp_path / "back", tokenizer=qwen)
     found = json.loads((tmp_path / "back" / "config.json").read_text())
@@ -224,11 +230,27 @@ def test_a_tokenizer_beyond_the_embedding_is_refused(tmp_path):
         from_huggingface.import_model(source, tmp_path / "output")
 
 
+def test_the_flags_of_an_import_are_read_by_white_space(tmp_path):
+    """As `$(cat ARGS.txt)` reads them: by no white space in a path, and by no quotes around one."""
+    source = llama.save(tmp_path / "source")
+    with pytest.raises(
+        ConfigError, match=r"--output: expected a path without white space, .*'.*/h f'"
+    ):
+        from_huggingface.import_model(source, tmp_path / "h f")
+    assert not (tmp_path / "h f").exists()
+    from_huggingface.import_model(source, tmp_path / "größe")
+    words = (tmp_path / "größe" / "ARGS.txt").read_text().split()
+    kept = words[words.index("--tokenizer-model") + 1]
+    assert kept == str(tmp_path / "größe" / "huggingface")
+
+
 def test_missing_weights_and_tokenizer_are_named(tmp_path):
     source = llama.save(tmp_path / "source")
     (source / "tokenizer.json").rename(source / "tokenizer.gone")
     (source / "model.safetensors").rename(source / "pytorch_model.bin")
-    with pytest.raises(ConfigError, match=f"{source} cannot be loaded"):
+    with pytest.raises(
+        ConfigError, match=f"--source: expected .* tokenizer .*, found none in {source}"
+    ):
         from_huggingface.import_model(source, tmp_path / "output")
     with pytest.raises(CheckpointError, match=f"{source}: expected model.safetensors or"):
         SafetensorsReader(source)

@@ -176,6 +176,15 @@ def test_unknown_type():
         TokenizerSpec(tokenizer_type="TikTokenizer", tokenizer_model="x")
 
 
+def test_a_file_is_no_hugging_face_tokenizer(models):
+    spec = TokenizerSpec(tokenizer_type="HuggingFaceTokenizer", tokenizer_model=models["identity"])
+    with pytest.raises(
+        ConfigError,
+        match=r"--tokenizer-model: expected the folder .*, found a file, .*SentencePiece",
+    ):
+        build_reference(spec)
+
+
 def test_trained_tokenizer_loses_nothing(tmp_path, caplog):
     caplog.set_level(logging.INFO)
     texts = [*make_texts(300), "x" * 5000]
