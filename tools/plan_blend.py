@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -155,7 +156,7 @@ def render_plan(numbers: dict[str, Any]) -> str:
                 lines.append(
                     f"warning: {row['name']} is read {row['epochs']:.1f} times, more than {MOST_EPOCHS}"
                 )
-        lines += ["", f"{side['flag']} {' '.join(side['words'])}"]
+        lines += ["", f"{side['flag']} {shlex.join(side['words'])}"]
     return "\n".join(lines)
 
 

@@ -1,6 +1,7 @@
 """Planned weights against Megatron's own blend; counted samples against a count one by one."""
 
 import json
+import shlex
 import sys
 from argparse import Namespace
 from collections import Counter
@@ -94,6 +95,13 @@ def test_text_warns_above_four_epochs(data, monkeypatch, capsys):
     assert "warning" not in text
     assert "code and 1 more" in text
     assert f"--data-path 38 {data['code']} 62 {data['web0']}" in text
+
+
+def test_words_to_paste_are_quoted_for_a_shell(tmp_path, monkeypatch, capsys):
+    prefix = write_dataset(tmp_path / "my data", [np.ones(30, np.int64)])
+    small = ("--seq-length", 10, "--split", "1", "--tokens", 30)
+    text = tool(monkeypatch, capsys, *small, "--dataset", "rest", prefix)
+    assert shlex.split(text.splitlines()[-1]) == ["--data-path", "3", prefix]
 
 
 @pytest.mark.parametrize("split", ["1", "3,1", "969,30,1", "50,50,0"])
