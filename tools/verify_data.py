@@ -16,11 +16,13 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from megatron_ext.data.blend import bare_prefix
 from megatron_ext.data.indexed import bin_path
 from megatron_ext.data.tokenizers import (
     TOKENIZER_TYPES,
@@ -37,12 +39,11 @@ from tools.common import ToolParser, run_tool
 def parse_args() -> argparse.Namespace:
     """Parse the command line."""
     parser = ToolParser(description=__doc__, allow_abbrev=False)
-    parser.add_argument("prefix", nargs="+", help="data sets, as --data-path names them")
+    data: dict[str, Any] = {"nargs": "+", "type": bare_prefix}
+    parser.add_argument("prefix", **data, help="data sets, as --data-path names them")
     parser.add_argument("--tokenizer-type", choices=TOKENIZER_TYPES)
     parser.add_argument("--tokenizer-model", help="without it, ids are held against the manifest")
-    parser.add_argument(
-        "--against", nargs="+", default=[], metavar="PREFIX", help="other data sets"
-    )
+    parser.add_argument("--against", **data, default=[], metavar="PREFIX", help="other data sets")
     parser.add_argument("--max-memory", type=float, default=1.0, metavar="GB", help="for digests")
     args = parser.parse_args()
     if (args.tokenizer_type is None) != (args.tokenizer_model is None):

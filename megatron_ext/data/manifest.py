@@ -174,21 +174,41 @@ def check_prefix(
             f"{path} describes {manifest.tokens} tokens in {manifest.sequences} sequences, but the "
             f"data set holds {summary.tokens} in {summary.sequences}: it belongs to other data"
         )
-    made_with = f"{manifest.tokenizer_type} {manifest.tokenizer_model}"
-    if manifest.vocab_size != vocab_size:
-        raise DataError(
-            f"{path}: the data were made with {made_with} of {manifest.vocab_size} pieces, but the "
-            f"tokenizer in use has {vocab_size}"
-        )
-    if tokenizer_digest is not None and manifest.tokenizer_digest != tokenizer_digest:
-        raise DataError(
-            f"{path}: the data were made with {made_with} (SHA-256 "
-            f"{manifest.tokenizer_digest[:12]}...), but the tokenizer in use is another one "
-            f"({tokenizer_digest[:12]}...)"
-        )
+    check_tokenizer(path, manifest, vocab_size=vocab_size, tokenizer_digest=tokenizer_digest)
     if manifest.append_eod and eod_id is not None and manifest.eod_id != eod_id:
         raise DataError(
             f"{path}: documents end in token id {manifest.eod_id}, but with the tokenizer in use they end "
-            f"in {eod_id}: the data were made with {made_with} of another end-of-text token"
+            f"in {eod_id}: the data were made with {_made_with(manifest)} of another end-of-text token"
         )
     return summary
+
+
+def check_tokenizer(
+    path: Path, manifest: Manifest, *, vocab_size: int, tokenizer_digest: str | None = None
+) -> None:
+    """Checks that data were made with a tokenizer.
+
+    Args:
+        path: Of the manifest, for messages.
+        manifest: Of the data.
+        vocab_size: Pieces of the tokenizer.
+        tokenizer_digest: Its digest, None to compare sizes only.
+
+    Raises:
+        DataError: They were made with another one.
+    """
+    if manifest.vocab_size != vocab_size:
+        raise DataError(
+            f"{path}: the data were made with {_made_with(manifest)} of {manifest.vocab_size} pieces, but "
+            f"the tokenizer given has {vocab_size}"
+        )
+    if tokenizer_digest is not None and manifest.tokenizer_digest != tokenizer_digest:
+        raise DataError(
+            f"{path}: the data were made with {_made_with(manifest)} (SHA-256 "
+            f"{manifest.tokenizer_digest[:12]}...), but the tokenizer given is another one "
+            f"({tokenizer_digest[:12]}...)"
+        )
+
+
+def _made_with(manifest: Manifest) -> str:
+    return f"{manifest.tokenizer_type} {manifest.tokenizer_model}"

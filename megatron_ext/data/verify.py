@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from megatron_ext.data.document_digests import document_digests
 from megatron_ext.data.indexed import HEADER, IndexSummary, bin_path, idx_path, read_index_summary
-from megatron_ext.data.manifest import manifest_path, read_manifest
+from megatron_ext.data.manifest import check_tokenizer, manifest_path, read_manifest
 from megatron_ext.exceptions import DataError
 
 _BLOCK = 1 << 25
@@ -81,9 +81,7 @@ def verify(
     path = manifest_path(prefix)
     if manifest is not None:
         vocab_size = manifest.vocab_size if vocab_size is None else vocab_size
-        _expect(path, "vocab_size", vocab_size, manifest.vocab_size)
-        if tokenizer_digest is not None:
-            _expect(path, "tokenizer_digest", tokenizer_digest, manifest.tokenizer_digest)
+        check_tokenizer(path, manifest, vocab_size=vocab_size, tokenizer_digest=tokenizer_digest)
     largest, digest = _read_tokens(prefix, summary, vocab_size, advance)
     if manifest is None:
         return Verified(summary, largest, has_digest=False)

@@ -102,7 +102,7 @@ def test_empty_data_set(tmp_path):
 def test_another_tokenizer_is_refused(copy, dataset):
     manifest = dataset[2]
     with pytest.raises(
-        DataError, match=rf"{manifest.vocab_size} pieces, but the tokenizer in use has 99"
+        DataError, match=rf"{manifest.vocab_size} pieces, but the tokenizer given has 99"
     ):
         check_prefix(copy, vocab_size=99)
     with pytest.raises(DataError, match=r"manifest\.json.*SHA-256"):

@@ -121,14 +121,22 @@ def test_a_broken_index_is_placed(copy, field, at, value, message):
         verify(copy)
 
 
-@pytest.mark.parametrize("field", ["documents", "tokens", "dtype", "vocab_size"])
+@pytest.mark.parametrize("field", ["documents", "tokens", "dtype"])
 def test_another_manifest_is_refused(copy, field):
     fields = json.loads(manifest_path(copy).read_text())
     fields[field] = "int32" if field == "dtype" else fields[field] + 1
     manifest_path(copy).write_text(json.dumps(fields))
-    # The vocabulary is given, so that the manifest's has something to differ from.
     with pytest.raises(DataError, match=f"c.manifest.json: expected {field}"):
-        verify(copy, vocab_size=fields["vocab_size"] - (field == "vocab_size"))
+        verify(copy, vocab_size=fields["vocab_size"])
+
+
+def test_another_tokenizer_is_told_from_that_of_the_data(copy):
+    pieces = read_manifest(copy).vocab_size
+    made = r"c\.manifest\.json: the data were made with SentencePieceTokenizer t\.model"
+    with pytest.raises(DataError, match=rf"{made} of {pieces} .* the tokenizer given has 3000$"):
+        verify(copy, vocab_size=3000)
+    with pytest.raises(DataError, match=rf"{made} \(SHA-256 .* given is another one \(another"):
+        verify(copy, vocab_size=pieces, tokenizer_digest="another")
 
 
 def test_ids_of_two_tokenizers_are_not_compared(made, copy):
@@ -239,4 +247,5 @@ def test_the_tool_checks_all_and_says_which_are_bad(made, copy):
     assert result.returncode == 2
     assert f"BAD {made['all']}: 20 documents (20 distinct) are in {made['first']}" in result.stdout
     assert f"ok  {made['last']} shares no document with {made['first']}" in result.stdout
-    assert tool(made["first"], made["last"]).returncode == 0
+    # As a shell completes them.
+    assert tool(f"{made['first']}.idx", "--against", f"{made['last']}.bin").returncode == 0
