@@ -74,6 +74,11 @@ class PreprocessConfig:
             raise ConfigError(f"--workers: expected at least 1, found {self.workers}")
         if self.log_interval < 1:
             raise ConfigError(f"--log-interval: expected at least 1, found {self.log_interval}")
+        if self.output_prefix.endswith("/") or Path(self.output_prefix).is_dir():
+            raise ConfigError(
+                f"--output-prefix: expected a folder and the beginning of file names, found the folder "
+                f"{self.output_prefix} alone"
+            )
         if not self.keys or len(set(self.keys)) != len(self.keys):
             raise ConfigError(f"--json-keys: expected distinct names, found {self.keys}")
 

@@ -183,6 +183,12 @@ def test_settings_that_cannot_work(tmp_path, model):
     ]:
         with pytest.raises(ConfigError, match=message):
             run(model, inputs, tmp_path / "o", **options)
+    (tmp_path / "folder").mkdir()
+    for prefix in (tmp_path / "folder", f"{tmp_path}/folder/", f"{tmp_path}/new/"):
+        with pytest.raises(
+            ConfigError, match=rf"--output-prefix: .* found the folder {prefix} alone"
+        ):
+            run(model, [source], prefix)
     with pytest.raises(ConfigError, match="no such file"):
         run(str(tmp_path / "none.model"), [source], tmp_path / "o")
     with pytest.raises(ConfigError, match="not a SentencePiece model"):
