@@ -28,6 +28,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--input-format", choices=["auto", "jsonl", "parquet", "text"], default="auto"
     )
+    parser.add_argument(
+        "--on-error",
+        choices=["fail", "skip"],
+        default="fail",
+        help="stop at a bad record and write nothing, or leave it out and count it",
+    )
     parser.add_argument("--vocab-size", type=int, required=True, help="pieces, all kinds together")
     parser.add_argument("--output", required=True, help="the model file to write")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing model")
@@ -58,6 +64,7 @@ def main() -> None:
             input_format=args.input_format,
             split_digits=args.split_digits,
             max_bytes=args.max_bytes,
+            on_error=args.on_error,
             overwrite=args.overwrite,
         )
     )
@@ -68,6 +75,8 @@ def main() -> None:
     print(
         f"{result.bytes_per_token:.2f} bytes a token on the last {result.probe_bytes / 1e6:.1f} MB"
     )
+    for reason, count in sorted(result.skipped.items()):
+        print(f"skipped {count:,}: {reason}")
 
 
 if __name__ == "__main__":

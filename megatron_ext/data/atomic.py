@@ -33,7 +33,7 @@ class AtomicFiles:
         overwrite: Whether files that exist already may be replaced.
 
     Raises:
-        ConfigError: A path exists and `overwrite` is false.
+        ConfigError: A path exists and `overwrite` is false, or it is a folder.
         DataError: Another process is writing to the same destination.
         OSError: The directory cannot be written.
     """
@@ -131,6 +131,9 @@ def write_atomically(path: Path, data: bytes, *, overwrite: bool = False) -> Non
 
 
 def _refuse_existing(paths: Sequence[Path], *, overwrite: bool) -> None:
+    folder = next((path for path in paths if path.is_dir()), None)
+    if folder is not None:
+        raise ConfigError(f"{folder}: expected a file to write, or nothing, found a folder")
     existing = [path for path in paths if path.exists()]
     if existing and not overwrite:
         raise ConfigError(

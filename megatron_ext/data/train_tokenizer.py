@@ -3,9 +3,11 @@
 import io
 import logging
 import re
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import sentencepiece
 from tqdm import tqdm
@@ -38,6 +40,7 @@ class TrainTokenizerConfig:
         input_format: Format of all inputs, or by their names.
         split_digits: Whether each digit is a piece of its own.
         max_bytes: Text to train on, from the start of the input; all of it is held in memory.
+        on_error: Whether a bad record stops the training or is left out and counted.
         overwrite: Whether an existing model may be replaced.
     """
 
@@ -48,6 +51,7 @@ class TrainTokenizerConfig:
     input_format: InputFormat = "auto"
     split_digits: bool = True
     max_bytes: int = 1_000_000_000
+    on_error: Literal["fail", "skip"] = "fail"
     overwrite: bool = False
 
     def __post_init__(self) -> None:
@@ -67,12 +71,14 @@ class TrainTokenizerResult:
         text_bytes: UTF-8 bytes of text learned from.
         probe_bytes: Bytes of the text, its end, on which `bytes_per_token` was measured.
         bytes_per_token: Mean bytes of a token.
+        skipped: Bad records left out, by reason.
     """
 
     vocab_size: int
     text_bytes: int
     probe_bytes: int
     bytes_per_token: float
+    skipped: dict[str, int]
 
 
 class _Lines:
@@ -83,8 +89,18 @@ class _Lines:
         self._paths = find_inputs(config.inputs, input_format=config.input_format)
         self.text_bytes = 0
         self.probe: list[str] = []
+        self.skipped: Counter[str] = Counter()
+        self.failure: BaseException | None = None
 
     def __iter__(self) -> Iterator[str]:
+        try:
+            yield from self._cut()
+        except (Exception, KeyboardInterrupt) as error:
+            # SentencePiece makes an internal error of its own, with a trace, of whatever ends its input.
+            self.failure = error
+            raise
+
+    def _cut(self) -> Iterator[str]:
         total = min(sum(path.stat().st_size for path in self._paths), self._config.max_bytes)
         kept = 0
         with tqdm(total=total, unit="B", unit_scale=True, desc="reading", disable=None) as bar:
@@ -108,10 +124,15 @@ class _Lines:
         config = self._config
         for block in read_blocks(self._paths, keys=config.keys, input_format=config.input_format):
             for record in parse_block(block, config.keys):
-                if isinstance(record, BadRecord):
-                    raise DataError(str(record))
-                for texts in record:
-                    yield from texts
+                if not isinstance(record, BadRecord):
+                    for texts in record:
+                        yield from texts
+                elif config.on_error == "fail":
+                    raise DataError(f"{record}; --on-error skip leaves such records out")
+                else:
+                    self.skipped[record.reason] += 1
+                    if self.skipped[record.reason] <= 3:
+                        logger.warning("skipped %s", record)
 
 
 def train_tokenizer(config: TrainTokenizerConfig) -> TrainTokenizerResult:
@@ -120,7 +141,7 @@ def train_tokenizer(config: TrainTokenizerConfig) -> TrainTokenizerResult:
     Raises:
         ConfigError: The output exists, no input matches, or the vocabulary is too small for the
             text.
-        DataError: The input cannot be read, or is too small for the vocabulary.
+        DataError: The input cannot be read, holds a bad record, or is too small for the vocabulary.
     """
     lines = _Lines(config)
     output = Path(config.output)
@@ -150,7 +171,8 @@ def train_tokenizer(config: TrainTokenizerConfig) -> TrainTokenizerResult:
                 minloglevel=2,
             )
         except RuntimeError as error:
-            raise _explain(error, config.vocab_size, lines.text_bytes) from error
+            failure = lines.failure or _explain(error, config.vocab_size, lines.text_bytes)
+            raise failure from error
         processor = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
         files[output].write(model.getvalue())
         files.commit()
@@ -161,6 +183,7 @@ def train_tokenizer(config: TrainTokenizerConfig) -> TrainTokenizerResult:
         text_bytes=lines.text_bytes,
         probe_bytes=probe_bytes,
         bytes_per_token=probe_bytes / max(probe_tokens, 1),
+        skipped=dict(lines.skipped),
     )
 
 

@@ -208,6 +208,32 @@ def test_trained_tokenizer_loses_nothing(tmp_path, caplog):
     assert output.read_bytes() == first
 
 
+def test_a_bad_record_stops_training_by_its_line_or_is_left_out(tmp_path):
+    texts = make_texts(300)
+    source = tmp_path / "a.jsonl"
+    write_jsonl(source, [{"text": text} for text in texts])
+    lines = source.read_text().splitlines()
+    source.write_text("\n".join([lines[0], '{"text": "a"', *lines[1:]]))
+    settings = {"inputs": [str(source)], "output": str(tmp_path / "t.model"), "vocab_size": 400}
+    with pytest.raises(DataError, match=r"^\S+a\.jsonl:2: not valid JSON \(.*; --on-error skip "):
+        train_tokenizer(TrainTokenizerConfig(**settings))
+    assert [path.name for path in tmp_path.iterdir()] == ["a.jsonl"]
+    result = train_tokenizer(TrainTokenizerConfig(**settings, on_error="skip"))
+    assert result.skipped == {"not valid JSON": 1}
+    assert result.text_bytes == sum(len(text.encode()) for text in texts)
+
+
+def test_a_folder_is_no_place_for_a_model(tmp_path):
+    source = write_jsonl(tmp_path / "a.jsonl", [{"text": text} for text in make_texts(300)])
+    (tmp_path / "models").mkdir()
+    settings = {"inputs": [source], "output": str(tmp_path / "models"), "vocab_size": 400}
+    for overwrite in (False, True):
+        with pytest.raises(
+            ConfigError, match=r"models: expected a file to write, .* found a folder"
+        ):
+            train_tokenizer(TrainTokenizerConfig(**settings, overwrite=overwrite))
+
+
 def test_training_errors_name_the_setting(tmp_path):
     def train(text, vocab_size=4000):
         source = write_jsonl(tmp_path / "a.jsonl", [{"text": text}])
