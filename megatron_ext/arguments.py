@@ -42,7 +42,7 @@ from megatron_ext.refusals import (
     WITHOUT_UNLEARNING,
     refuse,
 )
-from megatron_ext.runtime import compat, cpu
+from megatron_ext.runtime import compat, console, cpu
 from megatron_ext.values import (
     check_index,
     check_places,
@@ -65,6 +65,7 @@ def add_arguments(parser: ArgumentParser) -> ArgumentParser:
             action.help = f"{action.help} Default: {action.default}."
     compat.repair_help(parser)
     parser.set_defaults(**machine_defaults())
+    console.suggest_flags(parser)
     # A mistyped flag printed the 750 lines of all of Megatron's before the error, on every rank.
     parser.usage = "%(prog)s FLAGS (--help lists them; those of this program are at its end)"
     return parser

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import difflib
 import io
 import logging
 import re
 import warnings
-from typing import Any
+from argparse import ArgumentParser
+from typing import Any, NoReturn
 
 # Beginnings of warnings that Megatron-Core and torch, both pinned, cause between themselves, on every rank.
 _WARNINGS = (
@@ -20,6 +22,9 @@ _WARNINGS = (
     "'pin_memory' argument is set as true but no accelerator is found",
 )
 _LOGS: dict[str, tuple[str, ...]] = {
+    "torch.utils.cpp_extension": (
+        "No CUDA runtime is found",
+    ),  # a run says that there is no device
     "megatron.core.models.gpt.gpt_model": ("GPTModel IS DEPRECATED",),
     "megatron.core.dist_checkpointing.strategies.torch": ("MCore's async save is deprecated",),
     "megatron.core.rerun_state_machine": (
@@ -45,6 +50,25 @@ def quiet() -> None:
 def hidden() -> contextlib.AbstractContextManager[object]:
     """Hides what Megatron prints where no run is started: its 600 arguments, and each step of its start."""
     return contextlib.redirect_stdout(io.StringIO())
+
+
+def suggest_flags(parser: ArgumentParser) -> None:
+    """Let a parser answer a mistyped flag with the closest that it knows.
+
+    Args:
+        parser: Megatron's, with the product's flags in it or still to come.
+    """
+    refuse_words = parser.error
+
+    def error(message: str) -> NoReturn:
+        if message.startswith("unrecognized arguments"):
+            names = (word.partition("=")[0] for word in message.split() if word.startswith("--"))
+            like = [difflib.get_close_matches(n, parser._option_string_actions, n=1) for n in names]
+            if found := ", ".join(match for matches in like for match in matches):
+                message = f"{message}; did you mean {found}?"
+        refuse_words(message)
+
+    parser.error = error  # type: ignore[method-assign]
 
 
 def repair_training_log() -> None:

@@ -59,6 +59,8 @@ def test_known_remarks_of_libraries_are_left_out_and_others_are_not(caplog):
         warnings.warn("news of torch.distributed", stacklevel=1)
         model.warning("GPTModel IS DEPRECATED. GPTModel is only")
         model.warning("news of the model")
+        extensions = logging.getLogger("torch.utils.cpp_extension")
+        extensions.warning("No CUDA runtime is found, using CUDA_HOME='%s'", "/usr/local/cuda")
     assert [str(warning.message) for warning in seen] == ["news of torch.distributed"]
     assert caplog.messages == ["news of the model"]
 
@@ -70,6 +72,26 @@ def test_a_mistyped_flag_is_answered_in_two_lines(capsys):
     usage, error = capsys.readouterr().err.splitlines()
     assert "--help" in usage
     assert "--forget-weigth" in error
+
+
+def test_a_mistyped_flag_is_answered_with_the_closest_one(capsys):
+    parser = argparse.ArgumentParser(allow_abbrev=False)
+    parser.add_argument("--micro-batch-size", type=int)
+    add_arguments(parser)
+
+    def answer(*words):
+        with pytest.raises(SystemExit) as leaving:
+            parser.parse_args(words)
+        assert leaving.value.code == 2
+        return capsys.readouterr().err.splitlines()[-1]
+
+    found = answer("--forget-wieght", "0.1", "--micro-batchsize=4")
+    assert found.endswith(
+        "unrecognized arguments: --forget-wieght 0.1 --micro-batchsize=4; did you mean "
+        "--forget-weight, --micro-batch-size?"
+    )
+    assert answer("--zzz", "1").endswith("unrecognized arguments: --zzz 1")
+    assert answer("--forget-weight", "much").endswith("invalid float value: 'much'")
 
 
 def test_help_names_the_defaults_of_unlearning():
