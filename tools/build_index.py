@@ -11,6 +11,7 @@ sizes, iterations or tokenizer differ has another index. What is there already i
 from __future__ import annotations
 
 import argparse
+import io
 import logging
 import os
 import sys
@@ -26,7 +27,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from megatron_ext.exceptions import ConfigError
-from tools.common import ToolParser, run_tool
+from tools.common import BEHIND, ToolParser, run_tool
 
 # By these flags the ranks of a run are split; the least number of them can be told from the rest.
 _LAYOUT = ("tensor-model-parallel-size", "pipeline-model-parallel-size", "context-parallel-size")
@@ -55,7 +56,7 @@ def run_flags(argv: Sequence[str]) -> list[str]:
     Raises:
         ConfigError: there are none, or the index would depend on what they do not say.
     """
-    parser = ToolParser(description=__doc__, usage="%(prog)s [-h] -- FLAGS")
+    parser = ToolParser(description=__doc__, usage="%(prog)s [-h] -- FLAGS", hint=BEHIND)
     parser.add_argument(
         "flags", nargs="+", metavar="FLAGS", help="of pretrain_unlearn.py, after --"
     )
@@ -105,7 +106,16 @@ def parse(flags: Sequence[str]) -> tuple[Namespace, Callable[[], object]]:
     os.environ["WORLD_SIZE"] = str(smallest_world(flags))
     # Nothing is logged to where the run will log; of a flag that is given twice the last one counts.
     sys.argv = [sys.argv[0], *flags, "--tensorboard-dir", "", "--wandb-project", ""]
-    args, config, _ = arguments.parse()
+    told = io.StringIO()  # 800 lines: all of Megatron's arguments
+    try:
+        with redirect_stdout(told):
+            args, config, _ = arguments.parse()
+    except ConfigError as error:
+        if isinstance(
+            error.__cause__, SystemExit
+        ):  # Megatron's reason is there, and nothing else yet
+            print(told.getvalue(), end="")
+        raise
     check_datasets(args, config)
     check_overlap(args, config)
     args.dataloader_fast_cache_load = args.dataloader_defer_npy_index_mmap = False

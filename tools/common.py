@@ -11,12 +11,27 @@ from typing import Any, NoReturn
 from megatron_ext.exceptions import MegatronExtError
 from megatron_ext.runtime import console
 
+# For the parsers of tools that take the flags of a run as well.
+BEHIND = "put the flags of the run behind --"
+
 
 class ToolParser(argparse.ArgumentParser):
-    """Shows the tool's docstring as it is written, and the default of each flag; so do those of its verbs."""
+    """Shows the tool's docstring as it is written, and the default of each flag; so do those of its verbs.
 
-    def __init__(self, **settings: Any) -> None:
+    Args:
+        hint: What to do about arguments that the tool does not know.
+        **settings: Those of `ArgumentParser`.
+    """
+
+    def __init__(self, *, hint: str = "", **settings: Any) -> None:
         super().__init__(**{"formatter_class": _HelpFormatter} | settings)
+        self.hint = hint
+
+    def error(self, message: str) -> NoReturn:
+        """Ends with code 2, the usage and the message."""
+        if self.hint and message.startswith("unrecognized arguments"):
+            message = f"{message}; {self.hint}"
+        super().error(message)
 
 
 class _HelpFormatter(argparse.RawDescriptionHelpFormatter):

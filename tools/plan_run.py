@@ -25,12 +25,12 @@ from megatron_ext.planning.flags import entry_flags
 from megatron_ext.planning.gpus import GPUS, Cluster
 from megatron_ext.planning.plan import plan
 from megatron_ext.planning.report import render
-from tools.common import ToolParser, run_tool
+from tools.common import BEHIND, ToolParser, run_tool
 
 
 def parse_options(words: Sequence[str]) -> Namespace:
     """The tool's own flags."""
-    parser = ToolParser(description=__doc__)
+    parser = ToolParser(description=__doc__, hint=BEHIND)
     add = parser.add_argument
     add("--gpus", type=int, required=True, help="ranks of the run, all nodes")
     add("--gpu-type", choices=(*GPUS, "CPU"), default="H100", help="default %(default)s")

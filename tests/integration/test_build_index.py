@@ -46,6 +46,7 @@ def test_the_run_builds_nothing(built, name, indices):
     assert len(before[name]) == indices // 3 * (4 + 4 + 3)
     assert after[name] == before[name]
     assert f"{indices} indices built, 0 found" in told[name].output
+    assert "-- arguments --" not in told[name].output
 
 
 def test_the_tool_logs_to_nowhere(built):
@@ -66,6 +67,14 @@ def test_another_run_has_another_index(built, tiny, server):
     ((_, evaluated),) = server.results([Launch(("--", *tiny.plain(*validation)), script=TOOL)])
     assert "9 indices built, 0 found" in evaluated
     assert before["plain"].items() <= files(folder / "plain").items()
+
+
+def test_what_megatron_says_before_it_leaves_is_shown(tiny, server, tmp_path):
+    flags = (*tiny.plain(*STEPS), "--data-cache-path", tmp_path, "--checkpoint-activations")
+    ((code, output),) = server.results([Launch(("--", *flags), script=TOOL)])
+    assert code == 2
+    assert "--checkpoint-activations is no longer valid" in output
+    assert "which says why above" in output
 
 
 @pytest.mark.parametrize(

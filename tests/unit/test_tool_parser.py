@@ -2,6 +2,7 @@
 
 import pytest
 
+from tools import build_index, plan_run
 from tools.common import ToolParser
 
 
@@ -24,3 +25,18 @@ def test_help_shows_defaults_of_flags_and_of_verbs(capsys):
         "--name NAME no default is none",
         "--fast a switch",
     ]
+
+
+@pytest.mark.parametrize(
+    ("parse", "words"),
+    [
+        (plan_run.parse_options, ["--gpus", "2", "--num-layers", "2"]),
+        (build_index.run_flags, ["--num-layers", "2"]),
+    ],
+)
+def test_flags_of_a_run_belong_behind_two_dashes(parse, words, capsys):
+    with pytest.raises(SystemExit):
+        parse(words)
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert "unrecognized arguments: --num-layers" in error
+    assert error.endswith("; put the flags of the run behind --")
