@@ -18,7 +18,6 @@ Models run distributed, also without torchrun as one process; the architecture i
 from __future__ import annotations
 
 import json
-import logging
 import sys
 from argparse import ArgumentParser, Namespace
 from collections.abc import Mapping, Sequence
@@ -179,14 +178,13 @@ def run_report(options: Namespace) -> None:
     from megatron_ext.analysis.report import curves, write_page
     from megatron_ext.analysis.report_inputs import read_inputs
 
-    # It reports the end of every file that it reads.
-    logging.getLogger("tensorboard").setLevel(logging.WARNING)
     inputs = read_inputs(options)
     path, panels = Path(options.output), curves(inputs)
     contents = {path: write_page(inputs, title=options.title).encode()}
     if panels:
         contents[path.with_name(f"{path.stem}-losses.png")] = render(panels)
     _publish(contents)
+    print(", ".join(map(str, contents)))
 
 
 def _session(options: Namespace) -> AbstractContextManager[Session]:

@@ -8,14 +8,19 @@ Each side is a TensorBoard directory or a text file as `--write` makes it. Exit 
 differs by more than the tolerance, or is missing on one side.
 """
 
-import math
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from megatron_ext.analysis.scalars import Scalars, compare, format_scalars, read_scalars
+from megatron_ext.analysis.scalars import (
+    Scalars,
+    compare,
+    format_scalars,
+    read_scalars,
+    relative_difference,
+)
 from megatron_ext.exceptions import ConfigError, DataError
 from tools.common import ToolParser, run_tool
 
@@ -52,28 +57,41 @@ def main() -> None:
     if args.found is None:
         parser.error("two runs are needed, or --write")
     differences = compare(expected, found, tags=tags)
-    print(table(expected, found, differences))
+    print(table(expected, found, tags=tags))
     if max(differences.values()) > args.tolerance:
         print(f"the runs differ by more than {args.tolerance:g}")
         sys.exit(1)
 
 
-def table(expected: Scalars, found: Scalars, differences: Mapping[str, float]) -> str:
-    """First and last value of each tag on both sides, and the largest difference of all steps."""
-    width = max(len(tag) for tag in differences)
+def table(expected: Scalars, found: Scalars, *, tags: Sequence[str]) -> str:
+    """First and last value of each tag on both sides, and the largest difference of the steps of both."""
+    width = max(len(tag) for tag in tags)
     lines = [
         f"{'':{width}}  {'step':>6}  {'expected':>14}  {'found':>14}  largest relative difference"
     ]
-    for tag, difference in differences.items():
+    for tag in tags:
         left, right = expected.get(tag, {}), found.get(tag, {})
         steps = sorted(left.keys() | right.keys())
         for step in dict.fromkeys((steps[0], steps[-1])):
-            values = [f"{side.get(step, math.nan):14.8g}" for side in (left, right)]
-            lines.append(
-                f"{tag if step == steps[0] else '':{width}}  {step:6d}  {'  '.join(values)}"
-                + (f"  {difference:.2e} over {len(steps)} steps" if step == steps[0] else "")
+            values = (
+                f"{side[step]:14.8g}" if step in side else f"{'-':>14}" for side in (left, right)
             )
+            line = f"{tag if step == steps[0] else '':{width}}  {step:6d}  {'  '.join(values)}"
+            lines.append(line + (f"  {_verdict(left, right)}" if step == steps[0] else ""))
     return "\n".join(lines)
+
+
+def _verdict(left: Mapping[int, float], right: Mapping[int, float]) -> str:
+    """How far the steps of both runs differ, and how many are in one run only."""
+    both = left.keys() & right.keys()
+    parts = []
+    if both:
+        worst = max(relative_difference(left[step], right[step]) for step in both)
+        parts = [f"{worst:.2e} over {len(both)} steps"]
+    for name, count in (("first", len(left) - len(both)), ("second", len(right) - len(both))):
+        if count:
+            parts.append(f"only in the {name}" if not both else f"{count} only in the {name}")
+    return ", ".join(parts)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -36,6 +37,8 @@ def read_scalars(path: Path) -> dict[str, dict[int, float]]:
 def _read_events(directory: Path) -> dict[str, dict[int, float]]:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+    # It reports the end of every file that it reads, and warns of the steps that a resumed run writes again.
+    logging.getLogger("tensorboard").setLevel(logging.ERROR)
     events = EventAccumulator(str(directory), size_guidance={"scalars": 0})
     events.Reload()
     return {

@@ -207,6 +207,12 @@ def test_rows_of_the_paper_are_set_apart(page):
     assert sum(style == "other" for _, style in page.rows) == 5  # no chat scores, no chat rows
 
 
+def test_the_tool_says_what_it_wrote(files, tmp_path, monkeypatch, capsys):
+    output = tmp_path / "report.html"
+    report(monkeypatch, "--losses", f"a={files}/losses", "--output", output)
+    assert capsys.readouterr().out == f"{output}, {tmp_path / 'report-losses.png'}\n"
+
+
 def test_report_without_unlearning(files, tmp_path, monkeypatch):
     output = tmp_path / "r.html"
     report(monkeypatch, "--perplexity", files / "perplexity.json", "--output", output)

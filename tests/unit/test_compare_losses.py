@@ -3,6 +3,7 @@ import subprocess
 import sys
 
 import pytest
+from torch.utils.tensorboard import SummaryWriter
 
 from megatron_ext.analysis.scalars import (
     compare,
@@ -83,6 +84,39 @@ def test_the_command_line(tmp_path):
     assert missing.returncode == 2
     assert "none" in missing.stderr
     assert "Traceback" not in missing.stderr
+
+
+def test_what_one_run_alone_has_is_said(tmp_path):
+    runs = {
+        "one": {"lm loss": {1: 2.0, 2: 3.0}, "forget loss": {1: 0.5, 2: 0.25}},
+        "other": {"lm loss": {2: 3.0, 3: 4.0, 4: 5.0}, "replay loss": {1: 0.5}},
+    }
+    for name, scalars in runs.items():
+        (tmp_path / name).write_text(format_scalars(scalars, tags=tuple(scalars)))
+    result = tool(tmp_path / "one", tmp_path / "other")
+    assert result.returncode == 1
+    lines = [" ".join(line.split()) for line in result.stdout.splitlines()]
+    assert lines[1:-1] == [
+        "lm loss 1 2 - 0.00e+00 over 1 steps, 1 only in the first, 2 only in the second",
+        "4 - 5",
+        "forget loss 1 0.5 - only in the first",
+        "2 0.25 -",
+        "replay loss 1 - 0.5 only in the second",
+    ]
+    assert lines[-1] == "the runs differ by more than 1e-05"
+
+
+def test_tensorboard_says_nothing_of_a_resumed_run(tmp_path):
+    for number, steps in enumerate([(1, 2, 3), (3, 4), (4, 5)]):  # what was lost is written again
+        with SummaryWriter(str(tmp_path / "new")) as writer:
+            for step in steps:
+                writer.add_scalar("lm loss", step + number / 4, step)
+        (tmp_path / "run").mkdir(exist_ok=True)
+        (written,) = (tmp_path / "new").iterdir()
+        written.rename(tmp_path / "run" / f"events.out.tfevents.{number}")
+    result = tool(tmp_path / "run", "--write")
+    assert result.stdout == "step\tlm loss\n1\t1\n2\t2\n3\t3.25\n4\t4.5\n5\t5.5\n"
+    assert result.stderr == ""
 
 
 def test_a_folder_without_event_files_is_named(tmp_path):
