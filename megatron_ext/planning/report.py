@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 _GIB = 2**30
@@ -65,10 +65,11 @@ def _memory(n: dict[str, Any]) -> Iterator[str]:
     shown = {key: name for key, name in _PARTS.items() if key in present}
     widths = {key: max(8, len(name) + 1) for key, name in shown.items()}
     header = "".join(f"{name:>{widths[key]}}" for key, name in shown.items())
-    yield f"memory, GiB   stage{header}    total"
+    unit, name = _unit_of_memory([stage["total"] for stage in n["stages"]])
+    yield f"memory, {name}   stage{header}    total"
     for stage in n["stages"]:
-        row = "".join(f"{stage['parts'].get(k, 0) / _GIB:{widths[k]}.2f}" for k in shown)
-        yield f"              {stage['stage']:5}{row}{stage['total'] / _GIB:9.2f}"
+        row = "".join(f"{stage['parts'].get(k, 0) / unit:{widths[k]}.2f}" for k in shown)
+        yield f"              {stage['stage']:5}{row}{stage['total'] / unit:9.2f}"
     yield from _memory_notes(n)
 
 
@@ -84,7 +85,8 @@ def _memory_notes(n: dict[str, Any]) -> Iterator[str]:
     if passes:
         yield f"              the total is that of the reference's pass on stages {passes}"
     if host := max(stage["host"] for stage in n["stages"]):
-        yield f"              and {host / _GIB:.2f} GiB of pinned host memory a rank"
+        unit, name = _unit_of_memory([host])
+        yield f"              and {host / unit:.2f} {name} of pinned host memory a rank"
     if n["gpu_memory"] is not None:
         share = n["memory_total"] / n["gpu_memory"]
         yield (
@@ -93,12 +95,24 @@ def _memory_notes(n: dict[str, Any]) -> Iterator[str]:
         )
 
 
+def _unit_of_memory(sizes: Sequence[float]) -> tuple[int, str]:
+    """Bytes of a unit in which not all sizes are 0.00, and its name."""
+    return (2**20, "MiB") if max(sizes, default=_GIB) < _GIB else (_GIB, "GiB")
+
+
+def _unit_of_time(times: Sequence[float]) -> tuple[float, str]:
+    """Seconds of a unit in which not all times are 0.000, and its name."""
+    return (1e-3, "ms") if max(times, default=1.0) < 0.1 else (1.0, "s")
+
+
 def _costs(n: dict[str, Any]) -> Iterator[str]:
     whole = ""
     if n["seconds"] is not None:
         whole = f", {n['seconds'] / 3600:,.2f} h and {n['gpu_hours']:,.1f} rank-hours in all"
+    unit, name = _unit_of_time([n["seconds_per_step"]])
+    step = f"{n['seconds_per_step'] / unit:.3{'f' if name == 's' else 'g'}} {name}"
     yield (
-        f"time          {n['seconds_per_step']:.3f} s a step{whole} at {n['mfu']:.0%} of "
+        f"time          {step} a step{whole} at {n['mfu']:.0%} of "
         f"{n['peak_flops'] / 1e12:g} TFLOP/s a rank (assumed)"
     )
     if n["cost"] is not None:
@@ -118,16 +132,18 @@ def _layouts(n: dict[str, Any]) -> Iterator[str]:
         f"layouts       {n['layouts_that_fit']:,} fit; the fastest by a model of the step (not measured), "
         f"products at {n['mfu']:.0%} of the peak{context}:"
     )
+    memory, gib = _unit_of_memory([one["memory"] for one in n["layouts"]])
+    time, s = _unit_of_time([one["seconds_per_step"] for one in n["layouts"]])
     yield (
-        "              TP  PP VPP   DP micro recompute   GiB   s/step = compute +    TP + bubble + "
+        f"              TP  PP VPP   DP micro recompute   {gib}  {s:>2}/step = compute +    TP + bubble + "
         "stages +   DP + reference"
     )
     for one in n["layouts"]:
-        parts = one["parts"]
+        parts = {name: seconds / time for name, seconds in one["parts"].items()}
         yield (
             f"              {one['tp']:2} {one['pp']:3} {one['vpp']:3} {one['dp']:4} "
-            f"{one['micro_batch']:5} {one['recompute']:>9} {one['memory'] / _GIB:5.1f} "
-            f"{one['seconds_per_step']:8.3f}   {parts['compute']:7.3f} "
+            f"{one['micro_batch']:5} {one['recompute']:>9} {one['memory'] / memory:5.1f} "
+            f"{one['seconds_per_step'] / time:8.3f}   {parts['compute']:7.3f} "
             f"{parts['tensor_parallel'] + parts['context_parallel']:7.3f} "
             f"{parts['bubble']:8.3f} {parts['pipeline']:8.3f} {parts['data_parallel']:6.3f} "
             f"{parts['reference']:11.3f}"

@@ -64,6 +64,26 @@ def test_text_and_numbers_say_the_same(data, tmp_path):
     assert stage["total"] == sum(stage["parts"].values()) == numbers["memory_total"]
 
 
+def test_small_numbers_have_small_units():
+    tiny = ("--num-layers", 2, "--hidden-size", 64, "--ffn-hidden-size", 128, "--seq-length", 64)
+    words = (*MODEL, *tiny, "--num-attention-heads", 2, "--vocab-size", 500)
+    words = ("--gpus", 2, "--rank-layouts", 1, "--", *words)
+    lines = run(*words).stdout.splitlines()
+    numbers = json.loads(run(words[0], words[1], "--json", *words[2:]).stdout)
+    starts = [line.split(" ")[0] for line in lines]
+    header, cells = lines[starts.index("memory,") :][:2]
+    assert header.startswith("memory, MiB   stage")
+    assert float(cells.split()[-1]) == pytest.approx(numbers["memory_total"] / 2**20, abs=0.01)
+    _, milliseconds, unit, *_ = lines[starts.index("time")].split()
+    assert unit == "ms"
+    assert float(milliseconds) == pytest.approx(1e3 * numbers["seconds_per_step"], rel=0.01)
+    header, layout = lines[starts.index("layouts") + 1 :][:2]
+    assert header.split()[6:8] == ["MiB", "ms/step"]
+    [fastest] = numbers["layouts"]
+    assert float(layout.split()[6]) == pytest.approx(fastest["memory"] / 2**20, abs=0.1)
+    assert float(layout.split()[7]) == pytest.approx(1e3 * fastest["seconds_per_step"], abs=1e-3)
+
+
 def test_what_does_not_fit_is_said(data):
     words = ("--micro-batch-size", 32, "--global-batch-size", 2048)
     result = run("--gpus", 64, "--gpu-type", "A100-40", "--json", "--", *MODEL, *words)
