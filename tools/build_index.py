@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import io
 import logging
+import math
 import os
 import sys
 import time
@@ -30,7 +31,7 @@ from megatron_ext.exceptions import ConfigError
 from tools.common import BEHIND, ToolParser, run_tool
 
 # By these flags the ranks of a run are split; the least number of them can be told from the rest.
-_LAYOUT = ("tensor-model-parallel-size", "pipeline-model-parallel-size", "context-parallel-size")
+_LAYOUT = ("tensor-model", "pipeline-model", "context", "expert-model")
 
 
 class _Progress(logging.Handler):
@@ -80,14 +81,14 @@ def run_flags(argv: Sequence[str]) -> list[str]:
 
 
 def smallest_world(flags: Sequence[str]) -> int:
-    """Ranks of one copy of the model."""
+    """Ranks of one copy of the model: experts are spread over those that otherwise hold copies."""
     parser = argparse.ArgumentParser(allow_abbrev=False, add_help=False)
     for name in _LAYOUT:
-        parser.add_argument(f"--{name}", type=int, default=1)
-    ranks = 1
-    for value in vars(parser.parse_known_args(flags)[0]).values():
-        ranks *= value
-    return ranks
+        parser.add_argument(f"--{name}-parallel-size", dest=name, type=int, default=1)
+    parser.add_argument("--expert-tensor-parallel-size", type=int)
+    given = vars(parser.parse_known_args(flags)[0])
+    tp, pp, cp, ep = (given[name] for name in _LAYOUT)
+    return pp * math.lcm(tp * cp, ep * (given["expert_tensor_parallel_size"] or tp))
 
 
 def parse(flags: Sequence[str]) -> tuple[Namespace, Callable[[], object]]:

@@ -74,7 +74,7 @@ class PreprocessConfig:
             raise ConfigError(f"--workers: expected at least 1, found {self.workers}")
         if self.log_interval < 1:
             raise ConfigError(f"--log-interval: expected at least 1, found {self.log_interval}")
-        if self.output_prefix.endswith("/") or Path(self.output_prefix).is_dir():
+        if self.output_prefix.endswith("/"):
             raise ConfigError(
                 f"--output-prefix: expected a folder and the beginning of file names, found the folder "
                 f"{self.output_prefix} alone"

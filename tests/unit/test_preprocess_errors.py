@@ -183,8 +183,11 @@ def test_settings_that_cannot_work(tmp_path, model):
     ]:
         with pytest.raises(ConfigError, match=message):
             run(model, inputs, tmp_path / "o", **options)
-    (tmp_path / "folder").mkdir()
-    for prefix in (tmp_path / "folder", f"{tmp_path}/folder/", f"{tmp_path}/new/"):
+    (tmp_path / "folder").mkdir()  # of the text, say: its name may begin those of the outputs
+    assert run(model, [source], tmp_path / "folder").prefixes == [
+        f"{tmp_path}/folder_text_document"
+    ]
+    for prefix in (f"{tmp_path}/folder/", f"{tmp_path}/new/"):
         with pytest.raises(
             ConfigError, match=rf"--output-prefix: .* found the folder {prefix} alone"
         ):

@@ -40,3 +40,24 @@ def test_flags_of_a_run_belong_behind_two_dashes(parse, words, capsys):
     error = capsys.readouterr().err.splitlines()[-1]
     assert "unrecognized arguments: --num-layers" in error
     assert error.endswith("; put the flags of the run behind --")
+
+
+@pytest.mark.parametrize(
+    ("flags", "ranks"),
+    [
+        ([], 1),
+        (["--tensor-model-parallel-size", "4", "--pipeline-model-parallel-size", "3"], 12),
+        (["--context-parallel-size", "2", "--tensor-model-parallel-size=2"], 4),
+        # Experts are spread over ranks that otherwise hold copies; each in as many parts as TP has.
+        (["--context-parallel-size", "2", "--expert-model-parallel-size", "2"], 2),
+        (["--tensor-model-parallel-size", "2", "--expert-model-parallel-size", "4"], 8),
+        (["--expert-model-parallel-size", "3", "--context-parallel-size", "2"], 6),
+        (
+            ["--tensor-model-parallel-size", "2", "--expert-model-parallel-size", "4"]
+            + ["--expert-tensor-parallel-size", "1"],
+            4,
+        ),
+    ],
+)
+def test_an_index_is_built_for_the_least_ranks_of_a_run(flags, ranks):
+    assert build_index.smallest_world(flags) == ranks
