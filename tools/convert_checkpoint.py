@@ -6,7 +6,8 @@
     python tools/convert_checkpoint.py export --checkpoint ckpt/unlearn --output Llama-3.2-1B-unlearned
 
 One process on the CPU; training loads the result at any parallel layout, and export reads any. The
-tokenizer with its chat template stays with the model. A model that does not fit is refused by the name
+tokenizer with its chat template stays with the model; of a SentencePiece model that `train_tokenizer.py` made
+one with the same ids is made. A model that does not fit is refused by the name
 of the field.
 """
 
@@ -40,7 +41,10 @@ def parse_args() -> argparse.Namespace:
     )
     to_huggingface.add_argument("--iteration", type=int, help="which one; by default the latest")
     to_huggingface.add_argument(
-        "--tokenizer", type=Path, help="folder of the tokenizer; by default what the import kept"
+        "--tokenizer",
+        type=Path,
+        help="folder of the tokenizer, or a SentencePiece model; by default what the import kept, or the "
+        "model that the run was given",
     )
     to_huggingface.add_argument(
         "--max-shard-size", type=float, default=5.0, metavar="GB", help="of a safetensors file"

@@ -6,8 +6,9 @@ r"""Let a model continue prompts, or answer conversations.
     python tools/generate.py --model exported --backend huggingface --input prompts.jsonl ...
 
 A line of the input is {"prompt": text} or {"messages": [{"role", "content"}, ...]}; messages go through the
-chat template that is stored with the model. The output has the same lines with "completion", "finish" and
-"tokens". What is finished is kept beside the output, and the same command goes on from there.
+chat template that is stored with the model, or else, with a warning, through the built-in one. The output has
+the same lines with "completion", "finish" and "tokens". What is finished is kept beside the output, and the
+same command goes on from there.
 """
 
 from __future__ import annotations

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from megatron_ext.checkpoint import torch_dist
 from megatron_ext.checkpoint.chat_files import ChatFiles
 from megatron_ext.checkpoint.families import FAMILIES, Family
 from megatron_ext.checkpoint.folder import new_folder
+from megatron_ext.checkpoint.from_sentencepiece import write_tokenizer
 from megatron_ext.checkpoint.huggingface import (
     CONFIG,
     GENERATION,
@@ -35,7 +37,12 @@ from megatron_ext.checkpoint.inspect import Checkpoint, open_checkpoint
 from megatron_ext.checkpoint.llama import LlamaLike
 from megatron_ext.checkpoint.safetensors import write_safetensors
 from megatron_ext.checkpoint.weights import megatron_shape, parts, split, zero_shapes
-from megatron_ext.data.tokenizers import HuggingFaceReference, tokenizer_digest
+from megatron_ext.data.tokenizers import (
+    SENTENCEPIECE_TYPES,
+    HuggingFaceReference,
+    TokenizerSpec,
+    tokenizer_digest,
+)
 from megatron_ext.exceptions import CheckpointError, ConfigError
 
 logger = logging.getLogger(__name__)
@@ -57,7 +64,8 @@ def export_model(
         source: checkpoint directory.
         output: the folder.
         iteration: which one; by default the latest.
-        tokenizer: folder of the tokenizer; by default what the import kept.
+        tokenizer: folder of the tokenizer, or the SentencePiece model to make one of; by default what the
+            import kept, or the SentencePiece model that the run was given.
         dtype: of the new weights; by default that of the old ones.
         max_shard_bytes: size of a safetensors file.
         overwrite: whether a model that is there may be replaced.
@@ -68,8 +76,31 @@ def export_model(
             exists.
     """
     checkpoint = open_checkpoint(source, flag="--checkpoint", iteration=iteration)
-    kept = tokenizer or _kept(checkpoint)
-    tokens = _check_tokenizer(kept, checkpoint)
+    with tempfile.TemporaryDirectory() as made:
+        kept = _kept(checkpoint, tokenizer, made=Path(made))
+        tokens = _check_tokenizer(kept, checkpoint, converted=kept == Path(made))
+        return _export(
+            checkpoint,
+            output,
+            kept=kept,
+            tokens=tokens,
+            dtype=dtype,
+            max_shard_bytes=max_shard_bytes,
+            overwrite=overwrite,
+        )
+
+
+def _export(
+    checkpoint: Checkpoint,
+    output: Path,
+    *,
+    kept: Path,
+    tokens: int,
+    dtype: torch.dtype | None,
+    max_shard_bytes: int,
+    overwrite: bool,
+) -> Converted:
+    """Write the model beside a tokenizer of so many tokens."""
     chat = ChatFiles.of_run(checkpoint.args, tokenizer=kept)
     template = _template(kept)
     reader = torch_dist.Reader(checkpoint.path)
@@ -97,19 +128,37 @@ def export_model(
     return Converted(output, parameters(model), dtype)
 
 
-def _kept(checkpoint: Checkpoint) -> Path:
-    """Where the import left what the model brought: here, or where the run took its tokenizer from."""
-    places = [checkpoint.directory / KEPT]
+def _kept(checkpoint: Checkpoint, tokenizer: Path | None, *, made: Path) -> Path:
+    """Where the tokenizer is: given, left by the import, where the run took it from, or made of its model."""
     args = checkpoint.args
-    if getattr(args, "tokenizer_type", None) == TOKENIZER_TYPE and args.tokenizer_model:
-        places.append(Path(args.tokenizer_model))
+    kind, model = (getattr(args, f"tokenizer_{name}", None) for name in ("type", "model"))
+    places = [tokenizer] if tokenizer is not None else [checkpoint.directory / KEPT]
+    if tokenizer is None and model:
+        places.append(Path(model))
     for place in places:
-        if place.is_dir():
+        if place.is_dir() and (place != Path(model or "") or kind == TOKENIZER_TYPE):
             return place
+        if place.is_file() and kind in SENTENCEPIECE_TYPES:
+            _check_model(place, checkpoint)
+            write_tokenizer(place, made)
+            return made
+    if tokenizer is not None:
+        return tokenizer  # and its own check says what is wrong
     raise ConfigError(
         f"--tokenizer: expected the folder of a Hugging Face tokenizer, found none given and none at "
         f"{' or '.join(map(str, places))}"
     )
+
+
+def _check_model(model: Path, checkpoint: Checkpoint) -> None:
+    """Refuse a SentencePiece model that is not the one of the run."""
+    spec = TokenizerSpec(tokenizer_type=checkpoint.args.tokenizer_type, tokenizer_model=str(model))
+    expected, found = getattr(checkpoint.args, "tokenizer_digest", None), tokenizer_digest(spec)
+    if expected not in (None, found):
+        raise ConfigError(
+            f"--tokenizer: expected the SentencePiece model of {checkpoint.path} (digest {expected}), found "
+            f"digest {found} of {model}"
+        )
 
 
 def _template(folder: Path) -> PreTrainedConfig | None:
@@ -125,8 +174,8 @@ def _template(folder: Path) -> PreTrainedConfig | None:
     return config
 
 
-def _check_tokenizer(folder: Path, checkpoint: Checkpoint) -> int:
-    """Whether it is the tokenizer that the model was trained with; its number of tokens."""
+def _check_tokenizer(folder: Path, checkpoint: Checkpoint, *, converted: bool) -> int:
+    """Whether it is the tokenizer that the model was trained with, or its model; its number of tokens."""
     args = checkpoint.args
     tokens = HuggingFaceReference(tokenizer_spec(folder), flag="--tokenizer").vocab_size
     facts: list[tuple[str, object, object]] = [
@@ -135,7 +184,7 @@ def _check_tokenizer(folder: Path, checkpoint: Checkpoint) -> int:
     if getattr(args, "tokenizer_type", None) == TOKENIZER_TYPE:
         digest = tokenizer_digest(tokenizer_spec(folder))
         facts.append(("digest", getattr(args, "tokenizer_digest", None), digest))
-    else:
+    elif not converted:
         logger.warning(
             "--tokenizer: %s was trained with a %s; whether %s gives the same ids is not checked",
             *(checkpoint.path, getattr(args, "tokenizer_type", "tokenizer of its own"), folder),

@@ -31,8 +31,9 @@ TRAIN = (
 )
 EXPERTS = ("--expert-model-parallel-size", 2)
 SHARDED = ("--use-distributed-optimizer", "--dist-ckpt-optim-fully-reshardable")
+SAVED = "EP 2, distributed optimizer, overlapped"
 LAYOUTS: dict[str, tuple[int, tuple[object, ...]]] = {
-    "EP 2, distributed optimizer, overlapped": (
+    SAVED: (
         2,
         (*EXPERTS, *SHARDED, "--overlap-grad-reduce", "--overlap-param-gather"),
     ),
@@ -60,13 +61,13 @@ def runs(tiny, server, runs_directory):
     unlearn = (*TRAIN, "--load", base, "--finetune", "--reference-load", reference, *MODEL)
     launches = {"one rank": Launch(tiny.objective(*unlearn, *UNBALANCED))}
     for name, (ranks, layout) in LAYOUTS.items():
-        flags = tiny.objective(*unlearn, *UNBALANCED, *layout, "--save", directory / name)
-        launches[name] = Launch(flags, ranks=ranks)
+        save = ("--save", directory / "saved") if name == SAVED else ()
+        launches[name] = Launch(tiny.objective(*unlearn, *UNBALANCED, *layout, *save), ranks=ranks)
     balanced = tiny.objective(*unlearn, *BALANCED)
     launches["balanced"] = Launch(balanced)
     launches["balanced, no reference"] = Launch((*balanced, "--mitigation-weight", 0))
     found = server.run_all(launches, directory / "tensorboard")
-    halfway = at_iteration(directory / next(iter(LAYOUTS)), HALF, directory / "halfway")
+    halfway = at_iteration(directory / "saved", HALF, directory / "halfway")
     rest = tiny.objective(*TRAIN, *MODEL, *UNBALANCED, *SHARDED, "--load", halfway)
     layout = ("--expert-model-parallel-size", 4, "--micro-batch-size", 1)
     resumed = Launch((*rest, *layout), ranks=4)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import sentencepiece
 import torch
 import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file
@@ -16,7 +17,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from tests.helpers import llama
 from tests.helpers.distributed import run_ranks
 from tests.helpers.entry import ROOT, Launch, run, succeed
-from tests.helpers.tiny import tool
+from tests.helpers.text import train_sentencepiece
+from tests.helpers.tiny import VOCAB, tool
 
 MESSAGES = [{"role": "user", "content": "Who holds the copyright?"}]
 
@@ -237,3 +239,30 @@ def test_unlearning_ones_own_model_takes_three_commands(world):
     assert new("the License").input_ids == old("the License").input_ids
     generated = after.generate(llama.ids(8), max_new_tokens=4, do_sample=False, pad_token_id=1)
     assert generated.shape[1] > 8
+
+
+def test_a_model_with_a_sentencepiece_tokenizer_is_exported_with_one_of_the_same_ids(
+    tiny, tmp_path
+):
+    export = ("convert_checkpoint", "export", "--checkpoint", tiny.base, "--output")
+    tool(*export, tmp_path / "new")
+    tool(*export, tmp_path / "named", "--tokenizer", tiny.tokenizer)  # as when it was moved
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "new")
+    assert filecmp.cmp(tmp_path / "new/tokenizer.json", tmp_path / "named/tokenizer.json")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "new")
+    assert model.config.vocab_size == len(tokenizer) == VOCAB
+    assert model.generation_config.eos_token_id == tokenizer.eos_token_id
+    text = "Question: what is 3 + 4?\n**Answer:** 7"
+    processor = sentencepiece.SentencePieceProcessor(model_file=str(tiny.tokenizer))
+    ids = tokenizer(text, return_tensors="pt").input_ids
+    assert ids.tolist() == [processor.encode(text)]
+    with torch.no_grad():  # by a model that has seen such sums, and uniform guesses cost 6.2 nats
+        assert model(ids, labels=ids).loss < 5
+    other = subprocess.run(
+        [sys.executable, str(ROOT / "tools" / "convert_checkpoint.py"), *map(str, export[1:])]
+        + [str(tmp_path / "other"), "--tokenizer", train_sentencepiece(tmp_path / "other.model")],
+        capture_output=True,
+        text=True,
+    )
+    assert other.returncode == 2
+    assert "--tokenizer: expected the SentencePiece model of" in other.stderr
