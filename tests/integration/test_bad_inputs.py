@@ -106,11 +106,14 @@ CASES: dict[str, tuple[list[str], list[str]]] = {
         ["--lr-warmup-iters", "10"],
         ["--lr-warmup-iters: ", "less than 10", "found 10"],
     ),
-    "context parallelism": (
-        ["--context-parallel-size", "2"],
-        ["--context-parallel-size", "1", "2", "Transformer Engine"],
+    "context parallelism of Transformer Engine": (
+        ["--cp-comm-type", "a2a"],
+        ["--cp-comm-type: expected all_gather", "found ['a2a']"],
     ),
-    "mixture of experts": (["--num-experts", "4"], ["--num-experts"]),
+    "experts that the checkpoint lacks": (
+        ["--num-experts", "4"],
+        ["--load: expected --num-experts 4", "found None"],
+    ),
     "multi-token prediction": (
         ["--mtp-num-layers", "1"],
         ["--mtp-num-layers", "--forget-data-path"],
