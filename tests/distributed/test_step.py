@@ -51,7 +51,6 @@ LAYOUTS: dict[str, tuple[int, tuple[object, ...]]] = {
         ("--context-parallel-size", 2, "--tensor-model-parallel-size", 2, "--sequence-parallel"),
     ),
     "CP 2 x PP 2, interleaved": (4, ("--context-parallel-size", 2, *INTERLEAVED)),
-    "CP 4, micro-batch 1": (4, ("--context-parallel-size", 4, "--micro-batch-size", 1)),
     "DP 2": (2, ()),
     "DP 2, distributed optimizer": (
         2,
