@@ -26,6 +26,7 @@ OFF = {
     "fp4": None,
     "fp4_param": False,
     "quant_recipe": None,
+    "moe_input_jitter_eps": None,
 }
 
 
@@ -64,6 +65,7 @@ def student():
         "fp4": "e2m1",
         "fp4_param": True,
         "quant_recipe": object(),
+        "moe_input_jitter_eps": 0.1,
     }
     return ModelConfig(SimpleNamespace(**asked, hidden_size=7), post_wrap_hooks=[print])
 
