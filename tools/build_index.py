@@ -112,9 +112,8 @@ def parse(flags: Sequence[str]) -> tuple[Namespace, Callable[[], object]]:
         with redirect_stdout(told):
             args, config, _ = arguments.parse()
     except ConfigError as error:
-        if isinstance(
-            error.__cause__, SystemExit
-        ):  # Megatron's reason is there, and nothing else yet
+        if isinstance(error.__cause__, SystemExit):
+            # Megatron has printed its reason, and nothing else yet.
             print(told.getvalue(), end="")
         raise
     check_datasets(args, config)

@@ -55,7 +55,7 @@ def _model(arch: Architecture, layout: Layout) -> dict[str, Any]:
         "vocab_size": arch.vocab_size,
         "padded_vocab_size": arch.padded_vocab(layout.tp),
         "gpus": layout.gpus,
-        "layout": {**{"tp": layout.tp, "cp": layout.cp, "pp": layout.pp, "vpp": layout.vpp}},
+        "layout": {name: getattr(layout, name) for name in ("tp", "cp", "pp", "vpp")},
         "data_parallel": layout.data_parallel,
         "micro_batch": layout.micro_batch,
         "microbatches": layout.microbatches,

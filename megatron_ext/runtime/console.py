@@ -22,9 +22,8 @@ _WARNINGS = (
     "'pin_memory' argument is set as true but no accelerator is found",
 )
 _LOGS: dict[str, tuple[str, ...]] = {
-    "torch.utils.cpp_extension": (
-        "No CUDA runtime is found",
-    ),  # a run says that there is no device
+    # A run says by itself that there is no device.
+    "torch.utils.cpp_extension": ("No CUDA runtime is found",),
     "megatron.core.models.gpt.gpt_model": ("GPTModel IS DEPRECATED",),
     "megatron.core.dist_checkpointing.strategies.torch": ("MCore's async save is deprecated",),
     "megatron.core.rerun_state_machine": (

@@ -177,3 +177,15 @@ def test_help_texts_are_read_once_and_are_the_same():
         texts()[0].clear()
         assert texts() == wanted
         assert counted.call_count == once
+
+
+@pytest.mark.parametrize(("given", "expected"), [(None, "1"), ("8", "8")])
+def test_one_queue_is_asked_for_unless_the_user_says_otherwise(monkeypatch, given, expected):
+    """Megatron ends with TP or CP on a GPU before Blackwell where nobody has said anything."""
+    name = "CUDA_DEVICE_MAX_CONNECTIONS"
+    monkeypatch.setenv(name, "")  # so that it is as before afterwards
+    monkeypatch.delenv(name)
+    if given is not None:
+        monkeypatch.setenv(name, given)
+    compat.ask_for_one_queue()
+    assert os.environ[name] == expected
