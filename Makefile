@@ -4,6 +4,8 @@
 # make check   format, lint, types and all tests (what CI runs)
 # make faults  FAULTS=100 SEED=1: kill, cut and fill real runs and compare what they leave, to the bit
 # make slurm-test  the job scripts of examples/slurm under a Slurm on this machine, nodes lost; needs Debian's packages
+# make test-gpu  the tests that need a GPU, and those over NCCL that find enough of them
+# make gpu-check  MINUTES=60: those tests, the benchmarks and an unlearning run on one GPU, within that time
 # make bench   the benchmarks that this machine can run; MEGATRON_LM=DIR adds its preprocess_data.py
 # make study-mini  SEED=1: every model of the paper in miniature, their evaluation and a report
 # make setup   the virtual environment; the others make it when it is needed
@@ -14,8 +16,9 @@ READY  := $(VENV)/.ready
 DEMO   ?= runs/demo
 FAULTS ?= 100
 SEED   ?= 1
+MINUTES ?= 60
 
-.PHONY: setup demo sweep test check lint faults slurm-test bench study-mini clean-demo
+.PHONY: setup demo sweep test test-gpu gpu-check check lint faults slurm-test bench study-mini clean-demo
 
 setup: $(READY)
 
@@ -31,8 +34,16 @@ demo: $(READY)
 sweep: demo
 	$(PYTHON) examples/demo/sweep.py --demo-dir $(DEMO)
 
+# Each file by one of at most four processes, the long files first.
 test: $(READY)
-	$(PYTHON) -m pytest
+	$(PYTHON) -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+
+test-gpu: $(READY)
+	$(PYTHON) -m pytest -m gpu
+
+gpu-check: $(READY)
+	$(PYTHON) -m pip install --quiet --requirement requirements-bench.txt
+	$(PYTHON) -m benchmarks.gpu_check --minutes $(MINUTES)
 
 lint: $(READY)
 	$(PYTHON) -m ruff format --check .

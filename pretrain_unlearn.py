@@ -20,13 +20,14 @@ import sys  # noqa: E402
 
 from megatron_ext.exceptions import MegatronExtError  # noqa: E402
 
-# Nothing heavy is imported up here: for every checkpoint Megatron starts a process that imports this file
-# again, and waits for it. With torch and Megatron up here a save took 7 s, without 2 s (2-core CPU).
+# Nothing heavy is imported up here: with --async-save Megatron starts processes that import this file again,
+# and waits for them. With torch and Megatron up here that took 7 s, without 2 s (2-core CPU).
 
 if __name__ == "__mp_main__":
-    from megatron_ext.runtime import console
+    from megatron_ext.runtime import collector, console
     from megatron_ext.runtime.children import end_with_parent, ignore_termination
 
+    collector.seldom()
     end_with_parent()
     ignore_termination()
     console.quiet()  # a process that writes while training goes on imports it all
@@ -34,33 +35,36 @@ if __name__ == "__mp_main__":
 
 def main() -> None:
     """Parse, check, build and train."""
-    from megatron_ext.runtime import compat, console, cpu, optimizer
+    from megatron_ext.runtime import collector
 
-    console.quiet()
-    compat.ask_for_one_queue()
-    cpu.enable()  # before anything of Megatron is imported; does nothing where a CUDA device exists
+    with collector.paused():
+        from megatron_ext.runtime import children, compat, console, cpu, optimizer
 
-    import torch
-    from megatron.core.enums import ModelType
-    from megatron.training import (
-        get_tensorboard_writer,
-        pretrain,
-        print_rank_0,
-        set_startup_timestamps,
-    )
-    from megatron.training.argument_utils import pretrain_cfg_container_from_args
+        console.quiet()
+        compat.ask_for_one_queue()
+        cpu.enable()  # before anything of Megatron is imported; does nothing where a CUDA device exists
 
-    from megatron_ext import arguments
-    from megatron_ext.chat import write_template
-    from megatron_ext.checkpoint.source import find_reference
-    from megatron_ext.data.checks import check_datasets, checks_files
-    from megatron_ext.data.overlap import check_overlap
-    from megatron_ext.data.providers import datasets_provider
-    from megatron_ext.model.model_config import model_config_from_args
-    from megatron_ext.plain import PlainStep
-    from megatron_ext.reference import FrozenReference
-    from megatron_ext.training import UnlearnStep
-    from megatron_ext.watch import reached_before
+        import torch
+        from megatron.core.enums import ModelType
+        from megatron.training import (
+            get_tensorboard_writer,
+            pretrain,
+            print_rank_0,
+            set_startup_timestamps,
+        )
+        from megatron.training.argument_utils import pretrain_cfg_container_from_args
+
+        from megatron_ext import arguments
+        from megatron_ext.chat import write_template
+        from megatron_ext.checkpoint.source import find_reference
+        from megatron_ext.data.checks import check_datasets, checks_files
+        from megatron_ext.data.overlap import check_overlap
+        from megatron_ext.data.providers import datasets_provider
+        from megatron_ext.model.model_config import model_config_from_args
+        from megatron_ext.plain import PlainStep
+        from megatron_ext.reference import FrozenReference
+        from megatron_ext.training import UnlearnStep
+        from megatron_ext.watch import reached_before
 
     compat.apply()
     optimizer.enable()
@@ -70,7 +74,9 @@ def main() -> None:
         print(arguments.describe_runtime(args), flush=True)
     if chat is None and checks_files():
         check_datasets(args, config)
-    if args.async_save and args.async_strategy == "mcore":
+    if not args.async_save:
+        children.report_in_process()
+    elif args.async_strategy == "mcore":
         from megatron_ext.runtime import async_saves
 
         async_saves.enable()

@@ -125,6 +125,7 @@ def parse() -> tuple[Namespace, UnlearnConfig, ChatRun | None]:
         add_arguments(parser).set_defaults(**({} if chat is None else chat.defaults))
         return parser
 
+    compat.leave_transformers_out(raw.tokenizer_type)
     try:
         args = parse_and_validate_args(add_all)
     except (AssertionError, ValueError, RuntimeError) as error:

@@ -1,3 +1,4 @@
+import gc
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,8 +14,21 @@ from megatron_ext.runtime import cpu
 from tests.helpers import tiny as tiny_world
 from tests.helpers.forked import Server
 
-if not torch.cuda.is_available():
-    cpu.hide_packages()  # before any test module imports Megatron
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Run on the CPU on every machine: several ranks would need several GPUs. `-m gpu` are the others.
+
+    Before any test module imports Megatron.
+    """
+    if config.option.markexpr != "gpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    if not torch.cuda.is_available():
+        cpu.hide_packages()
+
+
+def pytest_collection_finish() -> None:
+    """Look for garbage among what tests make, not among all that was imported."""
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

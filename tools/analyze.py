@@ -189,10 +189,13 @@ def run_report(options: Namespace) -> None:
 
 def _session(options: Namespace) -> AbstractContextManager[Session]:
     """Megatron, set up for the architecture of the first checkpoint; it prints all of its arguments."""
-    from megatron_ext.runtime import compat, cpu
+    from megatron_ext.runtime import collector
 
-    cpu.enable()
-    from megatron_ext.analysis.session import open_session
+    with collector.paused():
+        from megatron_ext.runtime import compat, cpu
+
+        cpu.enable()
+        from megatron_ext.analysis.session import open_session
 
     compat.apply()
     return open_session(options, length=options.length)

@@ -93,15 +93,18 @@ def smallest_world(flags: Sequence[str]) -> int:
 
 def parse(flags: Sequence[str]) -> tuple[Namespace, Callable[[], object]]:
     """Parse and check as the run does; its arguments, and what builds its datasets."""
-    from megatron_ext.runtime import compat, cpu
+    from megatron_ext.runtime import collector
 
-    cpu.enable()
-    from megatron.training import training as loop
+    with collector.paused():
+        from megatron_ext.runtime import compat, cpu
 
-    from megatron_ext import arguments
-    from megatron_ext.data.checks import check_datasets
-    from megatron_ext.data.overlap import check_overlap
-    from megatron_ext.data.providers import build_datasets
+        cpu.enable()
+        from megatron.training import training as loop
+
+        from megatron_ext import arguments
+        from megatron_ext.data.checks import check_datasets
+        from megatron_ext.data.overlap import check_overlap
+        from megatron_ext.data.providers import build_datasets
 
     compat.apply()
     os.environ["WORLD_SIZE"] = str(smallest_world(flags))

@@ -18,15 +18,7 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from megatron_ext.runtime import console
-
-console.quiet()
-
-from megatron_ext.runtime import compat, cpu  # noqa: E402
-
-cpu.enable()
-
-from tools.common import ToolParser, run_tool  # noqa: E402
+from tools.common import ToolParser, run_tool
 
 
 def parse_args() -> argparse.Namespace:
@@ -61,21 +53,26 @@ def parse_args() -> argparse.Namespace:
 def main() -> None:
     """Run a verb and say what it wrote."""
     options = parse_args()
-    compat.check_megatron_version()
-    import torch
+    from megatron_ext.runtime import collector
+
+    with collector.paused():
+        from megatron_ext.runtime import compat, cpu
+
+        compat.check_megatron_version()
+        cpu.enable()
+        import torch
+
+        from megatron_ext.checkpoint.from_huggingface import ARGS_FILE, import_model
+        from megatron_ext.checkpoint.to_huggingface import export_model
 
     dtype = getattr(torch, options.dtype) if options.dtype else None
     if options.verb == "import":
-        from megatron_ext.checkpoint.from_huggingface import ARGS_FILE, import_model
-
         result = import_model(
             options.source, options.output, dtype=dtype, overwrite=options.overwrite
         )
         print("\n".join(result.flags))
         note = f"; the flags above are in {options.output / ARGS_FILE}"
     else:
-        from megatron_ext.checkpoint.to_huggingface import export_model
-
         result = export_model(
             options.checkpoint,
             options.output,

@@ -19,15 +19,7 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from megatron_ext.runtime import console
-
-console.quiet()
-
-from megatron_ext.runtime import cpu  # noqa: E402
-
-cpu.enable()
-
-from tools.common import ToolParser, run_tool  # noqa: E402
+from tools.common import ToolParser, run_tool
 
 
 def main() -> None:

@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 from examples.demo.report import write_report  # noqa: E402
-from examples.demo.stages import PRESETS, Stage, stages  # noqa: E402
+from examples.demo.stages import PRESETS, Stage, choose_device, stages  # noqa: E402
 
 BAR = re.compile(r" *\d+%\|")  # tqdm's
 # Megatron's console line; with gradient ascent the sum of the terms is negative and stands elsewhere.
@@ -119,6 +119,7 @@ def main() -> None:
     settings = PRESETS[options.preset]
     if options.scale != 1:
         settings = settings.scaled(options.scale)
+    choose_device(settings)
     out = options.output_dir.resolve()
     started = time.monotonic()
     digest = ""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import shlex
+import shutil
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -34,6 +35,7 @@ class Settings:
     forget_weight: float = 0.1
     # Data-parallel ranks of one thread each: a rank's threads that wait for a busy core stall its steps.
     ranks: int = min(2, os.cpu_count() or 1)
+    on_cpu: bool = True  # GPUs are hidden: two ranks would need two, and the digits would be others
 
     def scaled(self, factor: float) -> Settings:
         """The same stages with a share of the steps, to try them out."""
@@ -62,6 +64,7 @@ PRESETS = {
         learning_rates=(6e-4, 3e-4, 1e-4),
         precision=("--bf16",),
         ranks=1,
+        on_cpu=False,
     ),
 }
 
@@ -78,6 +81,15 @@ class Stage:
     def digest(self, before: str) -> str:
         """Changes with the command and with the stages before it, so that what is stale is run again."""
         return hashlib.sha256(f"{before} {shlex.join(self.command)}".encode()).hexdigest()[:16]
+
+
+def choose_device(settings: Settings) -> None:
+    """Hide GPUs from all that this process starts, where the sizes are for CPUs."""
+    if not settings.on_cpu:
+        return
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    if shutil.which("nvidia-smi"):
+        print("On the CPU, with CUDA_VISIBLE_DEVICES= for all commands; --preset gpu uses a GPU.")
 
 
 def stages(out: Path, settings: Settings) -> list[Stage]:

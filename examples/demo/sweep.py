@@ -24,7 +24,7 @@ sys.path.insert(0, str(ROOT))
 
 from examples.demo.report import mean_probability  # noqa: E402
 from examples.demo.run import run_stage  # noqa: E402
-from examples.demo.stages import PRESETS, Stage, stages  # noqa: E402
+from examples.demo.stages import PRESETS, Stage, choose_device, stages  # noqa: E402
 from megatron_ext.analysis.scalars import read_scalars  # noqa: E402
 
 TABLE_HEAD = """\
@@ -71,6 +71,7 @@ def main() -> None:
     options = parser.parse_args()
     demo, out = options.demo_dir.resolve(), options.output_dir.resolve()
     settings = PRESETS["laptop"]
+    choose_device(settings)
     if options.scale != 1:
         settings = settings.scaled(options.scale)
     finished = demo / "finished" / "synth"

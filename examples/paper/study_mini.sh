@@ -12,6 +12,7 @@ HERE=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 ROOT=$(cd "$HERE/../.." && pwd)
 cd "$ROOT"
 export PYTHON=${PYTHON:-$ROOT/.venv/bin/python} SEED=${SEED:-1}
+export CUDA_VISIBLE_DEVICES= # where there are GPUs as well: the sizes, and the digits of docs/miniature.md
 export SIZE=${SIZE:-$HERE/sizes/mini.sh} OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 STUDY=${STUDY:-$ROOT/runs/study-mini}
 SAMPLES=${SAMPLES:-400}

@@ -7,12 +7,12 @@ from argparse import ArgumentParser, Namespace
 from collections.abc import Iterator
 from pathlib import Path
 
-from megatron_ext.checkpoint.huggingface import KEPT, TOKENIZER_TYPE, tokenizer_spec
 from megatron_ext.data.chat_template import TEMPLATE_FILE
 from megatron_ext.data.tokenizers import TOKENIZER_TYPES, TokenizerSpec
 from megatron_ext.evaluation.completion import Codec, Generator
 from megatron_ext.evaluation.sampling import Sampling
 from megatron_ext.exceptions import ConfigError
+from megatron_ext.runtime import collector, cpu
 
 
 def add_model_arguments(parser: ArgumentParser, *, required: bool = True) -> None:
@@ -78,6 +78,8 @@ def open_generator(options: Namespace) -> Iterator[tuple[Generator, Codec]]:
         raise ConfigError(
             f"--micro-batch-size: expected at least 1, found {options.micro_batch_size}"
         )
+    with collector.paused():
+        cpu.enable()  # Megatron is imported after the command line has been read
     template = options.chat_template
     if template is None and (options.model / TEMPLATE_FILE).is_file():
         template = options.model
@@ -91,7 +93,9 @@ def open_generator(options: Namespace) -> Iterator[tuple[Generator, Codec]]:
 
 @contextlib.contextmanager
 def _huggingface(options: Namespace, template: Path | None) -> Iterator[tuple[Generator, Codec]]:
-    from megatron_ext.evaluation.huggingface_generator import HuggingFaceGenerator
+    with collector.paused():
+        from megatron_ext.checkpoint.huggingface import tokenizer_spec
+        from megatron_ext.evaluation.huggingface_generator import HuggingFaceGenerator
 
     layout = (options.tensor_model_parallel_size, options.pipeline_model_parallel_size)
     if layout != (1, 1):
@@ -110,11 +114,13 @@ def _huggingface(options: Namespace, template: Path | None) -> Iterator[tuple[Ge
 
 @contextlib.contextmanager
 def _megatron(options: Namespace, template: Path | None) -> Iterator[tuple[Generator, Codec]]:
-    from megatron_ext.analysis.session import open_session
-    from megatron_ext.checkpoint.inspect import check_architecture, open_checkpoint
-    from megatron_ext.evaluation.megatron_generator import MegatronGenerator
-    from megatron_ext.frozen import FrozenModel
-    from megatron_ext.runtime import compat, console
+    with collector.paused():
+        from megatron_ext.analysis.session import open_session
+        from megatron_ext.checkpoint.huggingface import KEPT, TOKENIZER_TYPE, tokenizer_spec
+        from megatron_ext.checkpoint.inspect import check_architecture, open_checkpoint
+        from megatron_ext.evaluation.megatron_generator import MegatronGenerator
+        from megatron_ext.frozen import FrozenModel
+        from megatron_ext.runtime import compat, console
 
     compat.apply()
     checkpoint = open_checkpoint(options.model, flag="--model")

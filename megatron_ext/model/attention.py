@@ -22,7 +22,6 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.attention.bias import causal_lower_right
 
 from megatron_ext.model.context_parallel import attend_over_ranks
 from megatron_ext.model.rope import cos_sin, rotate, split_rotate
@@ -57,6 +56,9 @@ def _last_queries(query: Tensor, key: Tensor) -> Tensor | None:
     if queries in (1, keys):
         return None
     if query.is_cuda:
+        # Brings torch's compiler, which a start on a CPU does without (0.5 s).
+        from torch.nn.attention.bias import causal_lower_right
+
         return causal_lower_right(queries, keys)  # flash knows it; [n, m] is never formed
     return torch.ones(queries, keys, dtype=torch.bool).tril(keys - queries)
 

@@ -79,9 +79,12 @@ def _build(words: Sequence[str], *, gpus: int, rank: int) -> tuple[bool, dict[st
     # Megatron describes its arguments and every bucket, and warns of what is not installed.
     logging.disable(logging.WARNING)
     warnings.simplefilter("ignore")
-    from megatron_ext.runtime import compat, cpu, optimizer
+    from megatron_ext.runtime import collector
 
-    cpu.enable()
+    with collector.paused():
+        from megatron_ext.runtime import compat, cpu, optimizer
+
+        cpu.enable()
     compat.check_megatron_version()
     optimizer.enable()
     environment = {

@@ -17,9 +17,14 @@ _WARNINGS = (
     "torch.distributed is disabled",  # a checkpoint's arguments are read before there are process groups
     "The argument order of load has been changed",
     "Please use DTensor instead and we are deprecating ShardedTensor",
-    ".*all_gather_into_tensor. is deprecated",
+    ".*(all_gather_into_tensor|reduce_scatter_tensor). is deprecated",
+    "The .grad attribute of a Tensor that is not a leaf",  # asked for by the distributed optimizer
     ".* is experimental and still under active development",  # imported by Megatron, used by nobody
     "'pin_memory' argument is set as true but no accelerator is found",
+    "enabling --no-load-optim when skipping training",
+    "If you are using transformer_engine as the transformer implementation, the core_attn",
+    "`sequence_parallel` is set to `True`, but tensor model parallel size is 1",  # that of the experts
+    "Setting args.check_for_nan_in_loss_and_grad to False since dynamic loss scaling",  # see finite.py
 )
 _LOGS: dict[str, tuple[str, ...]] = {
     # A run says by itself that there is no device.

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import inspect
 import logging
 import os
 import sys
@@ -95,12 +96,21 @@ def _on_cpu(device: Any) -> Any:
 
 
 def _patch_compiler() -> None:
-    """Leave functions as they are: disabled, torch.compile still imports its compiler (0.7 s a start)."""
+    """Leave functions as they are: disabled, torch.compile still imports its compiler (0.7 s a start).
+
+    So does the first call of an optimizer's methods, which are kept from being compiled.
+    """
 
     def as_it_is(model: Any = None, **_: Any) -> Any:
         return model if model is not None else as_it_is
 
     torch.compile = as_it_is
+    for name in ("add_param_group", "load_state_dict", "state_dict", "zero_grad"):
+        method = getattr(torch.optim.Optimizer, name)
+        setattr(torch.optim.Optimizer, name, inspect.unwrap(method))
+    # AdamW's as well; nobody differentiates through a step.
+    adam: Any = torch.optim.Adam
+    adam.step = torch.no_grad()(inspect.unwrap(adam.step))
 
 
 def hide_packages() -> None:

@@ -7,6 +7,7 @@ and every object beside the tensors (`DefaultLoadPlanner.load_bytes` passes `wei
 
 from __future__ import annotations
 
+import hashlib
 import io
 import os
 import pickle
@@ -45,6 +46,10 @@ _METADATA_CLASSES = frozenset(
     }
 )
 
+# A start reads the metadata of a checkpoint five times over: that of the student, and of the reference.
+_KEPT = 2
+_known: dict[bytes, bytes] = {}
+
 
 def enable() -> None:
     """Make every later load of a checkpoint in this process, and in those it starts, a load of data.
@@ -72,12 +77,21 @@ def load_metadata(stream: IO[bytes]) -> Any:
     Raises:
         pickle.UnpicklingError: it is damaged, or refers to anything that metadata do not consist of.
     """
+    data = stream.read()
+    key = hashlib.sha256(data).digest()
+    # Each reader may change what it is given, so it is a copy that is kept, of what has been found harmless.
+    if known := _known.get(key):
+        return pickle.loads(known)
     try:
-        return _MetadataUnpickler(io.BytesIO(stream.read())).load()
+        found = _MetadataUnpickler(io.BytesIO(data)).load()
     except pickle.UnpicklingError:
         raise
     except Exception as error:  # of whatever kind: what a damaged pickle runs into is not foreseen
         raise pickle.UnpicklingError(f"{type(error).__name__}: {error}") from error
+    while len(_known) >= _KEPT:
+        del _known[next(iter(_known))]
+    _known[key] = pickle.dumps(found)
+    return found
 
 
 def reason(error: BaseException) -> str:

@@ -8,7 +8,7 @@ depends on the layout by its definition.
 import pytest
 
 from megatron_ext.analysis.scalars import compare
-from tests.helpers.entry import METRICS, Launch, run, succeed
+from tests.helpers.entry import METRICS, Launch
 from tests.helpers.tiny import at_iteration
 
 # fp32, summed in another order behind 4 layers; 4e-7 was seen.
@@ -56,7 +56,8 @@ def runs(tiny, server, runs_directory):
     directory = runs_directory / "experts"
     base = directory / "base"
     start = ("--train-iters", 20, "--save", base, "--save-interval", 10)
-    succeed(run(Launch(tiny.plain(*start, *MODEL, *UNBALANCED)), directory / "tensorboard_base"))
+    launch = Launch(tiny.plain(*start, *MODEL, *UNBALANCED))
+    server.run_all({"base": launch}, directory / "tensorboard_base")
     reference = at_iteration(base, 10, directory / "reference")
     unlearn = (*TRAIN, "--load", base, "--finetune", "--reference-load", reference, *MODEL)
     launches = {"one rank": Launch(tiny.objective(*unlearn, *UNBALANCED))}

@@ -1,6 +1,6 @@
-"""Embeddings of a set by the product's session, as an array: under torchrun at any layout.
+"""Embeddings of a set by the product's session, as an array, at any layout.
 
-torchrun ... -m tests.helpers.embed OUTPUT.npy PREFIX OPTIONS.json
+Arguments: OUTPUT.npy PREFIX OPTIONS.json
 """
 
 import json

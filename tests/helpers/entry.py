@@ -20,6 +20,8 @@ from megatron_ext.analysis.scalars import read_scalars
 ROOT = Path(__file__).resolve().parents[2]
 ENTRY = ROOT / "pretrain_unlearn.py"
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+# pytest-xdist runs tests in several processes, which share the cores.
+CORES = max(1, CORES // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")))
 
 # Of unlearning, in training; validation has the same with " validation" behind them.
 LOSSES = ("unlearn loss", "forget loss", "replay loss", "mitigation kl")
@@ -112,6 +114,9 @@ def succeed(result: Run, name: str = "") -> Run:
     start = max(0, result.output.find("Traceback"))
     end = result.output[start:][:6000] if start else result.output[-6000:]
     assert result.returncode == 0, f"{name}: exit code {result.returncode}\n{end}"
+    # Of a library's warnings those that nobody can act on are hidden, and none other is expected.
+    warned = re.search(r".*\w+Warning: .*", result.output)
+    assert warned is None, f"{name}: {warned and warned[0]}"
     return result
 
 

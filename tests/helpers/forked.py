@@ -18,6 +18,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from megatron_ext.runtime import collector
 from tests.helpers.entry import CORES, ROOT, Launch, Run, read_scalars, succeed
 
 TIMEOUT = 300  # seconds; a rank that hangs is ended by a signal, and its run fails
@@ -52,6 +53,13 @@ class Server:
         answer = self.process.stdout.readline()
         assert answer, f"the server ended with exit code {self.process.wait()}"
         return [(code, output) for code, output in json.loads(answer)]
+
+    def tool(self, name: str, *arguments: object, ranks: int = 1) -> str:
+        """Run one of the product's tools, which must succeed; its output."""
+        launch = Launch(arguments, ranks, ROOT / "tools" / f"{name}.py")
+        ((code, output),) = self.results([launch])
+        assert code == 0, f"{name}: {output[-6000:]}"
+        return output
 
     def run(self, launch: Launch, tensorboard: Path) -> Run:
         """Run to the end, whatever that is."""
@@ -178,7 +186,8 @@ def import_all() -> None:
 
 def main() -> None:
     sys.path.insert(0, str(ROOT))
-    import_all()
+    with collector.paused():  # and each fork leaves alone what it shares with this process
+        import_all()
     # Answers alone go to standard output.
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)

@@ -17,6 +17,7 @@ import inspect
 import os
 import sys
 import threading
+import warnings
 from collections import defaultdict
 from collections.abc import Callable
 from importlib.util import find_spec
@@ -293,6 +294,8 @@ def _patch_triton() -> None:
 
 
 if __name__ == "__main__":
+    # Triton's interpreter computes both sides of a choice with numpy, which warns of the one not taken.
+    warnings.filterwarnings("ignore", category=RuntimeWarning, module="triton.runtime.interpreter")
     install()
     if sys.argv[1:]:
         sys.exit(forked.run_here(sys.argv[1:]))

@@ -61,8 +61,9 @@ def datasets(num_samples, vp_stage=None):
 
 
 def main():
-    from megatron_ext.runtime import compat, cpu
+    from megatron_ext.runtime import compat, console, cpu
 
+    console.quiet()
     cpu.enable()
     from megatron.core.enums import ModelType
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec

@@ -135,19 +135,12 @@ def test_stock_megatron_with_transformer_engine_finds_the_extra_states_of_its_la
     assert {key for key in keys if "_extra_state" in key} == expected
 
 
-def torchrun(ranks, script, *arguments):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += ["--nproc-per-node", ranks, ROOT / "tools" / script, *arguments]
-    result = subprocess.run([*map(str, command)], cwd=ROOT, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr[-4000:]
-
-
 @pytest.fixture(scope="module")
-def world(tmp_path_factory):
+def world(tmp_path_factory, server):
     """A model imported by the tool, and the licence tokenised with its tokenizer."""
     directory = tmp_path_factory.mktemp("world")
     llama.save(directory / "source", **llama.CASES["qwen3"] | {"vocab_size": llama.TOKENS})
-    tool(
+    server.tool(
         *("convert_checkpoint", "import", "--source", directory / "source"),
         *("--output", directory / "base"),
     )
@@ -155,7 +148,7 @@ def world(tmp_path_factory):
     texts = [" ".join(words[start : start + 60]) for start in range(0, len(words), 60)]
     lines = (json.dumps({"text": text}) + "\n" for text in texts)
     (directory / "text.jsonl").write_text("".join(lines))
-    tool(
+    server.tool(
         *("preprocess_data", "--input", directory / "text.jsonl"),
         *("--output-prefix", directory / "text", "--append-eod"),
         *("--tokenizer-type", "HuggingFaceTokenizer"),
@@ -164,7 +157,7 @@ def world(tmp_path_factory):
     return directory
 
 
-def perplexities(world, source, checkpoint, *layout, ranks=1):
+def perplexities(server, world, source, checkpoint, *layout, ranks=1):
     """Of ten samples by tools/analyze.py and by transformers."""
     # Ranks import this module, and must not import Megatron before the CPU answers for CUDA.
     from megatron_ext.analysis.samples import read_samples
@@ -175,10 +168,7 @@ def perplexities(world, source, checkpoint, *layout, ranks=1):
         *("--tokenizer-type", "HuggingFaceTokenizer", "--output", output),
         *("--tokenizer-model", checkpoint / "huggingface", *layout),
     )
-    if ranks > 1:
-        torchrun(ranks, "analyze.py", *arguments)
-    else:
-        tool("analyze", *arguments)
+    server.tool("analyze", *arguments, ranks=ranks)
     (report,) = json.loads(output.read_text())["models"].values()
     model = AutoModelForCausalLM.from_pretrained(source).eval()
     expected = []
@@ -194,15 +184,17 @@ def perplexities(world, source, checkpoint, *layout, ranks=1):
 
 
 @pytest.mark.parametrize("parallel", ["tensor", "pipeline"])
-def test_perplexities_of_two_ranks_are_those_of_transformers(world, parallel):
+def test_perplexities_of_two_ranks_are_those_of_transformers(server, world, parallel):
     layout = (f"--{parallel}-model-parallel-size", 2)
-    found, expected = perplexities(world, world / "source", world / "base", *layout, ranks=2)
+    found, expected = perplexities(
+        server, world, world / "source", world / "base", *layout, ranks=2
+    )
     np.testing.assert_allclose(found, expected, rtol=1e-5)
 
 
-def test_perplexities_under_another_rotary_factor_and_epsilon(world, converted):
+def test_perplexities_under_another_rotary_factor_and_epsilon(server, world, converted):
     folder = converted[0] / "llama3_rope" / "float32"
-    found, expected = perplexities(world, folder / "source", folder / "megatron")
+    found, expected = perplexities(server, world, folder / "source", folder / "megatron")
     np.testing.assert_allclose(found, expected, rtol=1e-5)
 
 
@@ -242,11 +234,11 @@ def test_unlearning_ones_own_model_takes_three_commands(world):
 
 
 def test_a_model_with_a_sentencepiece_tokenizer_is_exported_with_one_of_the_same_ids(
-    tiny, tmp_path
+    tiny, server, tmp_path
 ):
     export = ("convert_checkpoint", "export", "--checkpoint", tiny.base, "--output")
-    tool(*export, tmp_path / "new")
-    tool(*export, tmp_path / "named", "--tokenizer", tiny.tokenizer)  # as when it was moved
+    server.tool(*export, tmp_path / "new")
+    server.tool(*export, tmp_path / "named", "--tokenizer", tiny.tokenizer)  # as when it was moved
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "new")
     assert filecmp.cmp(tmp_path / "new/tokenizer.json", tmp_path / "named/tokenizer.json")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "new")

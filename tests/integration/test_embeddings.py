@@ -1,9 +1,6 @@
 """Embeddings by the distributed model against a naive fp64 model, and the command."""
 
 import json
-import os
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -12,13 +9,11 @@ import torch
 from megatron_ext.analysis.embeddings import separation
 from megatron_ext.analysis.samples import read_samples
 from tests.helpers import naive_gpt
-from tests.helpers.entry import ROOT
+from tests.helpers.entry import ROOT, Launch
 from tests.helpers.tiny import SEQUENCE
 
 HEADS, GROUPS, END = 4, 2, 2
 SAMPLES, SEED, SHORT = 200, 7, 20
-TORCHRUN = ["-m", "torch.distributed.run", "--rdzv-backend", "c10d"]
-TORCHRUN += ["--rdzv-endpoint", "localhost:0", "--nproc-per-node", "2"]
 
 
 def naive(tiny, prefix, *, length):
@@ -35,20 +30,7 @@ def naive(tiny, prefix, *, length):
     return np.stack(rows)
 
 
-def start(*command):
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, *map(str, command)],
-        cwd=ROOT,
-        env=environment,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
-
-
-def test_tensor_parallel_embeddings_are_naive(tiny, tmp_path):
+def test_tensor_parallel_embeddings_are_naive(tiny, server, tmp_path):
     options = {
         "checkpoint": [str(tiny.base)],
         "tokenizer_type": "SentencePieceTokenizer",
@@ -60,16 +42,19 @@ def test_tensor_parallel_embeddings_are_naive(tiny, tmp_path):
         "pipeline_model_parallel_size": 1,
     }
     output = tmp_path / "x.npy"
-    start(*TORCHRUN, "-m", "tests.helpers.embed", output, tiny.forget, json.dumps(options))
+    script = ROOT / "tests" / "helpers" / "embed.py"
+    launch = Launch((output, tiny.forget, json.dumps(options)), ranks=2, script=script)
+    ((code, said),) = server.results([launch])
+    assert code == 0, said
     # fp32 against fp64; values are of the order of 1.
     expected = naive(tiny, tiny.forget, length=SEQUENCE - 1)
     np.testing.assert_allclose(np.load(output), expected, atol=2e-5)
 
 
-def test_command_on_one_rank(tiny, tmp_path):
+def test_command_on_one_rank(tiny, server, tmp_path):
     output = tmp_path / "embeddings.json"
-    printed = start(
-        *("tools/analyze.py", "embeddings", "--checkpoint", tiny.base),
+    printed = server.tool(
+        *("analyze", "embeddings", "--checkpoint", tiny.base),
         *("--data", f"text={tiny.replay}", f"sums={tiny.forget}"),
         *("--tokenizer-model", tiny.tokenizer, "--samples", SAMPLES, "--seed", SEED),
         *("--output", output, "--length", SHORT + 1),

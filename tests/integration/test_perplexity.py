@@ -1,7 +1,6 @@
 """Per-sample perplexities of `tools/analyze.py` against a naive fp64 model."""
 
 import json
-import os
 import subprocess
 import sys
 
@@ -17,12 +16,10 @@ from tests.helpers.tiny import SEQUENCE, VOCAB
 HEADS, GROUPS = 4, 2
 
 END_OF_DOCUMENT = 2
-LAUNCH = [sys.executable, "-m", "torch.distributed.run", "--rdzv-backend", "c10d"]
-LAUNCH += ["--rdzv-endpoint", "localhost:0", "--nproc-per-node", "2"]
 LAYOUTS = {
-    "one rank": ([sys.executable], []),
-    "PP 2": (LAUNCH, ["--pipeline-model-parallel-size", "2"]),
-    "TP 2": (LAUNCH, ["--tensor-model-parallel-size", "2"]),
+    "one rank": (1, ()),
+    "PP 2": (2, ("--pipeline-model-parallel-size", 2)),
+    "TP 2": (2, ("--tensor-model-parallel-size", 2)),
 }
 
 
@@ -44,16 +41,15 @@ def expected(tiny):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_agrees_with_naive(layout, tiny, expected, tmp_path):
-    launcher, flags = LAYOUTS[layout]
+def test_agrees_with_naive(layout, tiny, server, expected, tmp_path):
+    ranks, flags = LAYOUTS[layout]
     output = tmp_path / "perplexity.json"
     models = [str(tiny.base)] if flags else [str(tiny.base), str(tiny.reference)]
-    command = [*launcher, "tools/analyze.py", "perplexity", "--checkpoint", *models]
-    command += ["--data", f"pairs={tiny.forget}", "--tokenizer-model", str(tiny.tokenizer)]
-    command += ["--samples", "1000000", "--output", str(output), *flags]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    said = server.tool(
+        *("analyze", "perplexity", "--checkpoint", *models, "--data", f"pairs={tiny.forget}"),
+        *("--tokenizer-model", tiny.tokenizer, "--samples", 1_000_000, "--output", output, *flags),
+        ranks=ranks,
+    )
     report = json.loads(output.read_text())
     assert list(report["models"]) == models
     found = report["models"][models[0]]["sets"]["pairs"]
@@ -70,7 +66,7 @@ def test_agrees_with_naive(layout, tiny, expected, tmp_path):
         shift = other["sets"]["pairs"]["summary"]["loss"]["shift"]
         difference = np.mean(other["sets"]["pairs"]["loss"]) - losses.mean()
         assert shift["value"] == pytest.approx(difference, rel=1e-3)
-        assert f"reference {other['sets']['pairs']['corpus_perplexity']:>11.2f}" in done.stdout
+        assert f"reference {other['sets']['pairs']['corpus_perplexity']:>11.2f}" in said
         assert (other["iteration"], other["run"]["settings"]["train_iters"]) == (20, 40)
 
 
@@ -87,7 +83,7 @@ def test_another_tokenizer_is_refused(tiny, tmp_path):
     assert not (tmp_path / "out.json").exists()
 
 
-def test_of_an_imported_model(tmp_path):
+def test_of_an_imported_model(server, tmp_path):
     """A user's own model and tokenizer, against `transformers`."""
     model = llama.save(tmp_path / "model")
     (tmp_path / "text.jsonl").write_text(
@@ -98,21 +94,18 @@ def test_of_an_imported_model(tmp_path):
     kind = ["--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", str(model)]
     prefix, output = tmp_path / "text", tmp_path / "perplexity.json"
     start, rounded = str(tmp_path / "start"), str(tmp_path / "rounded")
-    take = ["convert_checkpoint.py", "import", "--source", str(model), "--output"]
-    for command in (
-        ["preprocess_data.py", "--input", f"{prefix}.jsonl", "--output-prefix", str(prefix), *kind],
-        [*take, start],
-        [*take, rounded, "--dtype", "bfloat16"],
-        [
-            *["analyze.py", "perplexity", "--checkpoint", start, rounded, *kind],
-            *["--data", f"own={prefix}_text_document", "--output", str(output)],
-        ],
-    ):
-        words = [sys.executable, f"tools/{command[0]}", *command[1:]]
-        done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-    said = f"{rounded} was trained in bf16 and is computed in fp32, as --checkpoint {start} is"
-    assert said in done.stderr.splitlines()
+    server.tool(
+        *("preprocess_data", "--input", f"{prefix}.jsonl", "--output-prefix", prefix, *kind)
+    )
+    take = ("convert_checkpoint", "import", "--source", model, "--output")
+    server.tool(*take, start)
+    server.tool(*take, rounded, "--dtype", "bfloat16")
+    said = server.tool(
+        *("analyze", "perplexity", "--checkpoint", start, rounded, *kind),
+        *("--data", f"own={prefix}_text_document", "--output", output),
+    )
+    precision = f"{rounded} was trained in bf16 and is computed in fp32, as --checkpoint {start} is"
+    assert precision in said
     scored, other = json.loads(output.read_text())["models"].values()
     assert (scored["computed_in"], other["computed_in"]) == ("fp32", "fp32")
     documents = IndexedDataset(f"{prefix}_text_document")

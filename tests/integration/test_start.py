@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 
-from tests.helpers.entry import Launch, succeed
+from tests.helpers.entry import ROOT, Launch, run, succeed
 from tests.helpers.tiny import REFERENCE_ITERATION
 
 LONGER = ("--train-iters", 3, "--lr", 1e-3, "--eval-iters", 0)
@@ -55,6 +55,20 @@ def error_of(result):
     assert result.returncode == 2
     assert "Traceback" not in result.output
     return line
+
+
+def test_a_run_starts_no_process_and_imports_neither_compiler_nor_transformers(tiny, tmp_path):
+    """They would take half of a start and of a first save, and thousands of files, on every rank."""
+    script = ROOT / "tests" / "helpers" / "imported.py"
+    flags = tiny.unlearn(*SHORT, "--save", tmp_path / "save")
+    found = succeed(run(Launch(flags, script=script), tmp_path / "tensorboard"))
+    assert (tmp_path / "save" / "iter_0000002").is_dir()
+    (line,) = [line for line in found.output.splitlines() if line.startswith('{"imported"')]
+    told = json.loads(line)
+    assert told["imported"] == ["sentencepiece"]
+    assert told["started"] == []
+    assert told["collects"]
+    assert told["frozen"] > 300_000  # what was imported
 
 
 def test_the_reference_is_the_iteration_that_the_run_starts_from(runs):

@@ -27,6 +27,7 @@ from tests.unit.test_head_loss import found
 pytest.importorskip("triton")
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
+pytestmark = [pytest.mark.gpu] if DEVICE == "cuda" else []
 runs = pytest.mark.skipif(
     DEVICE == "cpu" and not INTERPRETED, reason="needs a GPU or the interpreter"
 )

@@ -4,7 +4,11 @@ from torch import nn
 
 from megatron_ext.runtime.offload import HostWeights, to_host
 
-DEVICES = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
+CUDA = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+DEVICES = ["cpu", pytest.param("cuda", marks=CUDA)]
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -41,6 +45,7 @@ def test_parameters_that_learn_are_refused():
         HostWeights(nn.Linear(2, 2).parameters())
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_device_memory_is_free_between_visits():
     module = nn.Linear(4096, 4096, device="cuda").requires_grad_(False)

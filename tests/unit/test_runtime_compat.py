@@ -118,6 +118,21 @@ def test_tasks_that_see_one_gpu_of_their_node_each_are_refused():
         compat.find_ranks()
 
 
+def test_more_ranks_of_torchrun_than_gpus_are_refused():
+    def rank(local_rank):
+        ranks = {"RANK": "9", "LOCAL_RANK": local_rank, "LOCAL_WORLD_SIZE": "2"}
+        return mock.patch.dict(os.environ, ranks, clear=True)
+
+    found = r"--nproc-per-node: expected one rank a GPU, found LOCAL_RANK 1 and 1 GPU"
+    with rank("1"), gpus(1, available=True), pytest.raises(ConfigError, match=found):
+        compat.find_ranks()
+    # The other rank is ended with it; a launcher that shows each rank its own GPU calls each of them 0.
+    for local_rank, count, available in (("0", 1, True), ("1", 2, True), ("1", 1, False)):
+        with rank(local_rank), gpus(count, available=available):
+            compat.find_ranks()
+            assert os.environ["RANK"] == "9"
+
+
 def test_tasks_without_a_gpu_are_ranks_too():
     """The CPU runtime answers for the count of devices, with one until the ranks are known."""
     with task(1, 1, tasks=2, form="2"), gpus(1, available=False):

@@ -158,7 +158,6 @@ def test_coming_too_late_is_an_error():
     assert result["error"].startswith("apex was imported before cpu.enable()")
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="the CPU is for machines without a GPU")
 @pytest.mark.parametrize(
     ("command", "code"),
     [

@@ -121,3 +121,23 @@ def test_what_a_newer_torch_stores_besides_is_left_out():
     found = safe_load.load_metadata(io.BytesIO(content))
     assert type(found) is TensorProperties
     assert found.dtype == torch.bfloat16
+
+
+def test_metadata_that_are_read_again_are_a_copy_of_their_own(tmp_path, monkeypatch):
+    monkeypatch.setattr(safe_load, "_known", {})
+    for name in "abc":
+        layer = torch_dist.LazyTensor(name, None, (2, 3), lambda: torch.ones(2, 3))
+        torch_dist.write(tmp_path / name, [layer], dtype=torch.float32, args=Namespace())
+    content = {name: (tmp_path / name / ".metadata").read_bytes() for name in "abc"}
+    first = safe_load.load_metadata(io.BytesIO(content["a"]))
+    assert first.state_dict_metadata.pop("a").size == (2, 3)
+    with mock.patch.object(safe_load, "_MetadataUnpickler", None):  # not looked through again
+        again = safe_load.load_metadata(io.BytesIO(content["a"]))
+    assert again.state_dict_metadata["a"].size == (2, 3)
+    for name in "bc":
+        assert name in safe_load.load_metadata(io.BytesIO(content[name])).state_dict_metadata
+    # The latest two are kept, and one byte more is another file.
+    assert len(safe_load._known) == 2
+    with pytest.raises(pickle.UnpicklingError, match=r"refused to load posix\.mkdir"):
+        safe_load.load_metadata(io.BytesIO(pickle.dumps(Bomb(tmp_path / "mark"))))
+    assert not (tmp_path / "mark").exists()

@@ -1,0 +1,39 @@
+"""The garbage collector around imports."""
+
+import gc
+
+import pytest
+
+from megatron_ext.runtime import collector
+
+
+@pytest.fixture
+def thawed():
+    """As it was before."""
+    threshold = gc.get_threshold()
+    yield
+    gc.freeze()  # see conftest.py
+    gc.enable()
+    gc.set_threshold(*threshold)
+
+
+def test_is_off_meanwhile_and_on_behind(thawed):
+    gc.unfreeze()
+    with collector.paused():
+        assert not gc.isenabled()
+        made = [[] for _ in range(1000)]
+    assert gc.isenabled()
+    assert gc.get_freeze_count() > len(made)
+    assert not any(made[0] is other for other in gc.get_objects())
+
+
+def test_an_import_that_fails_leaves_it_on(thawed):
+    with pytest.raises(ImportError), collector.paused():
+        import no_such_module  # noqa: F401
+    assert gc.isenabled()
+
+
+def test_seldom_is_not_never(thawed):
+    collector.seldom()
+    assert gc.isenabled()
+    assert gc.get_threshold()[0] == 100_000
