@@ -6,6 +6,7 @@ either.
 """
 
 import gc
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -15,12 +16,17 @@ _MANY = 100_000
 
 @contextmanager
 def paused() -> Iterator[None]:
-    """Collect nothing meanwhile, and leave alone for good what was made until then."""
+    """Collect nothing meanwhile, and leave alone for good what is there if modules were imported.
+
+    If none were, this is not the start of a program, and what is there may have to be collected.
+    """
+    before = len(sys.modules)
     gc.disable()
     try:
         yield
     finally:
-        gc.freeze()
+        if len(sys.modules) > before:
+            gc.freeze()
         gc.enable()
 
 

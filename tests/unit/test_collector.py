@@ -1,6 +1,8 @@
 """The garbage collector around imports."""
 
 import gc
+import sys
+from types import ModuleType
 
 import pytest
 
@@ -17,14 +19,18 @@ def thawed():
     gc.set_threshold(*threshold)
 
 
-def test_is_off_meanwhile_and_on_behind(thawed):
+@pytest.mark.parametrize("imports", [True, False])
+def test_is_off_meanwhile_and_freezes_what_was_imported(thawed, monkeypatch, imports):
     gc.unfreeze()
     with collector.paused():
         assert not gc.isenabled()
         made = [[] for _ in range(1000)]
+        if imports:
+            monkeypatch.setitem(sys.modules, "a_module_of_this_test", ModuleType("made"))
     assert gc.isenabled()
-    assert gc.get_freeze_count() > len(made)
-    assert not any(made[0] is other for other in gc.get_objects())
+    assert (gc.get_freeze_count() > len(made)) == imports
+    # What is frozen is in none of the generations that are collected.
+    assert any(made[0] is other for other in gc.get_objects()) != imports
 
 
 def test_an_import_that_fails_leaves_it_on(thawed):
