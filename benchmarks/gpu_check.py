@@ -27,9 +27,17 @@ from typing import Any
 
 import torch
 
-from benchmarks.head import environment
-
 ROOT = Path(__file__).resolve().parents[1]
+# Named, so that what other tests import need not be there.
+KERNEL_TESTS = (
+    *("tests/unit/test_head_triton.py", "tests/unit/test_losses_accuracy.py"),
+    *("tests/unit/test_losses_contract.py", "tests/unit/test_model_gpu.py"),
+    *("tests/unit/test_offload.py", "tests/unit/test_head_gpu.py"),
+)
+ENTRY_TESTS = (
+    "tests/integration/test_on_gpu.py",
+    "tests/integration/test_transformer_engine.py",
+)
 LEAST = 20.0  # seconds; with less left no part is started
 SHARE = "SECONDS"
 SHOWN = 25  # lines of a log
@@ -68,22 +76,32 @@ def parts(out: Path) -> list[Part]:
     """All of them; benchmarks write their tables to `out`."""
     to = ("--out", str(out))
     tests = ("-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", "--durations=5")
-    kernels = (*tests, "tests/unit/test_head_triton.py")
+    kernels = (*tests, KERNEL_TESTS[0])
     head = ("-m", "benchmarks.head", "--size", "8192", "2048", "131072", "--seconds", SHARE)
     step = ("-m", "benchmarks.step", "--seconds", SHARE)
     candidate = {"HEAD_KERNELS": "head_candidate"}
     demo = ("examples/demo/run.py", "--preset", "gpu", "--output-dir", str(out / "demo"))
     return [
-        Part("kernels", "kernels and layers against fp64", (*tests, "tests/unit"), 240),
+        Part("kernels", "kernels and layers against fp64", (*tests, *KERNEL_TESTS), 240),
         Part("candidate", "the tuned kernels against fp64", kernels, 120, candidate),
         Part("head", "head against its peers at the paper's size", (*head, *to), 180),
-        Part("entry", "entry point against the CPU", (*tests, "tests/integration"), 300),
+        Part("entry", "entry point against the CPU", (*tests, *ENTRY_TESTS), 300),
         Part("step", "step time and MFU at 2B", (*step, *to), 480),
         Part("unlearn", "the whole method on a model of 100 M parameters", demo, 600),
         Part("tune", "phases of the head", ("-m", "benchmarks.head_phases", "--tune", *to), 300),
         Part("layers", "parts of a layer", ("-m", "benchmarks.layers", *to), 120),
         Part("launch", "launch to first step", ("-m", "benchmarks.launch", *to), 240),
     ]
+
+
+def environment() -> dict[str, Any]:
+    """The machine and its versions, asked for by another process: a GPU may be for one process at a time."""
+    asked = "import json; from benchmarks.head import environment; print(json.dumps(environment('cuda')))"
+    done = subprocess.run(
+        [sys.executable, "-c", asked], cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True
+    )
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return found | {"command": "python -m benchmarks.gpu_check " + shlex.join(sys.argv[1:])}
 
 
 def run(part: Part, log: Path, seconds: float) -> dict[str, Any]:
@@ -119,6 +137,7 @@ def run_all(chosen: Sequence[Part], out: Path, seconds: float) -> list[dict[str,
     """One part after another until the time is up; what was found so far is written after each."""
     end = time.monotonic() + seconds
     rows: list[dict[str, Any]] = []
+    machine = environment()
     for part in chosen:
         left = end - time.monotonic()
         if left < LEAST:
@@ -126,7 +145,7 @@ def run_all(chosen: Sequence[Part], out: Path, seconds: float) -> list[dict[str,
             rows.append(row | {"result": "not started: the time was up", "seconds": 0.0})
         else:
             rows.append(run(part, out / f"{part.name}.log", min(part.seconds, left)))
-        report = {"environment": environment("cuda"), "parts": rows}
+        report = {"environment": machine, "parts": rows}
         (out / "gpu-check.json").write_text(json.dumps(report, indent=1) + "\n")
     return rows
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from benchmarks import gpu_check
-from benchmarks.gpu_check import Part
+from benchmarks.gpu_check import ROOT, Part
 
 SLEEPS = "import subprocess, sys, time; print('begun', flush=True); "
 SLEEPS += "p = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)']); "
@@ -24,14 +24,14 @@ PARTS = (
 @pytest.fixture
 def machine(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(gpu_check, "environment", lambda device: {"device": device})
+    monkeypatch.setattr(gpu_check, "environment", lambda: {"device": "H200"})
     monkeypatch.setattr(gpu_check, "parts", lambda out: list(PARTS))
 
 
 def test_goes_on_after_what_fails_and_ends_what_hangs(machine, tmp_path, capsys):
     assert gpu_check.main(["--out", str(tmp_path)]) == 1
     report = json.loads((tmp_path / "gpu-check.json").read_text())
-    assert report["environment"] == {"device": "cuda"}
+    assert report["environment"] == {"device": "H200"}
     results = {row["part"]: row["result"] for row in report["parts"]}
     assert results == {
         "good": "passed",
@@ -66,10 +66,16 @@ def test_its_commands_can_be_started(tmp_path):
     """Every module and file that it names is there; names are those of `--only`."""
     for part in gpu_check.parts(tmp_path):
         module = part.command[1] if part.command[0] == "-m" else part.command[0]
-        path = gpu_check.ROOT / (module.replace(".", "/") + ".py")
-        assert module == "pytest" or path.is_file() or (gpu_check.ROOT / module).is_file()
+        path = ROOT / (module.replace(".", "/") + ".py")
+        assert module == "pytest" or path.is_file() or (ROOT / module).is_file()
         for word in part.command:
-            assert not word.startswith("tests/") or (gpu_check.ROOT / word).exists()
+            assert not word.startswith("tests/") or (ROOT / word).exists()
+
+
+def test_runs_every_test_that_needs_a_gpu():
+    files = (ROOT / "tests").rglob("test_*.py")
+    marked = {str(f.relative_to(ROOT)) for f in files if "pytest.mark" + ".gpu" in f.read_text()}
+    assert {*gpu_check.KERNEL_TESTS, *gpu_check.ENTRY_TESTS} == marked
 
 
 def test_needs_a_gpu(tmp_path, capsys):
