@@ -1,3 +1,4 @@
+# ruff: noqa: E402
 import gc
 import os
 from collections.abc import Iterator
@@ -6,6 +7,7 @@ from pathlib import Path
 # Of every test and all that it starts, before torch is imported: the tensors are tiny, several processes
 # share the cores, and threads that wait for a busy core take 10 ms a product.
 os.environ["OMP_NUM_THREADS"] = "1"
+gc.disable()  # until all is imported
 
 import pytest
 import torch
@@ -29,6 +31,7 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_collection_finish() -> None:
     """Look for garbage among what tests make, not among all that was imported."""
     gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture(scope="session")

@@ -1,5 +1,7 @@
 """Runs a function on real ranks: processes of their own that talk over gloo."""
 
+import gc
+import multiprocessing
 import os
 import pickle
 import tempfile
@@ -10,6 +12,9 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 from unittest import mock
+
+if multiprocessing.parent_process() is not None:
+    gc.disable()  # on a rank, until it has imported its test
 
 import torch
 import torch.distributed as dist
@@ -92,6 +97,8 @@ def _rank_main(
     fn: Callable[..., Any],
     args: tuple[Any, ...],
 ) -> None:
+    gc.freeze()
+    gc.enable()
     torch.set_num_threads(1)
     # A file, not a port: no two runs can race for it.
     dist.init_process_group(

@@ -53,9 +53,11 @@ def test_second_call_reuses_what_is_finished(finished):
     assert again.count("finished before") == 12
     assert "$ " not in again
     # A stage that is lost is run again, and nothing else.
-    (directory / "perplexity.json").unlink()
-    (directory / "finished" / "perplexity").unlink()
+    lost = directory / "data" / "instruction_text_document.idx"
+    lost.unlink()
+    (directory / "finished" / "data-instruction").unlink()
     assert demo(directory).stdout.count("finished before") == 11
+    assert lost.is_file()
 
 
 def test_the_sweep_goes_on_from_the_demo(finished, tmp_path):

@@ -13,7 +13,8 @@ from tests.helpers.entry import ROOT
 ANALYSIS = ("--data", "a=none", "--tokenizer-model", "none", "--output", "none.json")
 # Run in processes of their own: the runtime changes torch for good.
 SNAPSHOT = """
-import json, logging, os, sys
+import gc, json, logging, os, sys
+gc.disable()
 import torch
 import torch.cuda, torch.distributed, torch._dynamo.config
 
