@@ -24,10 +24,9 @@ from megatron_ext.exceptions import MegatronExtError  # noqa: E402
 # and waits for them. With torch and Megatron up here that took 7 s, without 2 s (2-core CPU).
 
 if __name__ == "__mp_main__":
-    from megatron_ext.runtime import collector, console
+    from megatron_ext.runtime import console
     from megatron_ext.runtime.children import end_with_parent, ignore_termination
 
-    collector.seldom()
     end_with_parent()
     ignore_termination()
     console.quiet()  # a process that writes while training goes on imports it all

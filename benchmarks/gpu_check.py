@@ -1,4 +1,4 @@
-"""Everything that one GPU can prove, in the order of its worth, within the time that there is.
+"""What one GPU can prove, in the order of its worth, within the time that there is.
 
     make gpu-check [MINUTES=60]
     python -m benchmarks.gpu_check --minutes 9 --only kernels candidate head --out runs/gpu-check

@@ -73,8 +73,8 @@ def enable() -> None:
 def report_in_process() -> None:
     """Let the writers of a checkpoint report within this process: without `--async-save` no other one writes.
 
-    Megatron starts one on every rank for the queue in between, and it imports torch to take a report: 3 s of
-    a first save, and 0.4 GB of memory.
+    Megatron starts one on every rank for the queue in between, and it imports torch to take a report: 5 s of
+    a first save on a slow CPU, and 0.3 GB of memory.
     """
     from megatron.core.dist_checkpointing.strategies import filesystem_async
 

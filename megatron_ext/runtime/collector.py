@@ -10,9 +10,6 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-# Objects made before the collector looks at the youngest, instead of 700.
-_MANY = 100_000
-
 
 @contextmanager
 def paused() -> Iterator[None]:
@@ -28,8 +25,3 @@ def paused() -> Iterator[None]:
         if len(sys.modules) > before:
             gc.freeze()
         gc.enable()
-
-
-def seldom() -> None:
-    """Collect rarely from here on: in a short-lived process whose imports nobody can put a `with` around."""
-    gc.set_threshold(_MANY)

@@ -66,12 +66,9 @@ def _on_device(t: Tensor) -> Tensor:
     place = memory.data_ptr(), LAZY, memory.nbytes()
     storage: Any = torch._C._construct_storage_from_data_pointer(*place)
     storage.host = memory  # which lives as long
-    layout: dict[str, Any] = {
-        "size": t.size(),
-        "stride": t.stride(),
-        "storage_offset": t.storage_offset(),
-    }
-    layout |= {"dtype": t.dtype, "nbytes": memory.nbytes(), "data_ptr": t.data_ptr()}
+    layout: dict[str, Any] = {"size": t.size(), "stride": t.stride(), "dtype": t.dtype}
+    layout |= {"storage_offset": t.storage_offset()}
+    layout |= {"nbytes": memory.nbytes(), "data_ptr": t.data_ptr()}
     return _construct(layout | {"device_index": 0}, storage)
 
 
