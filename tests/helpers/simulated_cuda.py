@@ -277,9 +277,12 @@ def _patch_distributed() -> None:
 
 
 def _patch_triton() -> None:
-    """Refuse a host's tensor to a kernel; the interpreter would read it."""
+    """A quicker interpreter, and no host's tensor for a kernel; the interpreter would read it."""
     from triton.runtime.interpreter import GridExecutor
 
+    from tests.helpers import interpreter
+
+    interpreter.speed_up()
     launch = GridExecutor.__call__
 
     def launch_on_device(self: Any, *args: Any, **kwargs: Any) -> Any:

@@ -31,6 +31,10 @@ pytestmark = [pytest.mark.gpu] if DEVICE == "cuda" else []
 runs = pytest.mark.skipif(
     DEVICE == "cpu" and not INTERPRETED, reason="needs a GPU or the interpreter"
 )
+if INTERPRETED:
+    from tests.helpers import interpreter
+
+    interpreter.speed_up()
 # The interpreter computes both sides of a choice with numpy, which warns of the one not taken.
 quiet = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
@@ -39,12 +43,10 @@ KERNELS = "megatron_ext.losses." + os.environ.get("HEAD_KERNELS", "head_triton")
 
 
 def load_kernels():
-    """The module under test, with blocks that suit the interpreter."""
+    """The module under test; interpreted, a row of the widest case is many blocks."""
     kernels = importlib.import_module(KERNELS)
     if INTERPRETED and hasattr(kernels, "MARGIN_BLOCK"):
-        # It sums a block one number after the other, not as a tree: 4096 of them cost 2e-6. Short
-        # blocks also make rows of many.
-        kernels.MARGIN_BLOCK = kernels.DIVERGENCE_BLOCK = 256
+        kernels.MARGIN_BLOCK = kernels.DIVERGENCE_BLOCK = 512
     return kernels
 
 
