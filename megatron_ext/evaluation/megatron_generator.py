@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import functools
 from argparse import Namespace
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -69,16 +69,7 @@ class MegatronGenerator:
         Returns:
             The new tokens of each, on every rank.
         """
-        rank = parallel_state.get_data_parallel_rank()
-        ranks = parallel_state.get_data_parallel_world_size()
-        mine = requests[rank::ranks]
-        completions = list(self._complete(mine)) if mine else []
-        if ranks == 1:
-            return completions
-        gathered: list[Any] = [None] * ranks
-        group = parallel_state.get_data_parallel_group()
-        torch.distributed.all_gather_object(gathered, completions, group=group)
-        return [gathered[i % ranks][i // ranks] for i in range(len(requests))]
+        return _over_replicas(requests, self._complete)
 
     def _complete(self, requests: Sequence[Request]) -> Iterator[list[int]]:
         """Continue prompts on this model replica."""
@@ -122,6 +113,10 @@ class MegatronGenerator:
             For each the sum over its tokens from `start` on, in nats, and whether each of them is the most
             probable one.
         """
+        return _over_replicas(sequences, self._score)
+
+    def _score(self, sequences: Sequence[Scored]) -> list[tuple[float, bool]]:
+        """Score sequences on this model replica."""
         rows = -(-len(sequences) // self._rows) * self._rows
         tokens, counts = rows_to_score(sequences, rows=rows)
         labels = iter(tokens[:, 1:].split(self._rows))
@@ -195,6 +190,22 @@ class MegatronGenerator:
             collect_non_loss_data=True,
         )
         return torch.cat(outputs) if outputs else None
+
+
+def _over_replicas[Item, Result](
+    items: Sequence[Item], work: Callable[[Sequence[Item]], Iterable[Result]]
+) -> list[Result]:
+    """Each model replica's share of the work, and all of its results on every rank."""
+    rank = parallel_state.get_data_parallel_rank()
+    ranks = parallel_state.get_data_parallel_world_size()
+    mine = items[rank::ranks]
+    found = list(work(mine)) if mine else []
+    if ranks == 1:
+        return found
+    gathered: list[Any] = [None] * ranks
+    group = parallel_state.get_data_parallel_group()
+    torch.distributed.all_gather_object(gathered, found, group=group)
+    return [gathered[i % ranks][i // ranks] for i in range(len(items))]
 
 
 def _process_output(

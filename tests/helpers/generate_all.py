@@ -7,6 +7,8 @@ import json
 import os
 import sys
 from argparse import Namespace
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -68,8 +70,24 @@ def complete(generator: Any, codec: Any) -> dict[str, list]:
     scored = [Scored(tokens=[*r.tokens, *new], start=len(r.tokens)) for r, new in pairs]
     scored.append(Scored(tokens=[5, 6, 7], start=1))
     batches = [scored[i : i + size] for i in range(0, len(scored), size)]
-    found["scores"] = [list(score) for batch in batches for score in generator.score(batch)]
+    with passes(generator) as count:
+        found["scores"] = [list(score) for batch in batches for score in generator.score(batch)]
+    found["passes"] = count
     return found
+
+
+@contextmanager
+def passes(generator: Any) -> Iterator[list[int]]:
+    """Counts the batches that Megatron's model reads on this rank."""
+    count = [0]
+
+    def read(*_: Any) -> None:
+        count[0] += 1
+
+    model = getattr(generator, "_chunk", None)
+    hook = model.register_forward_pre_hook(read) if model else nullcontext()
+    with hook:
+        yield count
 
 
 def main() -> None:
