@@ -85,6 +85,8 @@ class FrozenModel:
         # a run, which is the reference's, would decide what is offloaded.
         transformer.cuda_graph_impl = "none"
         transformer.fine_grained_activation_offloading = False
+        if transformer.fp8:
+            transformer.tp_comm_overlap = False  # its buffers were made for fp8 alone
         # fp8's scales are learnt where gradients are: without them a KL would be against another model.
         transformer.fp8 = transformer.fp4 = None
         transformer.fp8_param = transformer.fp4_param = False

@@ -8,7 +8,8 @@ source examples/slurm/nccl.sh
 #
 # - when it was preempted with a grace time: only the ranks are told, and they end before Slurm would requeue the job;
 # - when it failed, or came near its time limit, after it had saved a newer checkpoint than it began with. Without
-#   one the next start would end as this one did, and a job that gets nowhere would hold its nodes for ever.
+#   one the next start would end as this one did, and a job that gets nowhere would hold its nodes for ever. A
+#   checkpoint that another job has saved there does not count.
 #
 # Shortly before the limit (#SBATCH --signal=B:USR1@SECONDS tells this shell alone) the ranks save and end.
 #
@@ -47,7 +48,9 @@ run_recipe() {
     if ((code != 0 && !ENDED)); then
         local states
         states="exit code $code; checkpoints: ${before:-none} before, $(saved | grep . || echo none) now"
-        if preempted || [[ $(saved) != "$before" ]]; then
+        if [[ -e ${OUT:-}/ended_for_another_run.$SLURM_JOB_ID ]]; then
+            echo "$states; the job is not requeued, for another one saves in $OUT"
+        elif preempted || [[ $(saved) != "$before" ]]; then
             echo "$states; the job is requeued"
             scontrol requeue "$SLURM_JOB_ID"
         elif ((code != 2)); then # a setting that was refused has its own line

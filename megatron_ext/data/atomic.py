@@ -22,6 +22,14 @@ PARTIAL_SUFFIX = ".partial"
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
+def free_mib(folder: str | Path) -> float:
+    """Room on the disk of a folder, or of where it would be made, in MiB."""
+    path = Path(folder).absolute()
+    while not path.is_dir() and path != path.parent:
+        path = path.parent
+    return shutil.disk_usage(path).free / 2**20
+
+
 class AtomicFiles:
     """A set of files that is published together, in the given order.
 
@@ -68,7 +76,7 @@ class AtomicFiles:
         """Removes whatever was not published; a full disk, whose error names no file, is named."""
         folder = self._paths[0].parent
         full = isinstance(exc, OSError) and exc.errno in _FULL and exc.filename is None
-        free = shutil.disk_usage(folder).free / 2**20 if full else 0.0
+        free = free_mib(folder) if full else 0.0
         self.discard()
         if full:
             raise DataError(

@@ -18,7 +18,6 @@ import functools
 import logging
 import os
 import pickle
-import shutil
 import time
 import uuid
 from collections.abc import Callable, Sequence
@@ -29,7 +28,7 @@ import torch
 from megatron.core.datasets.blended_dataset import BlendedDataset
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
 
-from megatron_ext.data.atomic import fsync
+from megatron_ext.data.atomic import free_mib, fsync
 from megatron_ext.exceptions import DataError
 
 logger = logging.getLogger(__name__)
@@ -139,10 +138,9 @@ def _build_whole(
             if not (file.is_file() and filecmp.cmp(source, file, shallow=False)):
                 os.replace(source, file)
     except OSError as error:
-        free = shutil.disk_usage(folder).free / 2**20 if folder.is_dir() else 0.0
         raise DataError(
-            f"{folder}: the index of the data cannot be written, with {free:.1f} MiB free on its disk: "
-            f"{error}; --data-cache-path names another folder"
+            f"{folder}: the index of the data cannot be written, with {free_mib(folder):.1f} MiB free on its "
+            f"disk: {error}; --data-cache-path names another folder"
         ) from error
     finally:
         dataset.unique_description_hash = digest

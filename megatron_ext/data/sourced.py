@@ -74,8 +74,9 @@ def content_key(prefix: str | None) -> str | None:
         prefix: path without ``.bin`` and ``.idx``; ``None`` or a place that is no local file has no key.
 
     Returns:
-        The content digest of the manifest, or else a digest of the index's size, date and
-        evenly spaced parts, and of the size of the tokens.
+        The content digest of the manifest, or else a digest of the index's size and evenly spaced
+        parts, and of the size of the tokens. Not of dates: copies on the disks of several nodes have
+        different ones, and one key.
     """
     if prefix is None or not idx_path(prefix).is_file():
         return None
@@ -95,12 +96,12 @@ def _read_key(prefix: str, states: tuple[object, ...]) -> str:
     if manifest is not None and manifest.content_digest is not None:
         return manifest.content_digest
     index = idx_path(prefix)
-    state = index.stat()
-    digest = hashlib.sha256(f"{state.st_size} {state.st_mtime_ns} ".encode())
+    size = index.stat().st_size
+    digest = hashlib.sha256(f"{size} ".encode())
     tokens = _stat(bin_path(prefix))
     digest.update(f"{tokens and tokens.st_size} ".encode())
     with index.open("rb") as stream:
-        last = max(0, state.st_size - _SPOT_BYTES)
+        last = max(0, size - _SPOT_BYTES)
         for start in np.unique(np.linspace(0, last, _SPOTS).astype(np.int64)):
             stream.seek(int(start))
             digest.update(stream.read(_SPOT_BYTES))

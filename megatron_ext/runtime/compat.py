@@ -15,7 +15,7 @@ from packaging.version import Version
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
 from megatron_ext.exceptions import ConfigError
-from megatron_ext.runtime import console, resume, safe_load
+from megatron_ext.runtime import console, devices, resume, safe_load, signals
 
 # The seams used here (the schedule getter of the loop, output_processor, post_wrap_hooks) were read in
 # this version; another one may have moved them, and a moved seam would silently train something else.
@@ -237,8 +237,10 @@ def apply() -> None:
     safe_load.enable()
     skip_helper_compilation()
     read_docstrings_once()
+    devices.check_gpus()
     find_ranks()
     console.apply()
     skip_on_every_layout()
+    signals.ask_at_once()
     read_sizes_and_types()
     resume.apply()

@@ -23,6 +23,7 @@ from typing import Any
 import torch
 import torch.utils._device
 
+from megatron_ext.runtime import devices
 from megatron_ext.runtime.cpu_streams import Event, Stream
 
 _enabled = False
@@ -60,10 +61,16 @@ def enable() -> bool:
 
     Returns:
         Whether the CPU runtime is active.
+
+    Raises:
+        ConfigError: there is a device, and a package for it that cannot be imported.
     """
     global _enabled
-    if _enabled or torch.cuda.is_available():
-        return _enabled
+    if _enabled:
+        return True
+    if torch.cuda.is_available():
+        devices.check_packages()
+        return False
     # A jit warm-up would ask for a CUDA stream.
     os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
     if "torch._dynamo" in sys.modules:  # and has read the variable

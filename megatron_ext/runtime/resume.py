@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch.distributed.checkpoint import CheckpointException
 
+from megatron_ext.data.atomic import free_mib
 from megatron_ext.exceptions import CheckpointError
 from megatron_ext.runtime import children, packed, safe_load, schedule
 from megatron_ext.values import saves_where_it_loads
@@ -139,7 +139,7 @@ def prepare_saves() -> None:
         # torch's error is no Exception.
         except (Exception, CheckpointException) as error:
             # torch tells of a full disk as "unexpected pos 704 vs 598".
-            free = shutil.disk_usage(options.save).free / 2**20 if options.save else 0.0
+            free = free_mib(options.save) if options.save else 0.0
             raise CheckpointError(
                 f"--save {options.save}: the checkpoint of iteration {iteration} could not be written, with "
                 f"{free:.1f} MiB free on its disk: {safe_load.reason(error)}"

@@ -59,8 +59,12 @@ def build(directory: Path) -> World:
         preprocess(directory / f"{name}.jsonl", directory / name, tokenizer=tokenizer)
     sizes = directory / "tiny.sh"
     sizes.write_text(SIZES.format(root=ROOT, steps=STEPS))
+    # Slurm gives these jobs GPUs that are not there, which the entry point would take for broken ones.
+    python = directory / "python"
+    python.write_text(f'#!/bin/sh\nCUDA_VISIBLE_DEVICES= exec {sys.executable} "$@"\n')
+    python.chmod(0o755)
     settings = {
-        **{"SIZE": str(sizes), "TOKENIZER": str(tokenizer), "PYTHON": sys.executable},
+        **{"SIZE": str(sizes), "TOKENIZER": str(tokenizer), "PYTHON": str(python)},
         "REAL": f"{directory}/real_text_document",
         "SYNTHETIC": f"{directory}/synthetic_text_document",
         # One for all jobs: their data are the same.

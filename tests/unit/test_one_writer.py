@@ -53,3 +53,49 @@ def test_the_run_that_comes_second_ends_before_it_saves(tmp_path, monkeypatch, f
         loop.save_checkpoint(4)
     assert saved == [3, 3]
     assert mark.exists()
+
+
+def test_a_run_that_has_ended_for_another_is_not_brought_back_by_torchrun(tmp_path, monkeypatch):
+    def start(*, restarts: int, name: str = "17") -> OneWriter:
+        monkeypatch.setenv("TORCHELASTIC_RUN_ID", name)
+        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", str(restarts))
+        writer = OneWriter()
+        writer.begin(tmp_path)
+        return writer
+
+    writer = start(restarts=0)
+    (tmp_path / "iter_0000002").mkdir()
+    with pytest.raises(CheckpointError, match="which another run has saved"):
+        writer.claim(tmp_path, 2)
+    for restarts in (1, 2):
+        with pytest.raises(CheckpointError, match="which another run has saved"):
+            start(restarts=restarts)
+    start(restarts=1, name="18").claim(tmp_path, 4)  # the other run goes on
+    start(restarts=0).claim(tmp_path, 4)  # and so may this one, if somebody starts it anew
+    start(restarts=1).claim(tmp_path, 4)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["iter_0000002"]
+
+
+def test_without_a_name_of_its_own_a_run_leaves_no_note(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")  # torchrun's, for any run
+    writer = OneWriter()
+    writer.begin(tmp_path)
+    (tmp_path / "iter_0000002").mkdir()
+    with pytest.raises(CheckpointError):
+        writer.claim(tmp_path, 2)
+    assert [path.name for path in tmp_path.iterdir()] == ["iter_0000002"]
+
+
+def test_a_save_that_cannot_make_its_folder_says_so(tmp_path, monkeypatch):
+    def save(*_):
+        raise PermissionError("no")
+
+    options = types.SimpleNamespace(save=str(tmp_path / "a" / "b"), load=None, iteration=0, rank=0)
+    monkeypatch.setattr(loop, "save_checkpoint", save)
+    monkeypatch.setattr(loop, "setup_model_and_optimizer", lambda *_, **__: "model")
+    monkeypatch.setattr(loop, "get_args", lambda: options)
+    monkeypatch.setattr(loop, "get_tensorboard_writer", lambda: None)
+    resume.prepare_saves()
+    loop.setup_model_and_optimizer()
+    with pytest.raises(CheckpointError, match=r"^--save .*a/b: .* with [1-9].* MiB free .*: no$"):
+        loop.save_checkpoint(1)

@@ -26,6 +26,7 @@ OFF = {
     "fp4": None,
     "fp4_param": False,
     "quant_recipe": None,
+    "tp_comm_overlap": False,  # whose buffers are fp8's
     "moe_input_jitter_eps": None,
 }
 
@@ -65,6 +66,7 @@ def student():
         "fp4": "e2m1",
         "fp4_param": True,
         "quant_recipe": object(),
+        "tp_comm_overlap": True,
         "moe_input_jitter_eps": 0.1,
     }
     return ModelConfig(SimpleNamespace(**asked, hidden_size=7), post_wrap_hooks=[print])
@@ -80,6 +82,14 @@ def test_nothing_of_the_reference_is_recorded_offloaded_or_trained(monkeypatch, 
     assert not chunk.training
     assert not any(parameter.requires_grad for parameter in chunk.parameters())
     assert vars(student.transformer) == before
+
+
+def test_without_fp8_its_communication_overlaps_as_the_students_does(monkeypatch, student):
+    groups = SimpleNamespace(use_mpu_process_groups=lambda: None)
+    monkeypatch.setattr(frozen, "ProcessGroupCollection", groups)
+    student.transformer.fp8 = None
+    (chunk,) = FrozenModel.build(student)
+    assert chunk.config.transformer.tp_comm_overlap
 
 
 @pytest.mark.parametrize(
