@@ -133,6 +133,11 @@ def test_torchrun_reads_its_flags_from_the_variables_of_a_node(monkeypatch):
         ("echo 4 >$OUT/latest_checkpointed_iteration.txt; exit 1", True),
         ("echo 4 >$OUT/latest_checkpointed_iteration.txt; exit 0", False),
         ("touch $OUT/preempted; exit 1", True),
+        # The checkpoint is another job's.
+        (
+            "echo 4 >$OUT/latest_checkpointed_iteration.txt; touch $OUT/ended_for_another_run.30123; exit 1",
+            False,
+        ),
         # The time limit, in time for a save and too late for one.
         (
             "kill -USR1 $JOB; sleep 1; echo 4 >$OUT/latest_checkpointed_iteration.txt; exit 1",
