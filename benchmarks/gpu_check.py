@@ -79,7 +79,7 @@ def parts(out: Path) -> list[Part]:
     kernels = (*tests, KERNEL_TESTS[0])
     head = ("-m", "benchmarks.head", "--size", "8192", "2048", "131072", "--seconds", SHARE)
     step = ("-m", "benchmarks.step", "--seconds", SHARE)
-    candidate = {"HEAD_KERNELS": "head_candidate"}
+    candidate = {"HEAD_KERNELS": "benchmarks.candidate"}
     demo = ("examples/demo/run.py", "--preset", "gpu", "--output-dir", str(out / "demo"))
     return [
         Part("kernels", "kernels and layers against fp64", (*tests, *KERNEL_TESTS), 240),
