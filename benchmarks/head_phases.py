@@ -2,11 +2,11 @@
 
 `python -m benchmarks.head_phases [--tune]`: each matrix product and kernel by itself, with what it
 achieves; `--tune` times the kernels over block sizes and warps. The kernels are those of
-`benchmarks.candidate`; the whole head is timed with the default ones.
+`benchmarks.candidate`; the whole head is timed with the default ones. Writes
+`head-phases-<machine>.json`, for a shape of your own with it in the name.
 """
 
 import argparse
-import json
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,8 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks import candidate
+from benchmarks import candidate, results_file
 from benchmarks.peers import make_workload, ours, terms
+
+SIZE = (8192, 2048, 131072)  # tokens, hidden, vocabulary
 
 
 def milliseconds(function: Callable[[], object], repeats: int = 8) -> float:
@@ -251,14 +253,16 @@ def show(results: list[dict]) -> None:
         print(f"{row['phase']:<64} {row['ms']:9.3f} ms {rate}")
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--tokens", type=int, default=8192)
-    parser.add_argument("--hidden", type=int, default=2048)
-    parser.add_argument("--vocab", type=int, default=131072)
+    parser.add_argument("--tokens", type=int, default=SIZE[0])
+    parser.add_argument("--hidden", type=int, default=SIZE[1])
+    parser.add_argument("--vocab", type=int, default=SIZE[2])
     parser.add_argument("--tune", action="store_true")
-    parser.add_argument("--out", type=Path, help="folder for the JSON")
-    args = parser.parse_args()
+    parser.add_argument("--out", type=Path, default=results_file.RESULTS)
+    args = parser.parse_args(argv)
+    if not torch.cuda.is_available():
+        parser.error("expected a CUDA device, found none")
     size = (args.tokens, args.hidden, args.vocab)
     parts: list[Callable[[], list[dict]]] = [
         lambda: measure(*size),
@@ -275,9 +279,15 @@ def main() -> None:
         show(found)
         results += found
         torch.cuda.empty_cache()
-    if args.out:
-        args.out.mkdir(parents=True, exist_ok=True)
-        (args.out / "head_phases.json").write_text(json.dumps(results, indent=1) + "\n")
+    environment = results_file.environment(
+        "head_phases",
+        "cuda",
+        argv,
+        dtype="torch.bfloat16",
+        shape="{} tokens x {} hidden x {:,} columns".format(*size),
+    )
+    shape = "" if size == SIZE else "-{}x{}x{}".format(*size)
+    results_file.write(args.out, "head_phases", environment, results, shape)
 
 
 if __name__ == "__main__":
