@@ -5,8 +5,8 @@
 
 First what must be right (kernels against fp64, the entry point against the CPU), then what must be fast, and
 a real unlearning run. Each part is a command of its own, printed as it can be typed. What fails or does not
-end in time is reported, and the rest goes on. Output goes to NAME.log, whose end is shown; gpu-check.json is
-written after each part. Exit code 1 unless all that was chosen has passed.
+end in time is reported, and the rest goes on. Output goes to NAME.log, whose end is shown;
+`gpu-check-<machine>.json` is written after each part. Exit code 1 unless all that was chosen has passed.
 """
 
 from __future__ import annotations
@@ -27,7 +27,9 @@ from typing import Any
 
 import torch
 
-ROOT = Path(__file__).resolve().parents[1]
+from benchmarks import results_file
+
+ROOT = results_file.ROOT
 # Named, so that what other tests import need not be there.
 KERNEL_TESTS = (
     *("tests/unit/test_head_triton.py", "tests/unit/test_losses_accuracy.py"),
@@ -79,7 +81,7 @@ def parts(out: Path) -> list[Part]:
     kernels = (*tests, KERNEL_TESTS[0])
     head = ("-m", "benchmarks.head", "--size", "8192", "2048", "131072", "--seconds", SHARE)
     step = ("-m", "benchmarks.step", "--seconds", SHARE)
-    candidate = {"HEAD_KERNELS": "head_candidate"}
+    candidate = {"HEAD_KERNELS": "benchmarks.candidate"}
     demo = ("examples/demo/run.py", "--preset", "gpu", "--output-dir", str(out / "demo"))
     return [
         Part("kernels", "kernels and layers against fp64", (*tests, *KERNEL_TESTS), 240),
@@ -96,12 +98,12 @@ def parts(out: Path) -> list[Part]:
 
 def environment() -> dict[str, Any]:
     """The machine and its versions, asked for by another process: a GPU may be for one process at a time."""
-    asked = "import json; from benchmarks.head import environment; print(json.dumps(environment('cuda')))"
-    done = subprocess.run(
-        [sys.executable, "-c", asked], cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True
-    )
+    asked = "import json; from benchmarks.results_file import environment; "
+    asked += "print(json.dumps(environment('gpu_check', 'cuda')))"
+    command = [sys.executable, "-c", asked, *sys.argv[1:]]
+    done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True)
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return found | {"command": "python -m benchmarks.gpu_check " + shlex.join(sys.argv[1:])}
+    return found
 
 
 def run(part: Part, log: Path, seconds: float) -> dict[str, Any]:
@@ -145,8 +147,7 @@ def run_all(chosen: Sequence[Part], out: Path, seconds: float) -> list[dict[str,
             rows.append(row | {"result": "not started: the time was up", "seconds": 0.0})
         else:
             rows.append(run(part, out / f"{part.name}.log", min(part.seconds, left)))
-        report = {"environment": machine, "parts": rows}
-        (out / "gpu-check.json").write_text(json.dumps(report, indent=1) + "\n")
+        results_file.write(out, "gpu_check", machine, rows)
     return rows
 
 

@@ -3,28 +3,26 @@
     python -m benchmarks.head [--device cuda|cpu] [--out FOLDER]
     python -m benchmarks.head --size 8192 4096 128256 --peers ours naive     # a shape of your own
 
-Prints a table, writes `head-<device>.json` and `head-<device>.png`, for shapes of your own with the first
-of them in the name. A peer that cannot run is
-listed with the reason. On a GPU: median of CUDA events, and the allocator's peak above the inputs.
+Prints a table, writes `head-<machine>.json` and `head-<machine>.png`, for shapes of your own with the first
+of them in the name. A peer that cannot run is listed with the reason. On a GPU: median of CUDA events, and
+the allocator's peak above the inputs.
 On a CPU: each measurement in a process of its own, its peak of resident memory above the inputs.
 """
 
 import argparse
 import gc
-import importlib.metadata
 import json
 import os
-import platform
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from benchmarks import results_file
 from benchmarks.peers import PEERS, REFERENCES, Workload, make_workload
 
 # (tokens, hidden, vocabulary); the first is the one that the targets are stated for.
@@ -206,30 +204,10 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
-def environment(device: str) -> dict[str, Any]:
-    """What a number depends on besides the code."""
-    versions = {}
-    for package in ("torch", "triton", "liger-kernel", "cut-cross-entropy", "megatron-core"):
-        try:
-            versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            versions[package] = None
-    name = torch.cuda.get_device_name() if device == "cuda" else f"{os.cpu_count()}-core CPU"
-    return {
-        "device": name,
-        "threads": torch.get_num_threads(),
-        "python": platform.python_version(),
-        "versions": versions,
-        "dtype": str(DTYPES[device]),
-        "command": "python -m benchmarks.head " + " ".join(sys.argv[1:]),
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-    }
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", choices=("cuda", "cpu"))
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
+    parser.add_argument("--out", type=Path, default=results_file.RESULTS)
     parser.add_argument("--seconds", type=float, default=180, help="start no cell after this long")
     parser.add_argument(
         "--size",
@@ -255,11 +233,13 @@ def main() -> None:
     rows = measure_all(device, args.seconds, sizes, args.peers)
     lines = summary(rows)
     print("\n".join(["", *lines]))
-    args.out.mkdir(parents=True, exist_ok=True)
-    result = {"environment": environment(device), "cells": rows, "summary": lines, "errors": errors}
+    environment = results_file.environment(
+        "head", device, threads=torch.get_num_threads(), dtype=str(DTYPES[device])
+    )
     shape = "-{}x{}x{}".format(*sizes[0]) if args.size else ""
-    path = args.out / f"head-{device}{shape}.json"
-    path.write_text(json.dumps(result, indent=1) + "\n")
+    path = results_file.write(
+        args.out, "head", environment, rows, shape, summary=lines, errors=errors
+    )
     try:
         plot(rows, path.with_suffix(".png"))
     except ImportError as error:

@@ -27,9 +27,10 @@ def accuracy(device: str) -> list[dict[str, Any]]:
     """One row a case and way of computing: the largest error of values and gradients."""
     ways: list[tuple[str, Any]] = [("torch", vocab_parallel)]
     if device == "cuda":
-        from megatron_ext.losses import head_candidate, head_triton
+        from benchmarks import candidate
+        from megatron_ext.losses import head_triton
 
-        ways += [("triton", head_triton), ("candidate", head_candidate)]
+        ways += [("triton", head_triton), ("candidate", candidate)]
     results = []
     for dtype in (torch.float32, torch.bfloat16):
         for case in CASES:

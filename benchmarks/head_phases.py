@@ -2,11 +2,11 @@
 
 `python -m benchmarks.head_phases [--tune]`: each matrix product and kernel by itself, with what it
 achieves; `--tune` times the kernels over block sizes and warps. The kernels are those of
-`head_candidate`; the whole head is timed with the default ones.
+`benchmarks.candidate`; the whole head is timed with the default ones. Writes
+`head-phases-<machine>.json`, for a shape of your own with it in the name.
 """
 
 import argparse
-import json
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,8 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks import candidate, results_file
 from benchmarks.peers import make_workload, ours, terms
-from megatron_ext.losses import head_candidate
+
+SIZE = (8192, 2048, 131072)  # tokens, hidden, vocabulary
 
 
 def milliseconds(function: Callable[[], object], repeats: int = 8) -> float:
@@ -40,17 +42,17 @@ def measure(tokens: int, hidden: int, vocab: int) -> list[dict]:
     h, weight = w.hidden.detach(), w.weight.detach()
     z, t = h @ weight.t(), w.reference_hidden @ w.reference_weight.t()
     columns = {"vocab_start": 0, "valid_columns": vocab}
-    stats = head_candidate.shard_statistics(z, w.labels, reference_logits=t, **columns)
-    rows = head_candidate.combine_statistics(stats[None])
+    stats = candidate.shard_statistics(z, w.labels, reference_logits=t, **columns)
+    rows = candidate.combine_statistics(stats[None])
     grad = torch.rand(tokens, device="cuda") / tokens
     out = torch.empty_like(z)
     size = 2.0 * tokens * vocab
 
     def statistics(reference):
-        head_candidate.shard_statistics(z, w.labels, reference_logits=reference, **columns)
+        candidate.shard_statistics(z, w.labels, reference_logits=reference, **columns)
 
     def gradient(grad_kl):
-        head_candidate.logits_gradient(
+        candidate.logits_gradient(
             z, w.labels, rows, grad, grad_kl, reference_logits=t, out=out, **columns
         )
 
@@ -59,7 +61,7 @@ def measure(tokens: int, hidden: int, vocab: int) -> list[dict]:
         ("statistics, reference", lambda: statistics(t), 2 * size),
         ("gradient, no reference", lambda: gradient(None), 2 * size),
         ("gradient, reference", lambda: gradient(grad), 3 * size),
-        ("combine", lambda: head_candidate.combine_statistics(stats[None]), 0),
+        ("combine", lambda: candidate.combine_statistics(stats[None]), 0),
         ("copy of the logits", lambda: out.copy_(z), 2 * size),
     ]
     results = []
@@ -159,10 +161,10 @@ def overlap(tokens: int, hidden: int, vocab: int, parts: int) -> list[dict]:
             return function()
 
     def statistics(part):
-        stats = head_candidate.shard_statistics(
+        stats = candidate.shard_statistics(
             z[part], w.labels[part], reference_logits=t[part], **columns
         )
-        return head_candidate.combine_statistics(stats[None])
+        return candidate.combine_statistics(stats[None])
 
     def step(apart):
         rows, ready = [], []
@@ -173,7 +175,7 @@ def overlap(tokens: int, hidden: int, vocab: int, parts: int) -> list[dict]:
         for part, row in zip(slices, rows, strict=True):
 
             def gradient(part=part, row=row):
-                head_candidate.logits_gradient(
+                candidate.logits_gradient(
                     z[part],
                     w.labels[part],
                     row,
@@ -204,8 +206,8 @@ def tune(tokens: int, vocab: int) -> list[dict]:
     t = (z.float() + 0.1 * torch.randn(tokens, vocab, **make)).bfloat16()
     labels = torch.randint(vocab, (tokens,), device="cuda")
     columns = {"vocab_start": 0, "valid_columns": vocab}
-    stats = head_candidate.shard_statistics(z, labels, reference_logits=t, **columns)
-    rows = head_candidate.combine_statistics(stats[None])
+    stats = candidate.shard_statistics(z, labels, reference_logits=t, **columns)
+    rows = candidate.combine_statistics(stats[None])
     grad, out = torch.rand(tokens, device="cuda"), torch.empty_like(z)
     row_shapes = [(1, 2), (1, 4), (2, 1), (2, 2), (2, 4), (4, 1), (4, 2), (4, 4), (8, 1), (8, 2)]
     tiles = [(4, 512, 16), (4, 1024, 4), (4, 1024, 16), (4, 1024, 128), (4, 2048, 8)]
@@ -216,7 +218,7 @@ def tune(tokens: int, vocab: int) -> list[dict]:
         "GRADIENT": (
             tiles,
             3,
-            lambda: head_candidate.logits_gradient(
+            lambda: candidate.logits_gradient(
                 z, labels, rows, grad, grad, reference_logits=t, out=out, **columns
             ),
         ),
@@ -224,11 +226,11 @@ def tune(tokens: int, vocab: int) -> list[dict]:
     results = []
     for name, (shapes, passes, function) in runs.items():
         names = ("WARPS", "BLOCK", "TILES") if name == "GRADIENT" else ("WARPS", "LOADS")
-        before = [getattr(head_candidate, f"{name}_{field}") for field in names]
+        before = [getattr(candidate, f"{name}_{field}") for field in names]
         found = []
         for shape in shapes:
             for field, value in zip(names, shape, strict=True):
-                setattr(head_candidate, f"{name}_{field}", value)
+                setattr(candidate, f"{name}_{field}", value)
             ms = milliseconds(function, 4)
             label = " ".join(f"{f.lower()} {v}" for f, v in zip(names, shape, strict=True))
             rate = passes * 2.0 * tokens * vocab / ms / 1e6
@@ -236,13 +238,13 @@ def tune(tokens: int, vocab: int) -> list[dict]:
                 {"phase": f"{name.lower()} {label}", "ms": ms, "rate": rate, "unit": "GB/s"}
             )
         for field, value in zip(names, before, strict=True):
-            setattr(head_candidate, f"{name}_{field}", value)
+            setattr(candidate, f"{name}_{field}", value)
         results += sorted(found, key=lambda row: row["ms"])
     return results
 
 
 def _statistics(z: Tensor, labels: Tensor, t: Tensor | None, columns: dict[str, int]) -> Tensor:
-    return head_candidate.shard_statistics(z, labels, reference_logits=t, **columns)
+    return candidate.shard_statistics(z, labels, reference_logits=t, **columns)
 
 
 def show(results: list[dict]) -> None:
@@ -251,14 +253,16 @@ def show(results: list[dict]) -> None:
         print(f"{row['phase']:<64} {row['ms']:9.3f} ms {rate}")
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--tokens", type=int, default=8192)
-    parser.add_argument("--hidden", type=int, default=2048)
-    parser.add_argument("--vocab", type=int, default=131072)
+    parser.add_argument("--tokens", type=int, default=SIZE[0])
+    parser.add_argument("--hidden", type=int, default=SIZE[1])
+    parser.add_argument("--vocab", type=int, default=SIZE[2])
     parser.add_argument("--tune", action="store_true")
-    parser.add_argument("--out", type=Path, help="folder for the JSON")
-    args = parser.parse_args()
+    parser.add_argument("--out", type=Path, default=results_file.RESULTS)
+    args = parser.parse_args(argv)
+    if not torch.cuda.is_available():
+        parser.error("expected a CUDA device, found none")
     size = (args.tokens, args.hidden, args.vocab)
     parts: list[Callable[[], list[dict]]] = [
         lambda: measure(*size),
@@ -275,9 +279,15 @@ def main() -> None:
         show(found)
         results += found
         torch.cuda.empty_cache()
-    if args.out:
-        args.out.mkdir(parents=True, exist_ok=True)
-        (args.out / "head_phases.json").write_text(json.dumps(results, indent=1) + "\n")
+    environment = results_file.environment(
+        "head_phases",
+        "cuda",
+        argv,
+        dtype="torch.bfloat16",
+        shape="{} tokens x {} hidden x {:,} columns".format(*size),
+    )
+    shape = "" if size == SIZE else "-{}x{}x{}".format(*size)
+    results_file.write(args.out, "head_phases", environment, results, shape)
 
 
 if __name__ == "__main__":

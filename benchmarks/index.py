@@ -20,23 +20,22 @@ import argparse
 import contextlib
 import json
 import os
-import platform
 import shutil
 import subprocess
 import sys
 import tempfile
 import threading
 import time
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
+from benchmarks import results_file
 from benchmarks.index_report import GOAL, KINDS, draw, fit, table
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = results_file.ROOT
 SEQUENCE, READ, SPLIT, VALID = 4096, 0.95, "99,1,0", 10_240
 MEAN, SIGMA = 1000, 1.2
 
@@ -219,7 +218,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=float, nargs="+", default=[10e9, 100e9])
     parser.add_argument("--shards", type=int, nargs="+", default=[100, 1000])
     parser.add_argument("--scratch", type=Path, help="folder for shards and caches")
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
+    parser.add_argument("--out", type=Path, default=results_file.RESULTS)
     options = parser.parse_args()
     load = os.getloadavg()[0]
     cases = []
@@ -233,20 +232,13 @@ def main() -> None:
     for case in cases:
         parts = ", ".join(f"{k} {v['processor_s']:.2f} s" for k, v in case["checks"].items())
         print(f"checks at {case['shards']} shards, {case['tokens']:.0e} tokens: {parts}")
-    result = {
-        "machine": f"{os.cpu_count()}-core CPU",
-        "load_average_before": round(load, 1),
-        "load_average_after": round(os.getloadavg()[0], 1),
-        "python": platform.python_version(),
-        "versions": {name: version(name) for name in ("numpy", "megatron-core")},
-        "setting": {"sequence": SEQUENCE, "read": READ, "split": SPLIT, "validation": VALID}
-        | {"mean_document": MEAN, "sigma": SIGMA, "goal": GOAL},
-        "cases": cases,
-        "fits": fits,
-    }
-    options.out.mkdir(parents=True, exist_ok=True)
-    path = options.out / "index-cpu.json"
-    path.write_text(json.dumps(result, indent=1) + "\n")
+    loads = {"load_average_before": load, "load_average_after": os.getloadavg()[0]}
+    environment = results_file.environment(
+        "index", "cpu", **{name: round(value, 1) for name, value in loads.items()}
+    )
+    setting = {"sequence": SEQUENCE, "read": READ, "split": SPLIT, "validation": VALID}
+    setting |= {"mean_document": MEAN, "sigma": SIGMA, "goal": GOAL}
+    path = results_file.write(options.out, "index", environment, cases, setting=setting, fits=fits)
     draw(cases, fits, path.with_suffix(".png"))
     print(f"\nwritten to {path}")
 

@@ -5,28 +5,25 @@
 Both are started as a user starts them, in turn, on the same tiny model and data set, whose index is cached
 before; the clock stops when the console shows the first iteration. An unlearning start, which loads a
 checkpoint and a reference beside, is given for comparison. Wall time and processor time (user and system,
-all threads) of the same starts; the ratios are medians over the pairs.
+all threads) of the same starts; the ratios are medians over the pairs. Writes `launch-<machine>.json`.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import platform
 import re
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from importlib.metadata import version
 from pathlib import Path
 
 import psutil
-import torch
 from tqdm import tqdm
 
+from benchmarks import results_file
 from tests.helpers.entry import ENTRY, ROOT
 from tests.helpers.tiny import build
 
@@ -91,28 +88,20 @@ def main() -> None:
     """Measure, print and write."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
+    parser.add_argument("--out", type=Path, default=results_file.RESULTS)
     options = parser.parse_args()
     load = os.getloadavg()[0]
     rows = summary(measure(options.repeats))
-    gpu = torch.cuda.is_available()
-    machine = torch.cuda.get_device_name() if gpu else f"{os.cpu_count()}-core CPU"
     print(f"\n{'start':28}{'wall s':>10}{'of stock':>10}{'processor s':>14}{'of stock':>10}")
     for name, row in rows.items():
         wall, used = (statistics.median(row[f"{c}_s"]) for c in ("wall", "processor"))  # type: ignore[type-var]
         print(
             f"{name:28}{wall:10.2f}{row['wall_of_stock']:10}{used:14.2f}{row['processor_of_stock']:10}"
         )
-    result = {
-        "machine": machine,
-        "load_average_before": round(load, 1),
-        "python": platform.python_version(),
-        "versions": {name: version(name) for name in ("torch", "megatron-core")},
-        "starts": rows,
-    }
-    options.out.mkdir(parents=True, exist_ok=True)
-    path = options.out / f"launch-{'gpu' if gpu else 'cpu'}.json"
-    path.write_text(json.dumps(result, indent=2) + "\n")
+    # Only now: a GPU may be for one process at a time, and the starts were others.
+    environment = results_file.environment("launch", load_average_before=round(load, 1))
+    named = [{"start": name} | row for name, row in rows.items()]
+    path = results_file.write(options.out, "launch", environment, named)
     print(f"\nwritten to {path}")
 
 

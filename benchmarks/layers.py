@@ -4,11 +4,10 @@
 
 Shapes of the 2B model of arXiv 2406.12397 at micro-batch 2, bf16, forward and backward together.
 The time is the GPU's alone, as in a training step, where the host is far ahead. Prints a table and
-writes layers-cuda.json.
+writes `layers-<machine>.json`; without a GPU nothing is measured.
 """
 
 import argparse
-import json
 import statistics
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -18,6 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from benchmarks import results_file
 
 S, B, HEADS, D, FFN = 4096, 2, 32, 64, 5504
 HIDDEN = HEADS * D
@@ -148,10 +149,11 @@ def _milliseconds(run: Run, *, repeats: int = 30) -> float:
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
+    parser.add_argument("--out", type=Path, default=results_file.RESULTS)
     args = parser.parse_args(argv)
     if not torch.cuda.is_available():
-        parser.error("expected a CUDA device, found none")
+        print("benchmarks.layers: needs a GPU, found none; nothing is measured")
+        return
     torch.manual_seed(0)
     rows = []
     for parts in (_attention, _rotation, _elementwise, _weight_gradient):
@@ -166,13 +168,8 @@ def main(argv: list[str] | None = None) -> None:
             rate += f"{flops / milliseconds / 1e9:.0f} TFLOP/s" if flops else ""
             print(f"{name:<46} {milliseconds:8.3f} ms  {rate}")
             rows.append({"part": name, "ms": milliseconds, "bytes": size, "flops": flops})
-    args.out.mkdir(parents=True, exist_ok=True)
-    report = {
-        "device": torch.cuda.get_device_name(),
-        "versions": {"torch": torch.__version__},
-        "rows": rows,
-    }
-    (args.out / "layers-cuda.json").write_text(json.dumps(report, indent=1) + "\n")
+    environment = results_file.environment("layers", "cuda", argv, dtype="torch.bfloat16")
+    results_file.write(args.out, "layers", environment, rows)
 
 
 if __name__ == "__main__":

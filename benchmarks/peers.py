@@ -181,8 +181,10 @@ class _VocabParallelKL(torch.autograd.Function):
         return ((log_p.exp() - p_t) * grad[:, None]).to(ctx.dtype), None, None
 
 
-def candidate(w: Workload) -> Tensor:
-    return ours(w, backend="triton-candidate")
+def make_candidate() -> Callable[[Workload], Tensor]:
+    from benchmarks import candidate  # only here: Triton is optional
+
+    return lambda w: ours(w, backend=candidate)
 
 
 def halves(w: Workload) -> Tensor:
@@ -261,7 +263,7 @@ def make_cut_cross_entropy() -> Callable[[Workload], Tensor]:
 PEERS: dict[str, Callable[[], Callable[[Workload], Tensor]]] = {
     "ours": lambda: ours,
     "ours-terms": lambda: terms,
-    "ours-candidate": lambda: candidate,
+    "ours-candidate": make_candidate,
     "ours-halves": lambda: halves,
     "ours-lean": lambda: lean,
     "naive": lambda: naive,

@@ -9,13 +9,12 @@ lines, SentencePiece model and number of workers, in turn, `--repeats` times; th
 same bytes. Wall time is that of the whole process, start and imports included, so the input should be
 large; processor time (user and system, workers included) is reported beside it, because it holds on a
 busy machine as well. Megatron-LM's tool is not on PyPI: without a checkout at `--peer-path` it is
-reported as not available.
+reported as not available. Writes `preprocess-cpu.json`.
 """
 
 import argparse
 import json
 import os
-import platform
 import resource
 import statistics
 import subprocess
@@ -23,10 +22,11 @@ import sys
 import sysconfig
 import tempfile
 import time
-from importlib.metadata import version
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
+from benchmarks import results_file
+
+ROOT = results_file.ROOT
 TEXT_SUFFIXES = {".py", ".pyi", ".md", ".rst", ".txt", ".h", ".hpp", ".cuh"}
 
 
@@ -122,24 +122,26 @@ def run(args, scratch):
             )
     if not all(same_bytes(scratch / "0", scratch / str(i)) for i in range(1, len(found))):
         raise SystemExit("the outputs differ")
-    rows = {}
+    rows = []
     for name, values in seconds.items():
         wall, cpu = (statistics.median(column) for column in zip(*values, strict=True))
-        rows[name] = {
+        row = {
+            "tool": name,
             "wall_s": [round(value[0], 2) for value in values],
             "processor_s": [round(value[1], 2) for value in values],
             "mb_per_s": round(size / 1e6 / wall, 2),
             "mb_per_processor_s": round(size / 1e6 / cpu, 2),
         }
+        rows.append(row)
+    if missing:
+        rows.append({"tool": "Megatron-LM", "reason": f"not available: {missing}"})
+    environment = results_file.environment("preprocess", "cpu", load_average_before=round(load, 1))
     return {
-        "machine": f"{os.cpu_count()}-core CPU",
-        "load_average_before": round(load, 1),
-        "python": platform.python_version(),
-        "versions": {name: version(name) for name in ("gigatoken", "sentencepiece", "numpy")},
+        "environment": environment,
         "text_mb": round(size / 1e6, 1),
         "workers": args.workers,
         "identical_outputs": True,
-        "tools": rows | ({"Megatron-LM": f"not available: {missing}"} if missing else {}),
+        "rows": rows,
     }
 
 
@@ -152,19 +154,17 @@ def main():
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--peer-path", type=Path, help="a checkout of Megatron-LM")
     parser.add_argument("--scratch", type=Path, help="folder for the outputs")
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
+    parser.add_argument("--out", type=Path, default=results_file.RESULTS)
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=args.scratch) as scratch:
         result = run(args, Path(scratch))
     print(f"\n{'tool':<28}{'MB/s':>10}{'MB per processor s':>22}")
-    for name, row in result["tools"].items():
-        if isinstance(row, str):
-            print(f"{name:<28}{row}")
+    for row in result["rows"]:
+        if "reason" in row:
+            print(f"{row['tool']:<28}{row['reason']}")
         else:
-            print(f"{name:<28}{row['mb_per_s']:>10}{row['mb_per_processor_s']:>22}")
-    args.out.mkdir(parents=True, exist_ok=True)
-    path = args.out / "preprocess-cpu.json"
-    path.write_text(json.dumps(result, indent=2) + "\n")
+            print(f"{row['tool']:<28}{row['mb_per_s']:>10}{row['mb_per_processor_s']:>22}")
+    path = results_file.write(args.out, "preprocess", **result)
     print(f"\nwritten to {path}")
 
 

@@ -6,27 +6,25 @@ On a GPU the model is the 2B one of arXiv 2406.12397 (hidden 2048, 32 layers, se
 on a CPU a small one at sequence 1024. A step is forward, backward, gradient norm, clip and Adam.
 Groups run one after the other and give their memory back; the variants of a group take turns, a
 step each, so that a drift of the machine hits them alike. Prints a table, writes
-step-<device>.json after every group, and step-<device>.png.
+`step-<machine>.json` after every group, and `step-<machine>.png`.
 """
 
 import argparse
 import gc
-import json
 import logging
-import os
-import platform
 import statistics
 import sys
 import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from importlib.metadata import version
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from benchmarks import results_file
 from benchmarks.step_variants import PAPER_2B, SMALL, Group, Shape, Variant, groups
 from megatron_ext.runtime import cpu
 
@@ -230,24 +228,12 @@ def _start_megatron(device: str) -> None:
     logging.getLogger("megatron").setLevel(logging.ERROR)
 
 
-def _report(device: str, command: list[str], shape: Shape) -> Row:
-    name = torch.cuda.get_device_name() if device == "cuda" else f"{os.cpu_count()}-core CPU"
-    return {
-        "device": name,
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "megatron-core": version("megatron-core"),
-        },
-        "command": "python -m benchmarks.step " + " ".join(command),
-        "threads": torch.get_num_threads(),
-        "shape": {k: str(v) for k, v in vars(shape).items()},
-        "conventions": f"{MFU_NOTE}; peak {PEAK_FLOPS / 1e12:.0f} TFLOP/s",
-    }
-
-
 def _run(
-    chosen: list[Group], shape: Shape, repeats: int, seconds: float, report: Row, path: Path
+    chosen: list[Group],
+    shape: Shape,
+    repeats: int,
+    seconds: float,
+    write: Callable[[list[Row]], object],
 ) -> list[Row]:
     """Measure group by group, and write after each."""
     start = time.perf_counter()
@@ -261,7 +247,7 @@ def _run(
             rows += _measure(group, shape, variants, repeats)
             left = _collect()
             _say(f"{group}: done at {time.perf_counter() - start:.0f} s, {left:.1f} GiB left over")
-        path.write_text(json.dumps(report | {"rows": rows}, indent=1) + "\n")
+        write(rows)
     return rows
 
 
@@ -269,7 +255,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     default = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--device", choices=("cuda", "cpu"), default=default)
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
+    parser.add_argument("--out", type=Path, default=results_file.RESULTS)
     parser.add_argument("--only", default="", help="only groups whose name contains this")
     parser.add_argument("--repeats", type=int, help="timed steps a variant (GPU 4, CPU 15)")
     parser.add_argument("--seconds", type=float, default=1e9, help="start no group after this long")
@@ -280,15 +266,24 @@ def main(argv: list[str] | None = None) -> None:
     _start_megatron(args.device)
     shape = PAPER_2B if args.device == "cuda" else SMALL
     repeats = args.repeats or (4 if args.device == "cuda" else 15)
-    args.out.mkdir(parents=True, exist_ok=True)
-    report = _report(args.device, sys.argv[1:] if argv is None else argv, shape)
+    environment = results_file.environment(
+        "step", args.device, argv, threads=torch.get_num_threads()
+    )
+    write = partial(
+        results_file.write,
+        args.out,
+        "step",
+        environment,
+        shape={k: str(v) for k, v in vars(shape).items()},
+        conventions=f"{MFU_NOTE}; peak {PEAK_FLOPS / 1e12:.0f} TFLOP/s",
+    )
     chosen = [(name, variants) for name, variants in groups() if args.only in name]
-    path = args.out / f"step-{args.device}.json"
-    rows = _run(chosen, shape, repeats, args.seconds, report, path)
+    rows = _run(chosen, shape, repeats, args.seconds, write)
     print(_table(rows))
-    _plot(rows, f"training step, {shape.name}, {report['device']}", path.with_suffix(".png"))
+    path = results_file.path(args.out, "step", environment)
+    _plot(rows, f"training step, {shape.name}, {environment['device']}", path.with_suffix(".png"))
     if args.profile:
-        _profile(shape, args.out / f"step-{args.device}-profile.txt")
+        _profile(shape, path.with_name(f"{path.stem}-profile.txt"))
 
 
 if __name__ == "__main__":

@@ -85,7 +85,7 @@ def unlearning_head(
         fuse_weight_gradient: Add the gradient of `weight` to `weight.main_grad`, as Megatron's
             gradient-accumulation fusion does, where the parameter has one.
         backend: Who computes statistics and gradients of the logits; None: Triton on CUDA where it
-            is installed, else torch.
+            is installed, else torch. Also a module of kernels with the functions of `head_triton`.
 
     Returns:
         Margin and KL, `[T]` fp32 each, the same on all ranks.

@@ -18,7 +18,7 @@ from megatron_ext.losses.head_memory import Blocks
 from megatron_ext.losses.head_plan import HeadPlan
 from megatron_ext.losses.vocab_parallel import check_labels, shard_columns
 
-Backend = Literal["torch", "triton", "triton-candidate"]
+Backend = Literal["torch", "triton"] | ModuleType
 
 
 class HeadInputs(NamedTuple):
@@ -120,9 +120,9 @@ def _kernels(backend: Backend | None, hidden: Tensor) -> ModuleType:
         backend = "triton" if usable and importlib.util.find_spec("triton") else "torch"
     if backend == "torch":
         return vocab_parallel
-    if backend not in ("triton", "triton-candidate"):
+    if backend != "triton" and not isinstance(backend, ModuleType):
         raise ValueError(
-            f"backend must be 'torch', 'triton', 'triton-candidate' or None, got {backend!r}"
+            f"backend must be 'torch', 'triton', a module with their functions or None, got {backend!r}"
         )
     if not hidden.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
         raise ValueError(
@@ -130,12 +130,9 @@ def _kernels(backend: Backend | None, hidden: Tensor) -> ModuleType:
         )
     if hidden.dtype == torch.float64:
         raise TypeError(f"backend {backend!r} computes in fp32; for float64 use backend 'torch'")
-    # Only here: Triton is optional.
-    if backend == "triton-candidate":
-        from megatron_ext.losses import head_candidate
-
-        return head_candidate
-    from megatron_ext.losses import head_triton
+    if isinstance(backend, ModuleType):
+        return backend
+    from megatron_ext.losses import head_triton  # only here: Triton is optional
 
     return head_triton
 

@@ -1,8 +1,9 @@
 """Triton's side of the unlearning head: drop-in replacements for the functions of `vocab_parallel`.
 
 Legend: N tokens, V columns of this shard. Imported only where Triton is used. These are the kernels
-that were run and measured on a GPU; `head_candidate` is to replace them once it has been. Their products
-and sums may be fused, whatever Triton's default: it changes in 3.10, and with it speed and last digits would.
+that were run and measured on a GPU; those in `benchmarks/candidate` are to replace them once they have been.
+Products and sums may be fused, whatever Triton's default: it changes in 3.10, and with it speed and last
+digits would.
 """
 
 import math

@@ -30,9 +30,9 @@ def machine(monkeypatch):
 
 def test_goes_on_after_what_fails_and_ends_what_hangs(machine, tmp_path, capsys):
     assert gpu_check.main(["--out", str(tmp_path)]) == 1
-    report = json.loads((tmp_path / "gpu-check.json").read_text())
+    report = json.loads((tmp_path / "gpu-check-h200.json").read_text())
     assert report["environment"] == {"device": "H200"}
-    results = {row["part"]: row["result"] for row in report["parts"]}
+    results = {row["part"]: row["result"] for row in report["rows"]}
     assert results == {
         "good": "passed",
         "bad": "failed with exit code 3",
@@ -54,7 +54,7 @@ def test_goes_on_after_what_fails_and_ends_what_hangs(machine, tmp_path, capsys)
 
 def test_starts_nothing_without_time(machine, tmp_path):
     assert gpu_check.main(["--out", str(tmp_path), "--minutes", "0.2", "--only", "good"]) == 1
-    (row,) = json.loads((tmp_path / "gpu-check.json").read_text())["parts"]
+    (row,) = json.loads((tmp_path / "gpu-check-h200.json").read_text())["rows"]
     assert row["result"] == "not started: the time was up"
 
 

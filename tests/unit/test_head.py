@@ -1,11 +1,13 @@
 """The fused head against the textbook on the logits that it never holds as a whole."""
 
+from types import ModuleType
+
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from megatron_ext.losses import head_memory
+from megatron_ext.losses import head_memory, vocab_parallel
 from megatron_ext.losses.head import unlearning_head
 from tests.helpers import naive
 
@@ -248,6 +250,7 @@ def test_no_tokens():
         ({"chunk_size": 0}, ValueError),
         ({"backend": "triton"}, ValueError),
         ({"backend": "cuda"}, ValueError),
+        ({"backend": vocab_parallel}, ValueError),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
@@ -255,3 +258,24 @@ def test_errors(change, error, monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     with pytest.raises(error):
         unlearning_head(**(inputs() | change))
+
+
+def test_kernels_of_ones_own(monkeypatch):
+    """A module is called in the place of Triton's, and refused where that would be."""
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    names = {"shard_statistics", "combine_statistics", "logits_gradient"}
+    called, own = set(), ModuleType("own")
+    for name in names:
+
+        def function(*args, name=name, **options):
+            called.add(name)
+            return getattr(vocab_parallel, name)(*args, **options)
+
+        setattr(own, name, function)
+    arguments = inputs(torch.float32)
+    out = unlearning_head(**arguments, backend=own)
+    (out.margin.sum() + out.kl.sum()).backward()
+    assert called == names
+    assert torch.equal(out.margin, unlearning_head(**arguments, backend="torch").margin)
+    with pytest.raises(TypeError, match="float64"):
+        unlearning_head(**inputs(torch.float64), backend=own)

@@ -39,7 +39,7 @@ if INTERPRETED:
 quiet = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
 
-KERNELS = "megatron_ext.losses." + os.environ.get("HEAD_KERNELS", "head_triton")
+KERNELS = os.environ.get("HEAD_KERNELS", "megatron_ext.losses.head_triton")
 
 
 def load_kernels():
@@ -50,7 +50,7 @@ def load_kernels():
     return kernels
 
 
-@pytest.mark.parametrize("module", ["head_triton", "head_candidate"])
+@pytest.mark.parametrize("module", ["megatron_ext.losses.head_triton", "benchmarks.candidate"])
 @pytest.mark.skipif(DEVICE == "cuda" or INTERPRETED, reason="runs the others, interpreted")
 def test_kernels_under_the_interpreter(module):
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
@@ -176,7 +176,7 @@ def test_gradient_may_overwrite_the_logits():
 @pytest.mark.parametrize("chunk_size", [7, 12])
 @pytest.mark.parametrize("roles", ["mixed", "forget", "replay"])
 def test_the_head_of_training_in_chunks(roles, chunk_size):
-    load_kernels()
+    kernels = load_kernels()
     arguments = inputs(torch.float32, roles=roles)
     moved = {
         name: value.detach().to(DEVICE) if name not in ("roles", "vocab_size") else value
@@ -184,6 +184,6 @@ def test_the_head_of_training_in_chunks(roles, chunk_size):
     }
     for leaf in ("hidden", "weight"):
         moved[leaf].requires_grad_()
-    backend = "triton-candidate" if KERNELS.endswith("head_candidate") else "triton"
+    backend = "triton" if KERNELS == "megatron_ext.losses.head_triton" else kernels
     got = found(moved, chunk_size=chunk_size, backend=backend)
     assert_same([tensor.cpu() for tensor in got], expected(arguments), 1e-5)

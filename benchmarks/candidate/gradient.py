@@ -1,16 +1,15 @@
 """Triton kernel of the unlearning head's gradient: one read of the logits, one write in their place.
 
-Legend and precision as in `head_kernels`.
+Legend and precision as in `kernels`.
 """
 
 # Triton reads the signatures itself; annotations other than constexpr mean something else to it.
-# ruff: noqa: ANN001, ANN201
 # mypy: allow-untyped-defs, allow-incomplete-defs
 
 import triton
 import triton.language as tl
 
-from megatron_ext.losses.head_candidate_kernels import (
+from benchmarks.candidate.kernels import (
     _APART,
     _EMPTY,
     _LOG2E,

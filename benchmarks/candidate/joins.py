@@ -5,7 +5,6 @@ shards.
 """
 
 # Triton reads the signatures itself; annotations other than constexpr mean something else to it.
-# ruff: noqa: ANN001, ANN201
 # mypy: allow-untyped-defs, allow-incomplete-defs
 
 import triton

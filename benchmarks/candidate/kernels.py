@@ -6,7 +6,7 @@ probabilities that z and t give.
 Both statistics kernels read a row once. Every thread keeps sums of its own columns, relative to
 maxima that all threads of the row share; nothing else is exchanged, and the sums are scaled anew
 only when a maximum rises by more than _SLACK, which after the first columns is rare. The label is
-left out of the sums, because the margin leaves it out; `head_joins` puts it back, in fp64.
+left out of the sums, because the margin leaves it out; `joins` puts it back, in fp64.
 
 Arithmetic over columns is fp32, whatever the logits are: fp64 exponentials would take longer than
 the memory traffic. So that a student near its reference keeps its digits, everything is taken from
@@ -17,7 +17,6 @@ an offset of the logits costs no digits.
 """
 
 # Triton reads the signatures itself; annotations other than constexpr mean something else to it.
-# ruff: noqa: ANN001, ANN201
 # mypy: allow-untyped-defs, allow-incomplete-defs
 
 import triton
@@ -213,7 +212,7 @@ def divergence_kernel(
     z_ptr,
     t_ptr,  # reference logits, N rows
     label_ptr,
-    out_ptr,  # [8, N] fp32, see the end and `head_joins`
+    out_ptr,  # [8, N] fp32, see the end and `joins.finish_kernel`
     z_stride,
     t_stride,
     out_stride,

@@ -1,19 +1,19 @@
-"""Triton's side of the unlearning head: drop-in replacements for the functions of `vocab_parallel`.
+"""Kernels that are to replace those of `megatron_ext.losses.head_triton`: the same functions.
 
 Legend: N tokens, V columns of this shard. Imported only where Triton is used.
 
-Faster on paper than `head_triton` (benchmarks/NOTES.md), tested under Triton's interpreter and compiled
-for sm_90a, but not yet run on a GPU: `unlearning_head(..., backend="triton-candidate")` asks for it.
-Products and sums are fused as there.
+Faster on paper (benchmarks/NOTES.md), tested under Triton's interpreter and compiled for sm_80 and sm_90a,
+but not yet run on a GPU. No flag of the product reaches them; `unlearning_head(..., backend=candidate)` does,
+given this module. Products and sums are fused as there.
 """
 
 import torch
 import triton
 from torch import Tensor
 
-from megatron_ext.losses.head_candidate_gradient import gradient_kernel
-from megatron_ext.losses.head_candidate_joins import combine_kernel, finish_kernel
-from megatron_ext.losses.head_candidate_kernels import WIDTH, divergence_kernel, margin_kernel
+from benchmarks.candidate.gradient import gradient_kernel
+from benchmarks.candidate.joins import combine_kernel, finish_kernel
+from benchmarks.candidate.kernels import WIDTH, divergence_kernel, margin_kernel
 from megatron_ext.losses.vocab_parallel import RowStatistics
 
 # Warps of a program, and loads (of a thread's `WIDTH` columns, a matrix) under way at a time. Margins of fp32
