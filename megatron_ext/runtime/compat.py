@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
 import sys
 from argparse import ArgumentParser
+from collections.abc import Iterable, Iterator
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -81,6 +83,22 @@ def repair_help(parser: ArgumentParser) -> None:
             action.help and action.help % {**vars(action), "prog": parser.prog}
         except (ValueError, TypeError):
             action.help = str(action.help).replace("%", "%%")
+
+
+@contextlib.contextmanager
+def command_line(words: Iterable[object], *, program: str | None = None) -> Iterator[None]:
+    """Let Megatron's parser, which reads the words of this process alone, read others.
+
+    Args:
+        words: the flags and their values.
+        program: the name in its messages; by default this process's own.
+    """
+    before = sys.argv
+    sys.argv = [before[0] if program is None else program, *map(str, words)]
+    try:
+        yield
+    finally:
+        sys.argv = before
 
 
 def read_docstrings_once() -> None:
