@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
 from argparse import Namespace
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -174,7 +173,7 @@ def _check_finite(loss: np.ndarray, directory: str, name: str) -> None:
 
 @contextlib.contextmanager
 def open_session(options: Namespace, *, length: int | None = None) -> Iterator[Session]:
-    """Set Megatron up for the architecture of the first checkpoint.
+    """Set Megatron up for the architecture of the first checkpoint, behind `compat.apply`.
 
     Args:
         options: ``checkpoint``, ``tokenizer_type``, ``tokenizer_model``, ``micro_batch_size``,
@@ -189,8 +188,6 @@ def open_session(options: Namespace, *, length: int | None = None) -> Iterator[S
     from megatron.training import training as loop
     from megatron.training.global_vars import set_global_variables
 
-    os.environ.setdefault("MASTER_ADDR", "localhost")
-    os.environ.setdefault("MASTER_PORT", "29500")
     checkpoint = open_checkpoint(options.checkpoint[0], flag="--checkpoint")
     with console.hidden():
         args = _arguments(options, checkpoint, length)
