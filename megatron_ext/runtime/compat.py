@@ -17,7 +17,7 @@ from packaging.version import Version
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
 from megatron_ext.exceptions import ConfigError
-from megatron_ext.runtime import console, resume, safe_load
+from megatron_ext.runtime import console, launched, resume, safe_load
 
 # The seams used here (the schedule getter of the loop, output_processor, post_wrap_hooks) were read in
 # this version; another one may have moved them, and a moved seam would silently train something else.
@@ -159,35 +159,22 @@ def find_ranks() -> None:
                 f"{gpus} GPU(s); with CUDA_VISIBLE_DEVICES= set to nothing ranks run on the CPU"
             )
         return
-    tasks = int(os.environ.get("SLURM_STEP_NUM_TASKS", "1"))
+    task = launched.by_slurm(os.environ)
+    tasks = int(task.get("WORLD_SIZE", "1"))
     others = max(tasks, int(os.environ.get("OMPI_COMM_WORLD_SIZE", "1")))
     if others == 1:
         single = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
         os.environ |= single | {"MASTER_ADDR": "localhost", "MASTER_PORT": "0"}
         return
     if tasks == 1 or not {"MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
-        raise ConfigError(
-            f"RANK: expected a start by torchrun, or by srun with MASTER_ADDR and MASTER_PORT, found one of "
-            f"{others} tasks without it"
-        )
-    slurm = {"RANK": "SLURM_PROCID", "LOCAL_RANK": "SLURM_LOCALID"}
-    os.environ |= {name: os.environ[other] for name, other in slurm.items()}
-    here = _tasks_of_node()
-    os.environ |= {"WORLD_SIZE": str(tasks), "LOCAL_WORLD_SIZE": str(here)}
+        raise ConfigError(f"RANK: {launched.EXPECTED}, found one of {others} tasks without it")
+    here = launched.tasks_of_node(os.environ)
+    os.environ |= task | {"LOCAL_WORLD_SIZE": str(here)}
     if 0 < gpus < here:
         raise ConfigError(
             f"CUDA_VISIBLE_DEVICES: expected the GPUs of all {here} tasks of a node (--gpus-per-node, or "
             f"--gpu-bind=none beside --gpus-per-task), found {gpus}"
         )
-
-
-def _tasks_of_node() -> int:
-    """Tasks of this step on this node, from Slurm's `8(x3),7`: 8 on each of three nodes, 7 on the last."""
-    counts: list[int] = []
-    for part in os.environ.get("SLURM_STEP_TASKS_PER_NODE", "1").split(","):
-        count, _, nodes = part.rstrip(")").partition("(x")
-        counts += [int(count)] * int(nodes or 1)
-    return counts[int(os.environ.get("SLURM_NODEID", "0"))]
 
 
 def skip_on_every_layout() -> None:
