@@ -229,13 +229,16 @@ def ask_for_one_queue() -> None:
     """Let kernels start in the order in which they were launched, so that communication begins in time.
 
     With TP or CP on a GPU before Blackwell Megatron ends where this is not asked for. Read when CUDA starts,
-    so the entry point calls it first of all.
+    so the entry point calls it first of all; for tools, `apply` is early enough for its check.
     """
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
 
 
 def apply() -> None:
-    """Apply all of the above but what the parser is given; called once by the entry point before training."""
+    """Apply what depends on no flag: once, by the entry point and by the tools that start Megatron.
+
+    What a parser is given, or depends on its flags, is called where flags are parsed.
+    """
     check_megatron_version()
     check_torch_version()
     ask_for_one_queue()
