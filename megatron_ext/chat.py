@@ -27,9 +27,6 @@ from megatron_ext.data.tokenizers import TokenizerSpec, tokenizer_digest
 from megatron_ext.exceptions import ConfigError
 from megatron_ext.refusals import REQUIRED_WITH_CHAT, WITH_CHAT, refuse
 
-# Megatron's arguments that make the loss the mean over the counted tokens of the global batch.
-NORMALISATION: dict[str, Any] = {"calculate_per_token_loss": True}
-
 
 @dataclass(frozen=True)
 class ChatRun:
@@ -52,7 +49,8 @@ class ChatRun:
     @property
     def defaults(self) -> dict[str, Any]:
         """Megatron's arguments that the run sets; those that the user types win."""
-        values = dict(NORMALISATION)
+        # The loss is the mean over the counted tokens of the global batch.
+        values: dict[str, Any] = {"calculate_per_token_loss": True}
         if self.iterations is not None:
             values["train_iters"] = self.iterations
         if self.valid is None:
@@ -88,7 +86,6 @@ class ChatRun:
             raise ConfigError(
                 f"--eval-iters: expected --chat-valid-data-path beside it or 0, found {args.eval_iters}"
             )
-        assert all(getattr(args, name) == value for name, value in NORMALISATION.items())
         args.tuned_chat_template = self.template.source
         args.chat_digest = self.digest
 

@@ -109,10 +109,10 @@ def parse(flags: Sequence[str]) -> tuple[Namespace, Callable[[], object]]:
     compat.apply()
     os.environ["WORLD_SIZE"] = str(smallest_world(flags))
     # Nothing is logged to where the run will log; of a flag that is given twice the last one counts.
-    sys.argv = [sys.argv[0], *flags, "--tensorboard-dir", "", "--wandb-project", ""]
+    words = [*flags, "--tensorboard-dir", "", "--wandb-project", ""]
     told = io.StringIO()  # 800 lines: all of Megatron's arguments
     try:
-        with redirect_stdout(told):
+        with compat.command_line(words), redirect_stdout(told):
             args, config, _ = arguments.parse()
     except ConfigError as error:
         if isinstance(error.__cause__, SystemExit):

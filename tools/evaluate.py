@@ -27,6 +27,7 @@ from tools.common import ToolParser, run_tool
 def main() -> None:
     """Parse the command line and run a verb."""
     from megatron_ext.evaluation import followbench_run, harness, mtbench_run
+    from megatron_ext.runtime import launched
 
     parser = ToolParser(description=__doc__)
     verbs = parser.add_subparsers(dest="verb", required=True)
@@ -37,8 +38,7 @@ def main() -> None:
     tasks = verbs.add_parser("harness", help="tasks of lm-evaluation-harness")
     harness.add_arguments(tasks)
     options = parser.parse_args()
-    # torchrun names a rank so; a task of srun alone has only Slurm's name.
-    options.is_writer = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0"
+    options.is_writer = launched.variables(os.environ).get("RANK", "0") == "0"
     runs = {"followbench": followbench_run.run, "mt-bench": mtbench_run.run, "harness": harness.run}
     runs[options.verb](options)
 

@@ -24,6 +24,7 @@ from tools.common import ToolParser, run_tool
 
 def main() -> None:
     """Parse the command line, generate and write."""
+    from megatron_ext.data.atomic import refuse_existing
     from megatron_ext.evaluation.backends import (
         add_model_arguments,
         add_sampling_arguments,
@@ -32,7 +33,6 @@ def main() -> None:
     )
     from megatron_ext.evaluation.completion import complete_all
     from megatron_ext.evaluation.records import (
-        check_output,
         open_journal,
         read_prompts,
         requests_of,
@@ -48,7 +48,7 @@ def main() -> None:
     options = parser.parse_args()
     sampling = sampling_from(options)
     records = read_prompts(options.input)
-    check_output(options.output, overwrite=options.overwrite)
+    refuse_existing([options.output], overwrite=options.overwrite)
     with open_generator(options) as (generator, codec):
         requests = requests_of(records, codec, sampling)
         settings: dict[str, Any] = {

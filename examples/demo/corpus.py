@@ -23,6 +23,7 @@ import sys
 import sysconfig
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Literal
 
@@ -42,9 +43,11 @@ _SKIPPED = re.compile(
     r"|(^|/)(_sysconfigdata[^/]*|this|antigravity|__hello__|entities|_pyrepl)\.py$"
 )
 _SOURCE_CHARACTERS = 6000  # of a source document: longer files are cut between top-level statements
-_ARITHMETIC_TRAIN = 6000
-_ARITHMETIC_HELDOUT = 300
-_ARITHMETIC_INSTRUCTION = 150
+_SUMS: dict[Split, int] = {
+    "train": 6000,
+    "heldout": 300,
+    "instruction": 150,
+}  # how many of each split
 
 
 @dataclass(frozen=True)
@@ -170,6 +173,13 @@ def _topics() -> Iterator[tuple[str, str]]:
     yield from sorted(topics.items())
 
 
+def split_sums(further: int = 0) -> dict[str, list[wording.Sum]]:
+    """Different problems for each split, and further ones, that no file of the corpus holds, as `further`."""
+    sizes: dict[str, int] = {**_SUMS, "further": further}
+    sums = iter(wording.distinct_sums(sum(sizes.values()), random.Random(1)))
+    return {name: list(islice(sums, size)) for name, size in sizes.items()}
+
+
 def build_corpus() -> Corpus:
     """Builds all documents; within a split their order is shuffled with a fixed seed."""
     documents: Corpus = {name: [] for name in NAMES}
@@ -186,26 +196,19 @@ def build_corpus() -> Corpus:
         split = split_of(module.name)
         real[split] += [*_reference(module), *module.source]
         answers[split] += [entry for entry in module.entries if entry.lead]
-    sums = wording.distinct_sums(
-        _ARITHMETIC_TRAIN + _ARITHMETIC_HELDOUT + _ARITHMETIC_INSTRUCTION, random.Random(1)
-    )
-    heldout_from, instruction_from = _ARITHMETIC_TRAIN, _ARITHMETIC_TRAIN + _ARITHMETIC_HELDOUT
+    sums = split_sums()
     rng = random.Random(2)
-    for name, split, own in (
-        ("synthetic", "train", sums[:heldout_from]),
-        ("synthetic_heldout", "heldout", sums[heldout_from:instruction_from]),
-    ):
+    synthetic: dict[str, Split] = {"synthetic": "train", "synthetic_heldout": "heldout"}
+    for name, split in synthetic.items():
         documents[name] += [
             wording.question_about(e.kind, e.name, e.module, e.lead) for e in answers[split]
         ]
-        documents[name] += [wording.question_sum(item, rng) for item in own]
+        documents[name] += [wording.question_sum(item, rng) for item in sums[split]]
     documents["instruction"] += [
         wording.instruction_about(e.kind, e.name, e.module, e.lead, rng)
         for e in answers["instruction"]
     ]
-    documents["instruction"] += [
-        wording.instruction_sum(item, rng) for item in sums[instruction_from:]
-    ]
+    documents["instruction"] += [wording.instruction_sum(item, rng) for item in sums["instruction"]]
     return _deduplicated(documents)
 
 

@@ -179,20 +179,18 @@ def build() -> dict[str, list[Record]]:
     entries: dict[str, list[corpus.Entry]] = {"train": [], "heldout": [], "instruction": []}
     for module in corpus.standard_library():
         entries[corpus.split_of(module.name)] += [e for e in module.entries if e.lead]
-    before = corpus._ARITHMETIC_TRAIN + corpus._ARITHMETIC_HELDOUT + corpus._ARITHMETIC_INSTRUCTION
-    # The corpus takes the first of these; further ones are different problems.
-    sums = wording.distinct_sums(before + _CHAT, random.Random(1))
-    held_out = sums[corpus._ARITHMETIC_TRAIN :][: corpus._ARITHMETIC_HELDOUT]
-    last = sums[corpus._ARITHMETIC_TRAIN + corpus._ARITHMETIC_HELDOUT : before]
+    sums = corpus.split_sums(_CHAT)
     rng = random.Random(3)
     names = list(entries["train"])
     rng.shuffle(names)
     return {
-        "demo/instructions": instructions(facts_of(last, entries["instruction"]), rng),
-        "demo/sums": sum_choices(held_out, rng),
+        "demo/instructions": instructions(
+            facts_of(sums["instruction"], entries["instruction"]), rng
+        ),
+        "demo/sums": sum_choices(sums["heldout"], rng),
         "demo/definitions": definition_choices(entries["heldout"], 150, rng),
         "demo/definitions_seen": definition_choices(entries["train"], 300, rng),
-        "chat": conversations(facts_of(sums[before:], names), rng),
+        "chat": conversations(facts_of(sums["further"], names), rng),
     }
 
 

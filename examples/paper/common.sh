@@ -180,8 +180,7 @@ launch() {
     )
     ((TP == 1)) || flags+=(--sequence-parallel)
     flags+=("$@" "${EXTRA[@]}")
-    # One compute queue keeps the order of communication and computation under tensor parallelism.
-    export CUDA_DEVICE_MAX_CONNECTIONS=1 OMP_NUM_THREADS
+    export OMP_NUM_THREADS
     set_launcher
     local command=("${LAUNCHER[@]}" "$ROOT/pretrain_unlearn.py" "${flags[@]}")
     if ((DRY_RUN)); then

@@ -33,4 +33,4 @@ export NCCL_DEBUG=${NCCL_DEBUG:-WARN}
 # TORCH_NCCL_ASYNC_ERROR_HANDLING   Default 3: an error or a timeout ends the process, so that torchrun starts it again.
 #                      0 leaves it hanging. The timeout is Megatron's --distributed-timeout-minutes, 10.
 #
-# CUDA_DEVICE_MAX_CONNECTIONS=1 is not NCCL's; the recipes set it (examples/paper/common.sh).
+# CUDA_DEVICE_MAX_CONNECTIONS is not NCCL's; pretrain_unlearn.py sets it to 1 unless it is set.

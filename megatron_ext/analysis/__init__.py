@@ -1,1 +1,1 @@
-"""Looking at text and models: perplexities of samples under a checkpoint."""
+"""Looking at text and models: structural tokens, embeddings, perplexities, and the report of them all."""

@@ -8,18 +8,12 @@ from typing import Any
 
 import numpy as np
 
-from megatron_ext.data.indexed import (
-    HEADER,
-    IndexSummary,
-    bin_path,
-    idx_path,
-    read_index_summary,
-)
+from megatron_ext.data.indexed import bin_path, map_index, read_index_summary, spread
 from megatron_ext.data.manifest import read_manifest
 from megatron_ext.exceptions import ConfigError, DataError
 
-# Blocks of a .bin file that its fingerprint covers, and their size in bytes: 4 MiB at most are read.
-_BLOCKS, _BLOCK = 64, 1 << 16
+# Bytes of each part of a .bin file that its fingerprint covers: 4 MiB in all.
+_BLOCK = 1 << 16
 
 
 def parse_sets(items: Sequence[str], *, flag: str = "--data") -> dict[str, str]:
@@ -62,7 +56,7 @@ def read_samples(prefix: str, *, count: int, length: int, seed: int) -> list[np.
         DataError: the dataset is missing or broken.
     """
     summary = read_index_summary(prefix)
-    lengths, offsets, bounds = _map_index(prefix, summary)
+    lengths, offsets, bounds = map_index(prefix, summary)
     chosen = np.arange(summary.documents)
     if count < summary.documents:
         generator = np.random.default_rng(seed)
@@ -99,22 +93,6 @@ def check_samples(samples: Mapping[str, Sequence[np.ndarray]], *, minimum: int) 
             )
 
 
-def _map_index(prefix: str, summary: IndexSummary) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Lengths int32 ``[S]``, offsets in bytes int64 ``[S]``, document bounds int64 ``[D + 1]``."""
-    arrays, start = [], HEADER.size
-    layout = (
-        ("<i4", summary.sequences),
-        ("<i8", summary.sequences),
-        ("<i8", summary.documents + 1),
-    )
-    for dtype, size in layout:
-        arrays.append(
-            np.memmap(idx_path(prefix), dtype=dtype, mode="r", offset=start, shape=(size,))
-        )
-        start += arrays[-1].nbytes
-    return arrays[0], arrays[1], arrays[2]
-
-
 def describe_dataset(prefix: str) -> dict[str, Any]:
     """What a dataset is, for the record: sizes, tokenizer, and hashes of its content.
 
@@ -131,8 +109,8 @@ def describe_dataset(prefix: str) -> dict[str, Any]:
     size = path.stat().st_size
     digest = hashlib.sha256(f"{size} {summary.dtype}".encode())
     with path.open("rb") as stream:
-        for start in np.unique(np.linspace(0, max(0, size - _BLOCK), _BLOCKS).astype(np.int64)):
-            stream.seek(int(start))
+        for start in spread(size, _BLOCK):
+            stream.seek(start)
             digest.update(stream.read(_BLOCK))
     return {
         "prefix": str(prefix),

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
-import sys
 from argparse import Namespace
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -32,7 +30,7 @@ from megatron_ext.data.manifest import check_prefix
 from megatron_ext.exceptions import CheckpointError, ConfigError
 from megatron_ext.frozen import FrozenModel
 from megatron_ext.model.model_config import model_config_from_args
-from megatron_ext.runtime import console
+from megatron_ext.runtime import compat, console
 
 logger = logging.getLogger(__name__)
 
@@ -175,7 +173,7 @@ def _check_finite(loss: np.ndarray, directory: str, name: str) -> None:
 
 @contextlib.contextmanager
 def open_session(options: Namespace, *, length: int | None = None) -> Iterator[Session]:
-    """Set Megatron up for the architecture of the first checkpoint.
+    """Set Megatron up for the architecture of the first checkpoint, behind `compat.apply`.
 
     Args:
         options: ``checkpoint``, ``tokenizer_type``, ``tokenizer_model``, ``micro_batch_size``,
@@ -190,8 +188,6 @@ def open_session(options: Namespace, *, length: int | None = None) -> Iterator[S
     from megatron.training import training as loop
     from megatron.training.global_vars import set_global_variables
 
-    os.environ.setdefault("MASTER_ADDR", "localhost")
-    os.environ.setdefault("MASTER_PORT", "29500")
     checkpoint = open_checkpoint(options.checkpoint[0], flag="--checkpoint")
     with console.hidden():
         args = _arguments(options, checkpoint, length)
@@ -224,11 +220,8 @@ def _arguments(options: Namespace, checkpoint: Checkpoint, length: int | None) -
         *("--tokenizer-model", options.tokenizer_model),
         *("--train-iters", 1, "--lr", 0.0),
     )
-    command_line, sys.argv = sys.argv, [sys.argv[0], *map(str, given)]
-    try:
+    with compat.command_line(given):
         args = parse_args(add_arguments)
-    finally:
-        sys.argv = command_line
     for name in (*ARCHITECTURE, *_RUN, "group_query_attention", "num_query_groups"):
         if hasattr(saved, name):
             setattr(args, name, getattr(saved, name))

@@ -16,6 +16,7 @@ import numpy as np
 
 from megatron_ext.analysis.perplexity_report import compare
 from megatron_ext.analysis.scores import Score
+from megatron_ext.analysis.token_report import structural_tokens
 
 # Accuracy of the classifier from which on sets are called apart, and up to which they are called mixed.
 _APART, _MIXED = 0.9, 0.6
@@ -57,7 +58,7 @@ def token_findings(report: Mapping[str, Any]) -> list[Finding]:
     """Which sets over-use structural tokens."""
     found = []
     for name, overuse in report["overuse"].items():
-        tokens = [token for token in overuse["tokens"] if token["structural"]]
+        tokens = structural_tokens(report, name)
         if not tokens:
             text = f"{name} over-uses no structural token against {report['baseline']}."
         else:

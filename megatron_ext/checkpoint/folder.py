@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from megatron_ext.data.atomic import fsync
+from megatron_ext.data.atomic import fsync, taken
 from megatron_ext.exceptions import ConfigError
 
 
@@ -32,9 +32,7 @@ def new_folder(path: Path, *, mark: str, overwrite: bool = False) -> Iterator[Pa
     partial, old = (path.with_name(f"{path.name}.{kind}-{os.getpid()}") for kind in ("new", "old"))
     if path.exists() and not (path.is_dir() and not any(path.iterdir())):
         if not overwrite:
-            raise ConfigError(
-                f"{path} exists: give --overwrite to replace it, or another output name"
-            )
+            raise taken(path)
         if not (path / mark).is_file():
             raise ConfigError(
                 f"--overwrite: expected {mark} in {path}, found none; it is not replaced"

@@ -6,7 +6,6 @@ peak is one layer and the embeddings, whatever the number of layers.
 
 from __future__ import annotations
 
-import sys
 from argparse import Namespace
 from pathlib import Path
 
@@ -36,6 +35,7 @@ from megatron_ext.checkpoint.safetensors import DTYPES, SafetensorsReader
 from megatron_ext.checkpoint.weights import Part, join, megatron_shape, parts, zero_shapes
 from megatron_ext.data.tokenizers import HuggingFaceReference, tokenizer_digest
 from megatron_ext.exceptions import CheckpointError, ConfigError
+from megatron_ext.runtime import compat
 
 ARGS_FILE = "ARGS.txt"
 # Rows of the vocabulary are padded to a multiple of this, Megatron's own default.
@@ -182,12 +182,8 @@ def _flags(model: LlamaLike, dtype: torch.dtype, tokens: int, tokenizer: Path) -
 
 def _arguments(flags: list[list[str]]) -> Namespace:
     """What Megatron makes of the flags: what a run with them would save."""
-    command_line = sys.argv
-    sys.argv = [command_line[0], *(word for flag in flags for word in flag)]
-    try:
+    with compat.command_line(word for flag in flags for word in flag):
         args: Namespace = parse_args(add_arguments)
-    finally:
-        sys.argv = command_line
     args.consumed_train_samples = args.consumed_valid_samples = args.skipped_train_samples = 0
     return args
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from megatron_ext.checkpoint.inspect import Checkpoint
 from megatron_ext.exceptions import ConfigError
+from megatron_ext.planning.state import default_bucket
 
 # By the scheduler's own name, the flag that a value follows from. Those with None are lengths, in samples.
 _SCHEDULE = {
@@ -110,8 +111,7 @@ def keep_buckets(checkpoint: Checkpoint, args: Namespace) -> None:
     if args.no_load_optim or not saved.overlap_grad_reduce or any(typed):
         return
     ranks = saved.data_parallel_size * saved.context_parallel_size
-    # As Megatron's `resolve_ddp_bucket_size` chooses it.
-    args.ddp_bucket_size = saved.ddp_bucket_size or max(40_000_000, 1_000_000 * ranks)
+    args.ddp_bucket_size = saved.ddp_bucket_size or default_bucket(ranks)
 
 
 def _check_settings(checkpoint: Checkpoint, args: Namespace) -> None:

@@ -47,7 +47,7 @@ class AtomicFiles:
     """
 
     def __init__(self, paths: Sequence[Path], *, overwrite: bool = False) -> None:
-        _refuse_existing(paths, overwrite=overwrite)
+        refuse_existing(paths, overwrite=overwrite)
         self._paths = list(paths)
         self._streams: dict[Path, BinaryIO] = {}
         try:
@@ -55,7 +55,7 @@ class AtomicFiles:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 self._streams[path] = _open_locked(path)
             # Another run may have published between the look and the lock.
-            _refuse_existing(paths, overwrite=overwrite)
+            refuse_existing(paths, overwrite=overwrite)
         except BaseException:
             self.discard()
             raise
@@ -138,15 +138,23 @@ def write_atomically(path: Path, data: bytes, *, overwrite: bool = False) -> Non
         files.commit()
 
 
-def _refuse_existing(paths: Sequence[Path], *, overwrite: bool) -> None:
+def refuse_existing(paths: Sequence[Path], *, overwrite: bool = False) -> None:
+    """Refuses, before any work, what `AtomicFiles` would refuse after it.
+
+    Raises:
+        ConfigError: A path exists and `overwrite` is false, or it is a folder.
+    """
     folder = next((path for path in paths if path.is_dir()), None)
     if folder is not None:
         raise ConfigError(f"{folder}: expected a file to write, or nothing, found a folder")
     existing = [path for path in paths if path.exists()]
     if existing and not overwrite:
-        raise ConfigError(
-            f"{existing[0]} exists: give --overwrite to replace it, or another output name"
-        )
+        raise taken(existing[0])
+
+
+def taken(path: Path) -> ConfigError:
+    """What to raise where something exists that may not be replaced."""
+    return ConfigError(f"{path} exists: give --overwrite to replace it, or another output name")
 
 
 def _partial(path: Path) -> Path:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_ext.data.indexed import HEADER, idx_path, read_index_summary
+from megatron_ext.data.indexed import idx_path, map_index, read_index_summary
 from megatron_ext.exceptions import ConfigError, DataError
 
 REST = "rest"
@@ -168,9 +168,7 @@ def training_tokens(prefix: str, split: str) -> int:
         )
     if end == summary.sequences:
         return summary.tokens
-    offsets = np.memmap(
-        idx_path(prefix), "<i8", "r", HEADER.size + 4 * summary.sequences, (summary.sequences,)
-    )
+    _, offsets, _ = map_index(prefix, summary)
     return int(offsets[end]) // summary.dtype.itemsize
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_ext.data.compression import open_stream
-from megatron_ext.data.documents import BadRecord
+from megatron_ext.data.documents import BadRecord, excerpt
 from megatron_ext.exceptions import DataError
 
 # {"role": "system" | "user" | "assistant", "content": text}
@@ -107,13 +107,13 @@ def detect_shape(record: Any) -> Shape:
     if isinstance(record, dict):
         container = next((key for key in _CONTAINERS if key in record), None)
         if container is None:
-            raise _ShapeError(_EXPECTED, f"the keys {_excerpt(', '.join(record))}")
+            raise _ShapeError(_EXPECTED, f"the keys {excerpt(', '.join(record))}")
     turns = record if container is None else record[container]
     first = turns[0] if isinstance(turns, list) and turns else None
     for speaker, text, roles in (_ROLE_CONTENT, _FROM_VALUE):
         if isinstance(first, dict) and {speaker, text} <= first.keys():
             return Shape(container, speaker, text, tuple(roles.items()))
-    raise _ShapeError(_EXPECTED, _excerpt(json.dumps(first if first is not None else turns)))
+    raise _ShapeError(_EXPECTED, excerpt(json.dumps(first if first is not None else turns)))
 
 
 def take_messages(record: Any, shape: Shape) -> list[Message]:
@@ -127,7 +127,7 @@ def take_messages(record: Any, shape: Shape) -> list[Message]:
     if shape.speaker is None:
         if not isinstance(record, dict) or not {"query", "response"} <= record.keys():
             raise _ShapeError(
-                f"expected {shape} as in the first record", _excerpt(json.dumps(record))
+                f"expected {shape} as in the first record", excerpt(json.dumps(record))
             )
         pairs = (("user", "query"), ("assistant", "response"))
         return [{"role": role, "content": _text(record[key], key)} for role, key in pairs]
@@ -135,17 +135,17 @@ def take_messages(record: Any, shape: Shape) -> list[Message]:
     if shape.container is not None:
         turns = record.get(shape.container) if isinstance(record, dict) else None
     if not isinstance(turns, list) or not turns:
-        raise _ShapeError(f"expected {shape} as in the first record", _excerpt(json.dumps(record)))
+        raise _ShapeError(f"expected {shape} as in the first record", excerpt(json.dumps(record)))
     roles = dict(shape.roles)
     messages: list[Message] = []
     for index, turn in enumerate(turns):
         if not isinstance(turn, dict) or not {shape.speaker, shape.text} <= turn.keys():
             expected = f'expected turn {index} with "{shape.speaker}" and "{shape.text}"'
-            raise _ShapeError(f"{expected} as in the first record", _excerpt(json.dumps(turn)))
+            raise _ShapeError(f"{expected} as in the first record", excerpt(json.dumps(turn)))
         role = roles.get(str(turn[shape.speaker]))
         if role is None:
             names = ", ".join(roles)
-            found = _excerpt(str(turn[shape.speaker]))
+            found = excerpt(str(turn[shape.speaker]))
             raise _ShapeError(
                 f'expected "{shape.speaker}" of turn {index} to be one of {names}', found
             )
@@ -179,9 +179,9 @@ def _parse(line: bytes) -> Any:
     except (ValueError, RecursionError) as error:
         if not line.strip():
             raise _ShapeError("expected a JSON object or list", "a blank line") from error
-        raise _ShapeError("expected valid JSON", f"{error} in {_excerpt(line.decode())}") from error
+        raise _ShapeError("expected valid JSON", f"{error} in {excerpt(line.decode())}") from error
     if not isinstance(record, dict | list):
-        raise _ShapeError("expected a JSON object or list", _excerpt(line.decode().strip()))
+        raise _ShapeError("expected a JSON object or list", excerpt(line.decode().strip()))
     return record
 
 
@@ -192,7 +192,3 @@ def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
             yield from enumerate(stream, start=1)
     except (OSError, EOFError, zlib.error) as error:
         raise DataError(f"{path} cannot be read: {error}") from error
-
-
-def _excerpt(text: str) -> str:
-    return repr(text[:60]) + ("..." if len(text) > 60 else "")

@@ -258,10 +258,10 @@ def _parse_json(line: bytes, where: str, keys: Sequence[str]) -> Record | BadRec
         if not line.strip():
             return BadRecord(where, "expected a JSON object, found a blank line", "")
         return BadRecord(
-            where, "not valid JSON", f"{error}; the line starts {_excerpt(line.decode())}"
+            where, "not valid JSON", f"{error}; the line starts {excerpt(line.decode())}"
         )
     if not isinstance(value, dict):
-        return BadRecord(where, "expected a JSON object", f"found {_excerpt(line.decode())}")
+        return BadRecord(where, "expected a JSON object", f"found {excerpt(line.decode())}")
     return _take(value, where, keys)
 
 
@@ -271,7 +271,7 @@ def _take(value: dict[str, Any], where: str, keys: Sequence[str]) -> Record | Ba
     for key in keys:
         if key not in value:
             return BadRecord(
-                where, f"no key {key!r}", f"found {_excerpt(', '.join(map(str, value)))}"
+                where, f"no key {key!r}", f"found {excerpt(', '.join(map(str, value)))}"
             )
         texts = value[key] if isinstance(value[key], list) else [value[key]]
         for text in texts:
@@ -287,5 +287,6 @@ def _take(value: dict[str, Any], where: str, keys: Sequence[str]) -> Record | Ba
     return record
 
 
-def _excerpt(text: str) -> str:
+def excerpt(text: str) -> str:
+    """The beginning of what was found, for messages."""
     return repr(text[:60]) + ("..." if len(text) > 60 else "")

@@ -211,16 +211,35 @@ def read_index_summary(prefix: str | Path) -> IndexSummary:
     return IndexSummary(boundaries - 1, sequences, needed // dtype.itemsize, dtype)
 
 
-def sample_max_token(
-    prefix: str | Path, dtype: np.dtype, *, spots: int = 64, tokens: int = 4096
-) -> int:
+def map_index(
+    prefix: str | Path, summary: IndexSummary
+) -> tuple[NDArray[np.int32], NDArray[np.int64], NDArray[np.int64]]:
+    """Maps an index that `read_index_summary` has checked.
+
+    Returns:
+        Lengths in tokens `[S]`, offsets in bytes `[S]`, document boundaries `[D]`.
+    """
+    path, count = idx_path(prefix), summary.sequences
+    start, ends = HEADER.size, (summary.documents + 1,)
+    lengths = np.memmap(path, np.dtype("<i4"), "r", start, (count,))
+    offsets = np.memmap(path, np.dtype("<i8"), "r", start + 4 * count, (count,))
+    return lengths, offsets, np.memmap(path, np.dtype("<i8"), "r", start + 12 * count, ends)
+
+
+def spread(size: int, part: int) -> list[int]:
+    """Where 64 evenly spaced parts of a file begin, both ends included; fewer of a small file."""
+    starts: list[int] = np.unique(np.linspace(0, max(0, size - part), 64).astype(np.int64)).tolist()
+    return starts
+
+
+def sample_max_token(prefix: str | Path, dtype: np.dtype, *, tokens: int = 4096) -> int:
     """Largest id at evenly spaced spots of a `.bin` file, both ends included."""
     path = bin_path(prefix)
     total = path.stat().st_size // dtype.itemsize
     largest = 0
     with path.open("rb") as stream:
-        for start in np.unique(np.linspace(0, max(0, total - tokens), spots).astype(np.int64)):
-            stream.seek(int(start) * dtype.itemsize)
+        for start in spread(total, tokens):
+            stream.seek(start * dtype.itemsize)
             ids = np.frombuffer(stream.read(tokens * dtype.itemsize), dtype=dtype)
             largest = max(largest, int(ids.max(initial=0)))
     return largest

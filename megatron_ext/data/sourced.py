@@ -13,11 +13,11 @@ import numpy as np
 from megatron.core.datasets.gpt_dataset import GPTDataset
 
 from megatron_ext.data.index_cache import load_or_build
-from megatron_ext.data.indexed import bin_path, idx_path
+from megatron_ext.data.indexed import bin_path, idx_path, spread
 from megatron_ext.data.manifest import manifest_path, read_manifest
 
-# Of an index without a manifest, what is read to tell it from another of the same size.
-_SPOTS, _SPOT_BYTES = 64, 4096
+# Bytes that are read at each spot of an index without a manifest, to tell it from another of the same size.
+_SPOT_BYTES = 4096
 
 
 class SourcedGPTDataset(GPTDataset):
@@ -101,9 +101,8 @@ def _read_key(prefix: str, states: tuple[object, ...]) -> str:
     tokens = _stat(bin_path(prefix))
     digest.update(f"{tokens and tokens.st_size} ".encode())
     with index.open("rb") as stream:
-        last = max(0, size - _SPOT_BYTES)
-        for start in np.unique(np.linspace(0, last, _SPOTS).astype(np.int64)):
-            stream.seek(int(start))
+        for start in spread(size, _SPOT_BYTES):
+            stream.seek(start)
             digest.update(stream.read(_SPOT_BYTES))
     return digest.hexdigest()
 

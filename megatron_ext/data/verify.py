@@ -13,7 +13,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_ext.data.document_digests import document_digests
-from megatron_ext.data.indexed import HEADER, IndexSummary, bin_path, idx_path, read_index_summary
+from megatron_ext.data.indexed import (
+    IndexSummary,
+    bin_path,
+    idx_path,
+    map_index,
+    read_index_summary,
+)
 from megatron_ext.data.manifest import check_tokenizer, manifest_path, read_manifest
 from megatron_ext.exceptions import DataError
 
@@ -100,23 +106,10 @@ def _expect(path: Path, name: str, expected: object, found: object) -> None:
         raise DataError(f"{path}: expected {name} {expected}, as the data have it, found {found}")
 
 
-def _index(
-    prefix: str | Path, summary: IndexSummary
-) -> tuple[NDArray[np.int32], NDArray[np.int64], NDArray[np.int64]]:
-    """Lengths, offsets and document boundaries, mapped."""
-    path, count = idx_path(prefix), summary.sequences
-    start = HEADER.size
-    lengths = np.memmap(path, np.dtype("<i4"), "r", start, (count,))
-    offsets = np.memmap(path, np.dtype("<i8"), "r", start + 4 * count, (count,))
-    shape = (summary.documents + 1,)
-    boundaries = np.memmap(path, np.dtype("<i8"), "r", start + 12 * count, shape)
-    return lengths, offsets, boundaries
-
-
 def _check_index(prefix: str | Path, summary: IndexSummary) -> None:
     """Sequences follow one another without a gap, and documents do."""
     path, size = idx_path(prefix), summary.dtype.itemsize
-    lengths, offsets, boundaries = _index(prefix, summary)
+    lengths, offsets, boundaries = map_index(prefix, summary)
     position = 0
     for start in range(0, len(lengths), _ENTRIES):
         part = lengths[start : start + _ENTRIES].astype(np.int64)
@@ -184,7 +177,7 @@ def digests(
         advance: Called with the bytes that were read since the last call.
     """
     summary = read_index_summary(prefix)
-    _, offsets, boundaries = _index(prefix, summary)
+    _, offsets, boundaries = map_index(prefix, summary)
     total = summary.tokens * summary.dtype.itemsize
     first = 0
     with bin_path(prefix).open("rb") as stream:

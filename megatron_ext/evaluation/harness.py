@@ -14,11 +14,10 @@ from statistics import fmean
 from typing import Any
 from unittest import mock
 
-from megatron_ext.data.atomic import write_atomically
+from megatron_ext.data.atomic import refuse_existing, write_atomically
 from megatron_ext.evaluation import code_execution, paper
 from megatron_ext.evaluation.backends import add_model_arguments, open_generator
 from megatron_ext.evaluation.local_data import offline
-from megatron_ext.evaluation.records import check_output
 from megatron_ext.exceptions import ConfigError
 
 logger = logging.getLogger(__name__)
@@ -76,7 +75,7 @@ def run(options: Namespace) -> None:
     """
     if importlib.util.find_spec("lm_eval") is None:
         raise ConfigError(f"lm-evaluation-harness: expected lm_eval, found none; {INSTALL}")
-    check_output(options.output, overwrite=options.overwrite)
+    refuse_existing([options.output], overwrite=options.overwrite)
     local = offline(options.data_dir) if options.data_dir else contextlib.nullcontext()
     with local, _code_execution(options.allow_code_execution):
         from lm_eval.tasks import TaskManager

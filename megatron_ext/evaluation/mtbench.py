@@ -158,15 +158,14 @@ def judge_prompts(
     """
     found = {}
     for question in questions:
-        referenced = question.category in REFERENCED
         fields = {"question": question.turns[0], "answer": answers[question.id][0]}
         groups = [("question", question.turns), ("answer", answers[question.id])]
-        if referenced:
+        if question.category in REFERENCED:
             groups.append(("ref_answer", references[question.id]))
         for name, texts in groups:
             fields |= {f"{name}_{i}": text for i, text in enumerate(texts, start=1)}
         for turn in range(len(question.turns)):
-            name = _PROMPTS[referenced][turn]
+            name = prompt_name(question, turn)
             found[question.key(turn)] = [
                 {"role": "system", "content": prompts[name]["system_prompt"]},
                 {"role": "user", "content": _fill(prompts[name]["prompt_template"], fields, name)},

@@ -12,7 +12,7 @@ from megatron_ext.data.atomic import write_atomically
 from megatron_ext.evaluation.completion import Codec, Generator
 from megatron_ext.evaluation.journal import Journal
 from megatron_ext.evaluation.sampling import Request, Sampling
-from megatron_ext.exceptions import ConfigError, DataError
+from megatron_ext.exceptions import DataError
 
 Record = dict[str, Any]
 
@@ -92,16 +92,6 @@ def requests_of(records: Sequence[Record], codec: Codec, sampling: Sampling) -> 
         except DataError as error:
             raise DataError(f"record {number}: {error}") from error
     return requests
-
-
-def check_output(path: Path, *, overwrite: bool) -> None:
-    """Refuse before any work what writing would refuse after it.
-
-    Raises:
-        ConfigError: the file exists.
-    """
-    if path.exists() and not overwrite:
-        raise ConfigError(f"{path} exists: give --overwrite to replace it, or another output name")
 
 
 def open_journal(

@@ -14,7 +14,6 @@ import dataclasses
 import io
 import logging
 import os
-import sys
 import tempfile
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
@@ -94,7 +93,7 @@ def _build(words: Sequence[str], *, gpus: int, rank: int) -> tuple[bool, dict[st
     with (
         tempfile.TemporaryDirectory() as directory,
         mock.patch.dict(os.environ, environment),
-        mock.patch.object(sys, "argv", [str(_ENTRY), *words, *_replaced(words, directory)]),
+        compat.command_line([*words, *_replaced(words, directory)], program=str(_ENTRY)),
         contextlib.redirect_stdout(io.StringIO()),
     ):
         from megatron_ext import arguments

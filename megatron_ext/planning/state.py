@@ -73,6 +73,11 @@ def lay_out(tensors: list[Tensor], *, ranks: int, bucket_size: int | None) -> li
     return buckets[:-1]
 
 
+def default_bucket(ranks: int) -> int:
+    """Elements of a bucket where no flag says it, as Megatron's `resolve_ddp_bucket_size` chooses them."""
+    return max(40_000_000, 1_000_000 * ranks)
+
+
 def _up(value: int, unit: int) -> int:
     return -(-value // unit) * unit
 
@@ -85,7 +90,7 @@ def buffers(arch: Architecture, layout: Layout, stage: int) -> list[list[Bucket]
     """
     ranks = layout.shards
     bucketed = layout.overlap_gradients and stage == 0
-    size = layout.bucket_size or max(40_000_000, 1_000_000 * ranks)
+    size = layout.bucket_size or default_bucket(ranks)
     return [
         lay_out(
             arch.chunk_tensors(stage, chunk, tp=layout.tp, pp=layout.pp, vpp=layout.vpp),

@@ -13,6 +13,7 @@ from typing import Any
 from torch.distributed import DistError, Store, TCPStore
 
 from megatron_ext.exceptions import ConfigError, MegatronExtError
+from megatron_ext.runtime import launched
 
 
 class MissingRanksError(MegatronExtError):
@@ -132,17 +133,12 @@ def connect(environment: Mapping[str, str], *, timeout: float) -> Ranks:
         ConfigError: a variable is missing.
         MissingRanksError: nobody answers at the address.
     """
-    names = {"RANK": "SLURM_PROCID", "WORLD_SIZE": "SLURM_NTASKS", "LOCAL_RANK": "SLURM_LOCALID"}
-    numbers = {name: environment.get(name, environment.get(slurm)) for name, slurm in names.items()}
-    address, port = environment.get("MASTER_ADDR"), environment.get("MASTER_PORT")
-    absent = [name for name, value in numbers.items() if value is None]
-    absent += [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in environment]
-    if absent or address is None or port is None:
-        raise ConfigError(
-            f"{', '.join(absent)}: expected a start by torchrun, or by srun with MASTER_ADDR and "
-            "MASTER_PORT, found no such variable"
-        )
-    rank, world, local = (int(value) for value in numbers.values() if value is not None)
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+    found = launched.variables(environment)
+    if absent := [name for name in names if name not in found]:
+        raise ConfigError(f"{', '.join(absent)}: {launched.EXPECTED}, found no such variable")
+    rank, world, local = (int(found[name]) for name in names[:3])
+    address, port = (found[name] for name in names[3:])
     hosts = rank == 0 and environment.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
     limit = timedelta(seconds=timeout)
     begin = time.monotonic()

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
 import sys
 from argparse import ArgumentParser
+from collections.abc import Iterable, Iterator
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,7 @@ from packaging.version import Version
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
 from megatron_ext.exceptions import ConfigError
-from megatron_ext.runtime import console, devices, resume, safe_load, signals
+from megatron_ext.runtime import console, devices, launched, resume, safe_load, signals
 
 # The seams used here (the schedule getter of the loop, output_processor, post_wrap_hooks) were read in
 # this version; another one may have moved them, and a moved seam would silently train something else.
@@ -83,6 +85,22 @@ def repair_help(parser: ArgumentParser) -> None:
             action.help = str(action.help).replace("%", "%%")
 
 
+@contextlib.contextmanager
+def command_line(words: Iterable[object], *, program: str | None = None) -> Iterator[None]:
+    """Let Megatron's parser, which reads the words of this process alone, read others.
+
+    Args:
+        words: the flags and their values.
+        program: the name in its messages; by default this process's own.
+    """
+    before = sys.argv
+    sys.argv = [before[0] if program is None else program, *map(str, words)]
+    try:
+        yield
+    finally:
+        sys.argv = before
+
+
 def read_docstrings_once() -> None:
     """Keep what Megatron reads of its dataclasses' source for the help texts.
 
@@ -141,35 +159,22 @@ def find_ranks() -> None:
                 f"{gpus} GPU(s); with CUDA_VISIBLE_DEVICES= set to nothing ranks run on the CPU"
             )
         return
-    tasks = int(os.environ.get("SLURM_STEP_NUM_TASKS", "1"))
+    task = launched.by_slurm(os.environ)
+    tasks = int(task.get("WORLD_SIZE", "1"))
     others = max(tasks, int(os.environ.get("OMPI_COMM_WORLD_SIZE", "1")))
     if others == 1:
         single = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
         os.environ |= single | {"MASTER_ADDR": "localhost", "MASTER_PORT": "0"}
         return
     if tasks == 1 or not {"MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
-        raise ConfigError(
-            f"RANK: expected a start by torchrun, or by srun with MASTER_ADDR and MASTER_PORT, found one of "
-            f"{others} tasks without it"
-        )
-    slurm = {"RANK": "SLURM_PROCID", "LOCAL_RANK": "SLURM_LOCALID"}
-    os.environ |= {name: os.environ[other] for name, other in slurm.items()}
-    here = _tasks_of_node()
-    os.environ |= {"WORLD_SIZE": str(tasks), "LOCAL_WORLD_SIZE": str(here)}
+        raise ConfigError(f"RANK: {launched.EXPECTED}, found one of {others} tasks without it")
+    here = launched.tasks_of_node(os.environ)
+    os.environ |= task | {"LOCAL_WORLD_SIZE": str(here)}
     if 0 < gpus < here:
         raise ConfigError(
             f"CUDA_VISIBLE_DEVICES: expected the GPUs of all {here} tasks of a node (--gpus-per-node, or "
             f"--gpu-bind=none beside --gpus-per-task), found {gpus}"
         )
-
-
-def _tasks_of_node() -> int:
-    """Tasks of this step on this node, from Slurm's `8(x3),7`: 8 on each of three nodes, 7 on the last."""
-    counts: list[int] = []
-    for part in os.environ.get("SLURM_STEP_TASKS_PER_NODE", "1").split(","):
-        count, _, nodes = part.rstrip(")").partition("(x")
-        counts += [int(count)] * int(nodes or 1)
-    return counts[int(os.environ.get("SLURM_NODEID", "0"))]
 
 
 def skip_on_every_layout() -> None:
@@ -224,13 +229,16 @@ def ask_for_one_queue() -> None:
     """Let kernels start in the order in which they were launched, so that communication begins in time.
 
     With TP or CP on a GPU before Blackwell Megatron ends where this is not asked for. Read when CUDA starts,
-    so the entry point calls it first of all.
+    so the entry point calls it first of all; for tools, `apply` is early enough for its check.
     """
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
 
 
 def apply() -> None:
-    """Apply all of the above but what the parser is given; called once by the entry point before training."""
+    """Apply what depends on no flag: once, by the entry point and by the tools that start Megatron.
+
+    What a parser is given, or depends on its flags, is called where flags are parsed.
+    """
     check_megatron_version()
     check_torch_version()
     ask_for_one_queue()

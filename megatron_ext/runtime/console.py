@@ -9,6 +9,7 @@ import logging
 import re
 import warnings
 from argparse import ArgumentParser
+from collections.abc import Mapping
 from typing import Any, NoReturn
 
 # Beginnings of warnings that Megatron-Core and torch, both pinned, cause between themselves, on every rank.
@@ -43,11 +44,16 @@ def quiet() -> None:
     """Leave out what a library says of itself; call it before anything of ``megatron`` is imported."""
     for message in _WARNINGS:
         warnings.filterwarnings("ignore", message=message)
+    leave_out(_LOGS)
+
+
+def leave_out(beginnings: Mapping[str, tuple[str, ...]]) -> None:
+    """Leave out log lines, by their logger and how they begin."""
 
     def is_news(record: logging.LogRecord) -> bool:
-        return not record.getMessage().startswith(_LOGS[record.name])
+        return not record.getMessage().startswith(beginnings[record.name])
 
-    for name in _LOGS:
+    for name in beginnings:
         logging.getLogger(name).addFilter(is_news)
 
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
-import logging
 import os
 import sys
 from collections import defaultdict
@@ -23,7 +22,7 @@ from typing import Any
 import torch
 import torch.utils._device
 
-from megatron_ext.runtime import devices
+from megatron_ext.runtime import console, devices
 from megatron_ext.runtime.cpu_streams import Event, Stream
 
 _enabled = False
@@ -79,7 +78,7 @@ def enable() -> bool:
     hide_packages()
     # Megatron checks this for GPUs of other generations; it means nothing without one.
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
-    _filter_logs()
+    console.leave_out(_NO_NEWS)
     _patch_devices()
     _patch_streams()
     _patch_memory()
@@ -255,16 +254,8 @@ def _patch_factories() -> None:
 # the GPU's generator is selected, but the CPU's generator is the one that is selected, so it would warn
 # for every weight that is initialised.
 _NO_NEWS = {
-    "megatron.core.tensor_parallel.random": "CPU RNG state changed within GPU RNG context",
+    "megatron.core.tensor_parallel.random": ("CPU RNG state changed within GPU RNG context",),
 }
-
-
-def _filter_logs() -> None:
-    def is_news(record: logging.LogRecord) -> bool:
-        return not record.getMessage().startswith(_NO_NEWS[record.name])
-
-    for name in _NO_NEWS:
-        logging.getLogger(name).addFilter(is_news)
 
 
 def _patch_megatron() -> None:

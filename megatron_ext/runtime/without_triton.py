@@ -12,7 +12,8 @@ from types import ModuleType
 from typing import Any
 
 # Of all modules that an import of Megatron-Core 0.19.2 reaches, only this one does not ask whether there is
-# a Triton. Its kernels move the tokens of experts, which no model here has.
+# a Triton. Its kernels run with --moe-paged-stash alone, which Megatron refuses without HybridEP or NCCL EP:
+# packages for GPUs, where there is one.
 _UNGUARDED = "megatron.core.transformer.moe.ops.paged_stash"
 
 

@@ -13,5 +13,12 @@ if __name__ == "__main__":
     cpu.enable()
     from megatron_ext import chat
 
-    assert chat.NORMALISATION.pop("calculate_per_token_loss")
+    right = chat.ChatRun.defaults.fget
+
+    def defaults(run):
+        values = right(run)
+        assert values.pop("calculate_per_token_loss")
+        return values
+
+    chat.ChatRun.defaults = property(defaults)
     runpy.run_path(str(ROOT / "pretrain_unlearn.py"), run_name="__main__")

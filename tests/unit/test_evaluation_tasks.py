@@ -3,11 +3,10 @@
 import json
 import resource
 from argparse import Namespace
-from random import Random
 
 import pytest
 
-from examples.demo import corpus, tasks, wording
+from examples.demo import corpus, tasks
 from megatron_ext.evaluation import harness, paper
 from megatron_ext.evaluation.code_execution import CodeEval, runs
 from megatron_ext.evaluation.local_data import data_files
@@ -162,13 +161,10 @@ def test_what_is_tested_is_trained_on_nowhere(made):
         assert {
             corpus.split_of(w.removesuffix(".get")) for w in words if w.startswith("module")
         } == {"instruction" if words is asked else "train"}
-    total = corpus._ARITHMETIC_TRAIN + corpus._ARITHMETIC_HELDOUT + corpus._ARITHMETIC_INSTRUCTION
-    of_corpus = wording.distinct_sums(total, Random(1))
-    trained = {
-        f"What is {s.left} {s.operator} {s.right}?" for s in of_corpus[: corpus._ARITHMETIC_TRAIN]
-    }
+    sums = corpus.split_sums()
+    trained = {f"What is {s.left} {s.operator} {s.right}?" for s in sums["train"]}
     held_out = {r["question"].splitlines()[0] for r in made["demo/sums"]}
-    assert len(held_out) == corpus._ARITHMETIC_HELDOUT
+    assert len(held_out) == len(sums["heldout"])
     assert not trained & held_out
     signs = {"plus": "+", "minus": "-", "times": "*"}
     for record in made["chat"]:

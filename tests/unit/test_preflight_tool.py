@@ -59,7 +59,7 @@ def test_a_start_without_a_launcher_is_refused():
 
 def test_tasks_of_srun_are_ranks_on_nodes_that_have_unequal_numbers_of_them():
     served = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    task = {"SLURM_PROCID": "8", "SLURM_NTASKS": "15", "SLURM_LOCALID": "0"}
+    task = {"SLURM_PROCID": "8", "SLURM_STEP_NUM_TASKS": "15", "SLURM_LOCALID": "0"}
     task |= {"SLURMD_NODENAME": "node1", "SLURM_STEP_TASKS_PER_NODE": "8,7"}
     task |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(served.port)}
     ranks = connect(task, timeout=10)

@@ -6,7 +6,6 @@ from argparse import ArgumentParser, Namespace
 import pytest
 from megatron.core.transformer.enums import AttnBackend
 
-from megatron_ext import refusals
 from megatron_ext.exceptions import ConfigError
 from megatron_ext.refusals import (
     NEVER,
@@ -21,6 +20,7 @@ from megatron_ext.refusals import (
     refuse,
 )
 from tests.helpers.entry import ROOT
+from tools.list_refused import render
 
 TABLES = (
     *(NEVER, WITHOUT_TRANSFORMER_ENGINE, WITHOUT_CUDA, WITH_DISTRIBUTED_OPTIMIZER),
@@ -31,11 +31,11 @@ ROWS = [row for table in TABLES for row in table]
 
 def test_the_page_is_the_one_that_the_tables_give():
     page = ROOT / "docs" / "refused.md"
-    assert page.read_text() == refusals.render(), "run: python tools/list_refused.py"
+    assert page.read_text() == render(), "run: python tools/list_refused.py"
 
 
 def test_every_row_is_on_the_page():
-    page = refusals.render()
+    page = render()
     for row in ROWS:
         assert f"| `{row.flag}` |" in page
         assert row.reason in page
@@ -64,7 +64,7 @@ def test_each_is_an_argument_that_exists_and_may_be_left_out(destinations, row):
 
 def test_every_flag_on_the_page_exists(destinations):
     known = {flag for flags, _ in destinations.values() for flag in flags}
-    assert set(re.findall(r"--[a-z][a-z0-9-]*", refusals.render())) <= known
+    assert set(re.findall(r"--[a-z][a-z0-9-]*", render())) <= known
 
 
 def test_what_is_always_refused_has_one_reason():
