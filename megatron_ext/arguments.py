@@ -21,10 +21,10 @@ from megatron.training.arguments import parse_and_validate_args, parse_args
 from megatron_ext.batches import check_batches
 from megatron_ext.chat import ChatRun, chat_run
 from megatron_ext.chat import check_resume as check_chat_resume
+from megatron_ext.checkpoint.kinds import check_plain, check_unlearning, tell_changes
 from megatron_ext.checkpoint.resumable import check_resumable, keep_buckets
 from megatron_ext.checkpoint.source import (
     Start,
-    check_resume,
     resolve_start,
     warn_of_overwriting,
 )
@@ -179,9 +179,12 @@ def check_checkpoints(args: Namespace, config: UnlearnConfig) -> Start:
     if config.enabled:
         _warn_of_dropout(args, config)
         args.unlearn_composition = _composition(args, config)
-        check_resume(start, args.unlearn_composition)
+        check_unlearning(start, args.unlearn_composition)
+        tell_changes(start, args)
         # A part of the run without the mitigation term hands the record on.
         args.unlearn_reference = start.reference
+    elif args.chat_digest is None:
+        check_plain(start, args)
     if args.ckpt_convert_format is not None and start.resumed:
         assert start.checkpoint is not None
         # Without a step, or data, neither is made anew.

@@ -85,13 +85,21 @@ def resolve_start(args: Namespace, *, required: bool) -> Start:
         flag = "--pretrained-checkpoint"
         opened = open_checkpoint(args.pretrained_checkpoint, flag=flag, iteration=step)
         start = Start(opened, flag, resumed=False)
-    elif required:
+    elif required or _must_load(args):
         start = Start(open_checkpoint(args.load, flag="--load", iteration=step), "--load", False)
     else:
         return Start(None, "--load", resumed=False)
     assert start.checkpoint is not None
     check_architecture(start.checkpoint, args, flag=start.flag)
     return start
+
+
+def _must_load(args: Namespace) -> bool:
+    """Whether `--load` cannot be meant to be empty: the run's own checkpoints will not be there.
+
+    Megatron warns, among a thousand lines, and trains from random weights.
+    """
+    return bool(args.load) and (args.finetune or args.skip_train or not saves_where_it_loads(args))
 
 
 def _go_on_from_complete(args: Namespace) -> str | None:
@@ -149,34 +157,6 @@ def warn_of_overwriting(args: Namespace, start: Start) -> None:
             first,
             args.save,
         )
-
-
-def check_resume(start: Start, composition: dict[str, int]) -> None:
-    """The order of the samples follows from the batch sizes; a resumed run must see those that were left.
-
-    Args:
-        start: where the run begins.
-        composition: by flag, the samples of this run's batches.
-
-    Raises:
-        ConfigError: the run goes on from another kind of run, or with other batches.
-    """
-    if not start.resumed:
-        return
-    assert start.checkpoint is not None
-    if start.composition is None:
-        raise ConfigError(
-            f"--load {start.checkpoint.directory}: expected the checkpoint of an unlearning run to go on "
-            "with, found one of another kind; to unlearn from it, name it with --pretrained-checkpoint, or "
-            "add --finetune"
-        )
-    for flag, found in composition.items():
-        expected = start.composition.get(flag, found)
-        if expected != found:
-            raise ConfigError(
-                f"{flag}: expected {expected} samples, with which {start.checkpoint.directory} was started, "
-                f"found {found}"
-            )
 
 
 @dataclass(frozen=True)

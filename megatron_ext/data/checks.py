@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 from argparse import Namespace
@@ -17,9 +18,11 @@ from megatron.training import get_tokenizer
 from megatron.training.utils import get_blend_and_blend_per_split
 
 from megatron_ext.config import UnlearnConfig
-from megatron_ext.data.manifest import check_prefix
+from megatron_ext.data.manifest import check_prefix, read_manifest
 from megatron_ext.data.providers import Blend, forget_blends
 from megatron_ext.exceptions import ConfigError, DataError
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -87,8 +90,24 @@ def check_datasets(args: Namespace, config: UnlearnConfig) -> None:
         _check_splits(args, side)
     if len(sides) == 2 and args.eval_iters > 0:
         _check_test_paths(sides)
-    for named in (named for side in sides for named in side):
+    every = [named for side in sides for named in side]
+    for named in every:
         _check_files(args, named)
+    if args.rank == 0:
+        _tell_of_open_ends(every)
+
+
+def _tell_of_open_ends(every: Sequence[_NamedBlend]) -> None:
+    """A document without an end is read on into the next one, which the model takes for its continuation."""
+    paths = dict.fromkeys(path for named in every if named.blend for path in named.blend[0])
+    manifests = {path: read_manifest(path) for path in paths}
+    known = {path: found.append_eod for path, found in manifests.items() if found is not None}
+    if unended := [path for path, ended in known.items() if not ended]:
+        others = "; other data sets of this run have them" if any(known.values()) else ""
+        logger.warning(
+            "%s%s: made without --append-eod, so no token ends a document%s",
+            *(unended[0], f" and {len(unended) - 1} more" if unended[1:] else "", others),
+        )
 
 
 def _check_lists(args: Namespace) -> None:

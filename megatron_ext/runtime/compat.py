@@ -101,22 +101,28 @@ def command_line(words: Iterable[object], *, program: str | None = None) -> Iter
         sys.argv = before
 
 
-def read_docstrings_once() -> None:
-    """Keep what Megatron reads of its dataclasses' source for the help texts.
+def read_docstrings_for_help() -> None:
+    """Read the help texts in the source of Megatron's dataclasses where help is asked for, and once.
 
-    It builds its parser three times before training, and parses the source of 46 classes each time: 0.06 s.
+    It builds its parser three times before training, and parses the source of 46 classes each time: half a
+    second of a start on a slow CPU.
     """
     from megatron.training.argument_utils import ArgumentGroupFactory
 
     read = ArgumentGroupFactory._get_field_docstrings
     found: dict[type, dict[str, str]] = {}
 
-    def read_once(self: ArgumentGroupFactory, src_cfg_class: type) -> dict[str, str]:
+    def read_for_help(self: ArgumentGroupFactory, src_cfg_class: type) -> dict[str, str]:
+        # argparse takes a beginning of a flag for the flag.
+        if not any(
+            word == "-h" or (len(word) > 2 and "--help".startswith(word)) for word in sys.argv[1:]
+        ):
+            return {}
         if src_cfg_class not in found:
             found[src_cfg_class] = read(self, src_cfg_class)
         return dict(found[src_cfg_class])
 
-    ArgumentGroupFactory._get_field_docstrings = read_once
+    ArgumentGroupFactory._get_field_docstrings = read_for_help
 
 
 def leave_transformers_out(tokenizer_type: str | None) -> None:
@@ -244,7 +250,7 @@ def apply() -> None:
     ask_for_one_queue()
     safe_load.enable()
     skip_helper_compilation()
-    read_docstrings_once()
+    read_docstrings_for_help()
     devices.check_gpus()
     find_ranks()
     console.apply()

@@ -123,8 +123,21 @@ CASES: dict[str, tuple[list[str], list[str]]] = {
         ["refused by Megatron-Core, which says why above"],
     ),
     "plain run whose checkpoint must exist": (
-        ["--load", "{dir}/no_such", "--exit-on-missing-checkpoint"],
+        ["--load", "{dir}/no_such", "--save", "{dir}/no_such", "--save-interval", "1"]
+        + ["--exit-on-missing-checkpoint"],
         ["Megatron-Core could not go on, and says why above"],
+    ),
+    "plain run with a mistyped start": (
+        ["--load", "{dir}/no_such", "--save", "{dir}/new", "--save-interval", "1"],
+        ["--load: expected a checkpoint directory, found nothing at {dir}/no_such"],
+    ),
+    "plain fine-tuning with a mistyped start": (
+        ["--load", "{dir}/no_such", "--finetune"],
+        ["--load: expected a checkpoint directory, found nothing at {dir}/no_such"],
+    ),
+    "plain run that goes on from an unlearning run": (
+        ["--load", "{halfway}"],
+        ["--load {halfway}: expected the checkpoint of plain training", "an unlearning run"],
     ),
     "resume against another reference": (
         ["--reference-load", "{dir}/other_weights"],

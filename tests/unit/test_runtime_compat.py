@@ -1,5 +1,6 @@
 import argparse
 import os
+import sys
 from types import SimpleNamespace
 from unittest import mock
 
@@ -171,7 +172,9 @@ def test_a_skipped_iteration_reads_its_microbatches_wherever_data_are_read(monke
         assert next(iterator) == {"source": [f"sample {3 if was_read else 0}"]}
 
 
-def test_help_texts_are_read_once_and_are_the_same():
+@pytest.mark.parametrize("asked", ["--help", "--he", "-h"])
+def test_help_texts_are_read_once_and_are_the_same(monkeypatch, asked):
+    monkeypatch.setattr(sys, "argv", ["pretrain_unlearn.py", "--bf16", asked])
     from megatron.training.argument_utils import ArgumentGroupFactory
 
     from megatron_ext.config import ChatConfig, UnlearnConfig
@@ -186,12 +189,14 @@ def test_help_texts_are_read_once_and_are_the_same():
     read = ArgumentGroupFactory._get_field_docstrings
     with mock.patch.object(ArgumentGroupFactory, "_get_field_docstrings", autospec=True) as counted:
         counted.side_effect = read
-        compat.read_docstrings_once()
+        compat.read_docstrings_for_help()
         assert texts() == wanted
         once = counted.call_count
         texts()[0].clear()
         assert texts() == wanted
         assert counted.call_count == once
+        monkeypatch.setattr(sys, "argv", ["pretrain_unlearn.py", "--bf16", "--hidden-size", "-1"])
+        assert texts() == [{}, {}]
 
 
 @pytest.mark.parametrize(("given", "expected"), [(None, "1"), ("8", "8")])

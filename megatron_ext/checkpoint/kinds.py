@@ -1,0 +1,88 @@
+"""Whether a run is of the kind that its checkpoint is of: plain, unlearning or chat tuning."""
+
+from __future__ import annotations
+
+import logging
+from argparse import Namespace
+
+from megatron_ext.checkpoint.source import Start
+from megatron_ext.exceptions import ConfigError
+
+logger = logging.getLogger(__name__)
+
+# What the objective is made of; each may change in a run, but not unseen.
+_OBJECTIVE = ("forget_loss", "forget_weight", "replay_weight", "mitigation_weight", "fp32_logits")
+_ELSE = "to train on from its weights, name it with --pretrained-checkpoint, or add --finetune"
+
+
+def check_unlearning(start: Start, composition: dict[str, int]) -> None:
+    """The order of the samples follows from the batch sizes; a resumed run must see those that were left.
+
+    Args:
+        start: where the run begins.
+        composition: by flag, the samples of this run's batches.
+
+    Raises:
+        ConfigError: the run goes on from another kind of run, or with other batches.
+    """
+    if not start.resumed:
+        return
+    assert start.checkpoint is not None
+    if start.composition is None:
+        raise ConfigError(
+            f"--load {start.checkpoint.directory}: expected the checkpoint of an unlearning run to go on "
+            "with, found one of another kind; to unlearn from it, name it with --pretrained-checkpoint, or "
+            "add --finetune"
+        )
+    for flag, found in composition.items():
+        expected = start.composition.get(flag, found)
+        if expected != found:
+            raise ConfigError(
+                f"{flag}: expected {expected} samples, with which {start.checkpoint.directory} was started, "
+                f"found {found}"
+            )
+
+
+def check_plain(start: Start, args: Namespace) -> None:
+    """Where the flags of unlearning or of tuning were left out, the rest of the run would be another one.
+
+    Args:
+        start: where the run begins.
+        args: Megatron's validated arguments, of plain training.
+
+    Raises:
+        ConfigError: the run goes on from another kind of run.
+    """
+    if not start.resumed or args.skip_train or args.ckpt_convert_format is not None:
+        return
+    assert start.checkpoint is not None
+    kinds = {
+        "an unlearning run (--forget-data-path)": start.composition,
+        "chat tuning (--chat-data-path)": getattr(start.checkpoint.args, "chat_digest", None),
+    }
+    for kind, mark in kinds.items():
+        if mark is not None:
+            raise ConfigError(
+                f"--load {start.checkpoint.directory}: expected the checkpoint of plain training to go on "
+                f"with, found one of {kind}; {_ELSE}"
+            )
+
+
+def tell_changes(start: Start, args: Namespace) -> None:
+    """Say which part of the objective is another one from here on.
+
+    Args:
+        start: where the run begins.
+        args: Megatron's validated arguments, of an unlearning run.
+    """
+    if not start.resumed or args.rank != 0:
+        return
+    assert start.checkpoint is not None
+    for name in _OBJECTIVE:
+        found = getattr(args, name)
+        before = getattr(start.checkpoint.args, name, found)
+        if before != found:
+            logger.warning(
+                "--%s: %s until iteration %d, %s from here on",
+                *(name.replace("_", "-"), before, start.checkpoint.iteration, found),
+            )
