@@ -39,9 +39,8 @@ def offline(root: Path) -> Iterator[None]:
     Args:
         root: the folder.
     """
-    for variable in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE"):
-        os.environ[variable] = "1"
     import datasets
+    from huggingface_hub import constants
 
     original = datasets.load_dataset
 
@@ -60,5 +59,28 @@ def offline(root: Path) -> Iterator[None]:
                 f"--data-dir: {base} cannot be read as {path} {name}: {error}"
             ) from error
 
-    with mock.patch.object(datasets, "load_dataset", load):
+    # Both libraries have read the variables by now; processes that are started still will.
+    with (
+        _set("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE"),
+        mock.patch.object(constants, "HF_HUB_OFFLINE", True),
+        mock.patch.multiple(
+            datasets.config, create=True, HF_HUB_OFFLINE=True, HF_DATASETS_OFFLINE=True
+        ),
+        mock.patch.object(datasets, "load_dataset", load),
+    ):
         yield
+
+
+@contextlib.contextmanager
+def _set(*variables: str) -> Iterator[None]:
+    """Set variables of the environment to 1, and put back what they were."""
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ |= dict.fromkeys(variables, "1")
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value

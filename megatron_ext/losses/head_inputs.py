@@ -87,16 +87,10 @@ def prepare(
         fuse_weight_gradient=fuse_weight_gradient and hasattr(weight, "main_grad"),
         keep=torch.is_grad_enabled(),
     )
-    with_reference = reference_hidden is not None and reference_weight is not None and references
-    return HeadInputs(
-        hidden,
-        weight,
-        labels,
-        order,
-        reference_hidden.detach() if with_reference and reference_hidden is not None else None,
-        reference_weight.detach() if with_reference and reference_weight is not None else None,
-        plan,
-    )
+    reference: tuple[Tensor | None, Tensor | None] = (None, None)
+    if references and reference_hidden is not None and reference_weight is not None:
+        reference = (reference_hidden.detach(), reference_weight.detach())
+    return HeadInputs(hidden, weight, labels, order, *reference, plan)
 
 
 def check_cuda_labels(inputs: HeadInputs, vocab_size: int | None) -> None:

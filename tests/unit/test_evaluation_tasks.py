@@ -1,18 +1,23 @@
 """What the harness is given: rules, programs that are run, files by their hub names, the demo's tasks."""
 
 import json
+import os
 import resource
+import sys
 from argparse import Namespace
+from types import ModuleType, SimpleNamespace
+from unittest import mock
 
 import pytest
+from huggingface_hub.constants import is_offline_mode
 
 from examples.demo import corpus, tasks
 from megatron_ext.evaluation import harness, paper
 from megatron_ext.evaluation.code_execution import CodeEval, runs
-from megatron_ext.evaluation.local_data import data_files
+from megatron_ext.evaluation.local_data import data_files, offline
 from megatron_ext.evaluation.rules import KINDS, follows
 from megatron_ext.evaluation.tasks.checks import process_results
-from megatron_ext.exceptions import ConfigError
+from megatron_ext.exceptions import ConfigError, DataError
 
 
 @pytest.mark.parametrize(
@@ -98,6 +103,36 @@ def test_files_are_found_by_split(tmp_path):
     assert reader == "parquet"
     assert {split: len(files) for split, files in splits.items()} == {"test": 2, "dev": 1}
     assert data_files(tmp_path / "nowhere") is None
+
+
+def test_libraries_that_are_imported_already_stay_off_the_hub_and_only_meanwhile(
+    tmp_path, monkeypatch
+):
+    """Both read the variables when imported; `datasets` comes with the harness, so it is imitated."""
+    names = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE")
+    monkeypatch.delenv(names[0], raising=False)
+    monkeypatch.setenv(names[1], "0")
+    library = ModuleType("datasets")
+    library.config = SimpleNamespace(HF_HUB_OFFLINE=False)  # the other name is an older one
+    library.load_dataset = fetch = mock.Mock()
+    monkeypatch.setitem(sys.modules, "datasets", library)
+
+    def state():
+        kept = [getattr(library.config, name, None) for name in names]
+        return [is_offline_mode(), *map(os.environ.get, names), *kept]
+
+    before = state()
+    assert before == [False, None, "0", False, None]
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set" / "test.jsonl").touch()
+    with offline(tmp_path):
+        assert state() == [True, "1", "1", True, True]
+        library.load_dataset("set")
+        with pytest.raises(DataError, match=r"--data-dir: expected the data set other at "):
+            library.load_dataset("other")
+    assert state() == before
+    assert library.load_dataset is fetch
+    fetch.assert_called_once_with("json", data_files={"test": [str(tmp_path / "set/test.jsonl")]})
 
 
 def test_the_table_stands_beside_the_papers():

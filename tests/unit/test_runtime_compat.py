@@ -1,4 +1,5 @@
 import argparse
+import contextlib
 import os
 import sys
 from types import SimpleNamespace
@@ -62,6 +63,14 @@ def test_help_with_a_bare_per_cent_sign_is_repaired_and_others_are_left():
     compat.repair_help(parser)
     assert "50% by default, 3" in parser.format_help()
     assert "between 5% (cold) and 100%" in parser.format_help()
+
+
+def test_a_parser_reads_other_words_and_only_meanwhile():
+    before = list(sys.argv)
+    with contextlib.suppress(SystemExit), compat.command_line(["--lr", 0.5], program="run.py"):
+        assert sys.argv == ["run.py", "--lr", "0.5"]
+        argparse.ArgumentParser().parse_args()
+    assert sys.argv == before
 
 
 def test_a_lone_process_meets_itself_and_a_launched_one_is_left_alone():
