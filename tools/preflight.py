@@ -25,11 +25,13 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from megatron_ext.data.atomic import check_place, refuse_existing
 from megatron_ext.data.tokenizers import TOKENIZER_TYPES, TokenizerSpec
 from megatron_ext.exceptions import ConfigError
 from megatron_ext.preflight.ranks import connect
 from megatron_ext.preflight.run import Options, run
 from megatron_ext.preflight.verdict import FAIL, Row, format_table
+from megatron_ext.runtime import launched
 from tools.common import ToolParser, run_tool
 
 
@@ -95,6 +97,7 @@ def write_json(path: Path, rows: Sequence[Row]) -> None:
     """The rows, and whether none of them failed."""
     passed = all(row.status != FAIL for row in rows)
     report = {"passed": passed, "rows": [dataclasses.asdict(row) for row in rows]}
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(report, indent=2) + "\n")
 
 
@@ -102,6 +105,9 @@ def main() -> None:
     """Run, print, and leave with 1 if anything failed."""
     args = parse_args()
     options = options_of(args)
+    if args.json is not None and launched.variables(os.environ).get("RANK", "0") == "0":
+        check_place(args.json, flag="--json")
+        refuse_existing([args.json], overwrite=True)
     ranks = connect(os.environ, timeout=args.timeout)
     rows = run(ranks, options)
     failed = any(row.status == FAIL for row in rows)

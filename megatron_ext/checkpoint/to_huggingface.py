@@ -37,6 +37,7 @@ from megatron_ext.checkpoint.inspect import Checkpoint, open_checkpoint
 from megatron_ext.checkpoint.llama import LlamaLike
 from megatron_ext.checkpoint.safetensors import write_safetensors
 from megatron_ext.checkpoint.weights import megatron_shape, parts, split, zero_shapes
+from megatron_ext.data.atomic import check_place
 from megatron_ext.data.tokenizers import (
     SENTENCEPIECE_TYPES,
     HuggingFaceReference,
@@ -73,8 +74,9 @@ def export_model(
     Raises:
         CheckpointError: the checkpoint is unreadable or no such model; names the flag, or the tensor.
         ConfigError: the tokenizer is missing, another one, or does not fit the chat template; or the output
-            exists.
+            exists or has no place.
     """
+    check_place(output, flag="--output")
     checkpoint = open_checkpoint(source, flag="--checkpoint", iteration=iteration)
     with tempfile.TemporaryDirectory() as made:
         kept = _kept(checkpoint, tokenizer, made=Path(made))

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from megatron_ext.data.atomic import AtomicFiles
+from megatron_ext.data.atomic import AtomicFiles, check_place
 from megatron_ext.data.document_digests import DocumentSample
 from megatron_ext.data.documents import (
     Block,
@@ -109,10 +109,11 @@ def preprocess(config: PreprocessConfig) -> PreprocessResult:
     turns out not to be exact after the run has begun, `auto` starts over with the exact tokenizer.
 
     Raises:
-        ConfigError: Settings that cannot work, or outputs that exist.
+        ConfigError: Settings that cannot work, or outputs that exist or have no place.
         DataError: Inputs that cannot be read, a bad record, or no tokens at all. Nothing is written
             then.
     """
+    check_place(config.output_prefix, flag="--output-prefix")
     paths = find_inputs(config.inputs, input_format=config.input_format)
     if config.keys != ["text"] and any(
         format_of(p, input_format=config.input_format) == "text" for p in paths

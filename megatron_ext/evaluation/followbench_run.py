@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from megatron_ext.data.atomic import write_atomically
+from megatron_ext.data.atomic import check_place, write_atomically
 from megatron_ext.data.chat import Message
 from megatron_ext.evaluation import followbench as bench
 from megatron_ext.evaluation import paper
@@ -61,6 +61,8 @@ def run(options: Namespace) -> None:
         raise ConfigError(
             "expected --model to answer, --judge-url to judge, or both, found neither"
         )
+    if options.is_writer:
+        check_place(options.output_dir, flag="--output-dir", is_folder=True)
     checkout = Checkout(options.followbench, language=options.language)
     questions = {kind: checkout.questions(kind) for kind in options.constraint_types}
     if options.model is not None:

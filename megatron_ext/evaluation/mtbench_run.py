@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_ext.data.atomic import write_atomically
+from megatron_ext.data.atomic import check_place, write_atomically
 from megatron_ext.data.chat import Message
 from megatron_ext.evaluation import mtbench as bench
 from megatron_ext.evaluation import paper
@@ -56,6 +56,8 @@ def run(options: Namespace) -> None:
         raise ConfigError(
             "expected --model to answer, --judge-url to judge, or both, found neither"
         )
+    if options.is_writer:
+        check_place(options.output_dir, flag="--output-dir", is_folder=True)
     questions = bench.read_questions(options.questions)
     prompts: dict[str, Any] = {}
     references: dict[int, list[str]] = {}

@@ -1,0 +1,53 @@
+"""Outputs that cannot be written are refused by their flag, before anything else is looked at."""
+
+import sys
+
+import pytest
+
+from megatron_ext.data.atomic import check_place
+from megatron_ext.exceptions import ConfigError
+from tools import convert_checkpoint, evaluate, generate, preflight, preprocess_data
+from tools import train_tokenizer as train
+
+SENTENCEPIECE = ("--tokenizer-type", "SentencePieceTokenizer", "--tokenizer-model", "none.model")
+BENCH = ("--name", "mine", "--model", "none", "--output-dir")
+# The tool, its words up to the value of the flag that names the output, and that flag.
+TOOLS = [
+    (train, ("--input", "none.jsonl", "--vocab-size", "300", "--output")),
+    (preprocess_data, ("--input", "none.jsonl", *SENTENCEPIECE, "--output-prefix")),
+    (generate, ("--input", "none.jsonl", "--model", "none", "--output")),
+    (convert_checkpoint, ("import", "--source", "none", "--output")),
+    (convert_checkpoint, ("export", "--checkpoint", "none", "--output")),
+    (evaluate, ("mt-bench", "--questions", "none.jsonl", *BENCH)),
+    (evaluate, ("followbench", "--followbench", "none", *BENCH)),
+    (preflight, ("--json",)),
+]
+
+
+@pytest.mark.parametrize(("tool", "words"), TOOLS)
+def test_an_output_below_a_file_is_named_before_any_work(tool, words, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "tok.model").touch()
+    monkeypatch.setattr(sys, "argv", ["tool", *words, "tok.model/x"])
+    with pytest.raises(ConfigError) as refused:
+        tool.main()
+    assert str(refused.value) == (
+        f"{words[-1]} tok.model/x: expected a place to write to, found that {tmp_path / 'tok.model'} "
+        "is a file"
+    )
+    assert [path.name for path in tmp_path.iterdir()] == ["tok.model"]
+
+
+def test_a_folder_to_write_into_may_be_there(tmp_path):
+    (tmp_path / "file").touch()
+    check_place(tmp_path, flag="--output-dir", is_folder=True)
+    check_place(tmp_path / "to" / "be" / "made", flag="--output")
+    check_place(tmp_path / "file", flag="--output")  # may be overwritten
+    with pytest.raises(ConfigError, match=r"^--output-dir .* is a file$"):
+        check_place(tmp_path / "file", flag="--output-dir", is_folder=True)
+
+
+def test_a_folder_without_permission(tmp_path, monkeypatch):
+    monkeypatch.setattr("os.access", lambda path, mode: False)  # root may write everywhere
+    with pytest.raises(ConfigError, match=f"^--output .* found that {tmp_path} cannot be written$"):
+        check_place(tmp_path / "new" / "file", flag="--output")
