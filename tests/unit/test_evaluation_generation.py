@@ -1,6 +1,7 @@
 """Choosing tokens, keeping what is finished, and the order of a long run; without a model."""
 
 import json
+import logging
 import math
 
 import pytest
@@ -103,13 +104,20 @@ def codec(tmp_path_factory):
     return Codec(TokenizerSpec(tokenizer_type="SentencePieceTokenizer", tokenizer_model=path))
 
 
-def test_an_interrupted_run_goes_on(tmp_path, codec):
+def test_an_interrupted_run_goes_on(tmp_path, codec, caplog):
+    caplog.set_level(logging.INFO)
     requests = [request(str(n), n) for n in (1, 5, 3, 6, 2, 9)]
     output = tmp_path / "out"
     echo = Echo()
     echo.fail_at = 2
-    with pytest.raises(KeyboardInterrupt), Journal(output, settings={"a": 1}) as journal:
+    with (
+        pytest.raises(
+            KeyboardInterrupt, match=r"^2 of 6 are in .*out\.progress, the same command "
+        ),
+        Journal(output, settings={"a": 1}) as journal,
+    ):
         complete_all(echo, codec, requests, journal=journal, title="")
+    assert "were found" not in caplog.text
     assert echo.seen == [["6", "5"], ["3", "2"]]
     with (tmp_path / "out.progress").open("a") as file:
         file.write('{"key": "3", "val')  # cut off by a kill
@@ -117,6 +125,7 @@ def test_an_interrupted_run_goes_on(tmp_path, codec):
     with Journal(output, settings={"a": 1}) as journal:
         done = complete_all(echo, codec, requests, journal=journal, title="")
         assert echo.seen == [["3", "2"], ["1"]]
+        assert f"2 of 6 were found in {journal.path}" in caplog.messages
         with pytest.raises(DataError, match="another run"):
             Journal(output, settings={"a": 1})
     assert set(done) == {"1", "2", "3", "5", "6", "9"}

@@ -8,6 +8,7 @@ from megatron_ext.data.atomic import check_place
 from megatron_ext.exceptions import ConfigError
 from tools import convert_checkpoint, evaluate, generate, preflight, preprocess_data
 from tools import train_tokenizer as train
+from tools.common import run_tool
 
 SENTENCEPIECE = ("--tokenizer-type", "SentencePieceTokenizer", "--tokenizer-model", "none.model")
 BENCH = ("--name", "mine", "--model", "none", "--output-dir")
@@ -51,3 +52,23 @@ def test_a_folder_without_permission(tmp_path, monkeypatch):
     monkeypatch.setattr("os.access", lambda path, mode: False)  # root may write everywhere
     with pytest.raises(ConfigError, match=f"^--output .* found that {tmp_path} cannot be written$"):
         check_place(tmp_path / "new" / "file", flag="--output")
+
+
+@pytest.mark.parametrize(
+    ("rank", "kept", "said"),
+    [
+        ("0", (), "tool: interrupted, nothing was written\n"),
+        ("0", ("26 of 1,200 are in out",), "tool: interrupted; 26 of 1,200 are in out\n"),
+        ("1", (), ""),
+    ],
+)
+def test_what_is_interrupted_says_what_is_kept(rank, kept, said, monkeypatch, capsys):
+    def main():
+        raise KeyboardInterrupt(*kept)
+
+    monkeypatch.setattr(sys, "argv", ["tools/tool"])
+    monkeypatch.setattr("signal.signal", lambda *_: None)
+    monkeypatch.setenv("RANK", rank)
+    with pytest.raises(SystemExit) as leaving:
+        run_tool(main)
+    assert (leaving.value.code, capsys.readouterr().err) == (130, said)
