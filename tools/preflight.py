@@ -40,7 +40,10 @@ def parse_args() -> argparse.Namespace:
     parser = ToolParser(description=__doc__, allow_abbrev=False)
     add = parser.add_argument
     add(
-        "--shared", type=Path, metavar="DIR", help="folder that all nodes must see, for checkpoints"
+        "--shared",
+        type=Path,
+        metavar="DIR",
+        help="folder that all nodes must see, for checkpoints; made if what it is in is there",
     )
     add("--probe-mib", type=int, default=64, help="size of the file written there, default 64")
     add("--checkpoint-bytes", type=float, default=0, metavar="N", help="that must be free there")
