@@ -77,7 +77,9 @@ def export_model(
             exists or has no place.
     """
     check_place(output, flag="--output")
-    checkpoint = open_checkpoint(source, flag="--checkpoint", iteration=iteration)
+    checkpoint = open_checkpoint(
+        source, flag="--checkpoint", iteration=iteration, iteration_flag="--iteration"
+    )
     with tempfile.TemporaryDirectory() as made:
         kept = _kept(checkpoint, tokenizer, made=Path(made))
         tokens = _check_tokenizer(kept, checkpoint, converted=kept == Path(made))
@@ -146,9 +148,12 @@ def _kept(checkpoint: Checkpoint, tokenizer: Path | None, *, made: Path) -> Path
             return made
     if tokenizer is not None:
         return tokenizer  # and its own check says what is wrong
+    moved = ""
+    if model and not Path(model).exists():
+        moved = f"; {checkpoint.path} records {model}: --tokenizer names it at its present place"
     raise ConfigError(
         f"--tokenizer: expected the folder of a Hugging Face tokenizer, found none given and none at "
-        f"{' or '.join(map(str, places))}"
+        f"{' or '.join(map(str, places))}{moved}"
     )
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_ext.data.atomic import write_atomically
+from megatron_ext.data.chat import check_question
 from megatron_ext.evaluation.completion import Codec, Generator
 from megatron_ext.evaluation.journal import Journal
 from megatron_ext.evaluation.sampling import Request, Sampling
@@ -51,29 +52,24 @@ def read_prompts(path: Path) -> list[Record]:
     """Read lines that have a prompt or messages.
 
     Raises:
-        DataError: a line has neither, or both; names it.
+        DataError: a line has neither, or both, or its messages cannot be answered; names it, and the turn.
     """
     records = read_records(path)
     for number, record in enumerate(records, start=1):
         prompt, turns = record.get("prompt"), record.get("messages")
         if isinstance(prompt, str) and turns is None:
             continue
-        if prompt is None and isinstance(turns, list) and _are_messages(turns):
+        if prompt is None and turns is not None:
+            try:
+                check_question(turns)
+            except DataError as error:
+                raise DataError(f"{path}: record {number}: {error}") from error
             continue
         raise DataError(
             f'{path}: record {number}: expected {{"prompt": text}} or {{"messages": [{{"role", '
             f'"content"}}, ...]}}, found keys {sorted(record)}'
         )
     return records
-
-
-def _are_messages(turns: Sequence[Any]) -> bool:
-    return bool(turns) and all(
-        isinstance(turn, dict)
-        and isinstance(turn.get("role"), str)
-        and isinstance(turn.get("content"), str)
-        for turn in turns
-    )
 
 
 def requests_of(records: Sequence[Record], codec: Codec, sampling: Sampling) -> list[Request]:

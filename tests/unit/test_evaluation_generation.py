@@ -177,8 +177,21 @@ def test_a_document_begins_with_its_token_and_a_continuation_does_not(tmp_path, 
         ("[1]", r":2: expected an object, found list"),
         (r'{"prompt": "\ud800"}', r":2: expected valid Unicode"),
         ('{"text": "x"}', r"record 2: .*found keys \['text'\]"),
-        ('{"messages": []}', "record 2"),
-        ('{"messages": [{"role": "user"}]}', "record 2"),
+        ('{"messages": []}', r"record 2: expected a list of turns, found '\[\]'"),
+        ('{"messages": "hi"}', r"record 2: expected a list of turns, found"),
+        (
+            '{"messages": [{"role": "user"}]}',
+            r"""record 2: expected turn 1 with "role" and "content", found '{"role": "user"}'""",
+        ),
+        (
+            '{"messages": [{"role": "user", "content": "a"}, {"role": "tool", "content": "b"}]}',
+            r"""record 2: expected "role" of turn 2 to be one of system, user, assistant, found 'tool'""",
+        ),
+        (
+            '{"messages": [{"role": "assistant", "content": "a"}]}',
+            "record 2: expected the assistant to answer turn 1, the last, found its own turn",
+        ),
+        ('{"messages": [{"role": "system", "content": null}]}', "of turn 1, found NoneType"),
         ('{"prompt": 3}', "record 2"),
     ],
 )
@@ -187,6 +200,13 @@ def test_bad_prompts_are_named(tmp_path, line, message):
     path.write_text(json.dumps({"prompt": "fine"}) + "\n" + line + "\n")
     with pytest.raises(DataError, match=message):
         read_prompts(path)
+
+
+def test_a_system_turn_may_be_empty(tmp_path):
+    """Templates tell it from none, for which some put in one of their own."""
+    turns = [{"role": "system", "content": ""}, {"role": "user", "content": "a"}]
+    write_records(tmp_path / "prompts.jsonl", [{"messages": turns}], overwrite=False)
+    assert read_prompts(tmp_path / "prompts.jsonl") == [{"messages": turns}]
 
 
 def test_lines_end_at_newlines_alone(tmp_path):
