@@ -29,10 +29,20 @@ class ToolParser(argparse.ArgumentParser):
         self.hint = hint
 
     def error(self, message: str) -> NoReturn:
-        """Ends with code 2, the usage and the message."""
+        """Ends with code 2, the usage and the message, with the closest of the tool's flags or its verbs'."""
+        message = console.with_suggestion(message, _flags(self))
         if self.hint and message.startswith("unrecognized arguments"):
             message = f"{message}; {self.hint}"
         super().error(message)
+
+
+def _flags(parser: argparse.ArgumentParser) -> list[str]:
+    """Those of a parser and of its verbs, which leave words that they do not know to it."""
+    flags = list(parser._option_string_actions)
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            flags += [flag for verb in action.choices.values() for flag in _flags(verb)]
+    return flags
 
 
 class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
