@@ -115,9 +115,13 @@ def preprocess(config: PreprocessConfig) -> PreprocessResult:
     """
     check_place(config.output_prefix, flag="--output-prefix")
     paths = find_inputs(config.inputs, input_format=config.input_format)
-    if config.keys != ["text"] and any(
-        format_of(p, input_format=config.input_format) == "text" for p in paths
-    ):
+    has_text = any(format_of(p, input_format=config.input_format) == "text" for p in paths)
+    if config.text_unit != "file" and not has_text:
+        raise ConfigError(
+            f"--text-unit {config.text_unit}: expected plain text in the input, found records alone, each of "
+            "which is a document"
+        )
+    if config.keys != ["text"] and has_text:
         raise ConfigError(
             "--json-keys: plain text has no keys; leave it out, or name no text files"
         )

@@ -60,6 +60,8 @@ class TrainTokenizerConfig:
                 f"--vocab-size: expected at least 300 (256 bytes, 4 control pieces, characters), "
                 f"found {self.vocab_size}"
             )
+        if self.max_bytes < 1:
+            raise ConfigError(f"--max-bytes: expected at least 1, found {self.max_bytes}")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -23,7 +23,7 @@ from megatron_ext.evaluation.completion import complete_all
 from megatron_ext.evaluation.followbench_data import KINDS, Checkout, Question
 from megatron_ext.evaluation.journal import Journal
 from megatron_ext.evaluation.judge import Judge, add_judge_arguments, ask_all, judge_from
-from megatron_ext.evaluation.records import open_journal, read_records, write_records
+from megatron_ext.evaluation.records import check_name, open_journal, read_records, write_records
 from megatron_ext.exceptions import ConfigError
 
 logger = logging.getLogger(__name__)
@@ -56,6 +56,7 @@ def run(options: Namespace) -> None:
         ConfigError: neither is named.
         DataError: a file is missing or of another form.
     """
+    check_name(options.name)
     judge = judge_from(options)
     if judge is None and options.model is None:
         raise ConfigError(

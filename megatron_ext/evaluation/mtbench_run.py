@@ -19,7 +19,7 @@ from megatron_ext.evaluation.backends import add_model_arguments, open_generator
 from megatron_ext.evaluation.completion import Codec, Generator, complete_all
 from megatron_ext.evaluation.journal import Journal
 from megatron_ext.evaluation.judge import Judge, add_judge_arguments, ask_all, judge_from
-from megatron_ext.evaluation.records import open_journal, read_records, write_records
+from megatron_ext.evaluation.records import check_name, open_journal, read_records, write_records
 from megatron_ext.evaluation.sampling import Sampling
 from megatron_ext.exceptions import ConfigError
 
@@ -51,6 +51,7 @@ def run(options: Namespace) -> None:
         ConfigError: neither is named, or a file that judging needs is not.
         DataError: a file is missing or of another form.
     """
+    check_name(options.name)
     judge = judge_from(options)
     if judge is None and options.model is None:
         raise ConfigError(

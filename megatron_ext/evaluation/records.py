@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -13,7 +14,7 @@ from megatron_ext.data.chat import check_question
 from megatron_ext.evaluation.completion import Codec, Generator
 from megatron_ext.evaluation.journal import Journal
 from megatron_ext.evaluation.sampling import Request, Sampling
-from megatron_ext.exceptions import DataError
+from megatron_ext.exceptions import ConfigError, DataError
 
 Record = dict[str, Any]
 
@@ -88,6 +89,16 @@ def requests_of(records: Sequence[Record], codec: Codec, sampling: Sampling) -> 
         except DataError as error:
             raise DataError(f"record {number}: {error}") from error
     return requests
+
+
+def check_name(name: str) -> None:
+    """Refuse a model's name that would lead out of the folder of its files.
+
+    Raises:
+        ConfigError: it is a path.
+    """
+    if not name or name in (".", "..") or os.sep in name:
+        raise ConfigError(f"--name: expected a name without {os.sep} for files, found {name!r}")
 
 
 def open_journal(

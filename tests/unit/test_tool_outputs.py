@@ -39,6 +39,22 @@ def test_an_output_below_a_file_is_named_before_any_work(tool, words, tmp_path, 
     assert [path.name for path in tmp_path.iterdir()] == ["tok.model"]
 
 
+@pytest.mark.parametrize("name", ["../u", "a/b", "..", ""])
+@pytest.mark.parametrize(("tool", "words"), TOOLS[5:7])
+def test_a_name_does_not_lead_out_of_its_folder(tool, words, name, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["tool", *words, str(tmp_path), "--name", name])
+    with pytest.raises(ConfigError, match=f"^--name: expected a name without / .*, found '{name}'"):
+        tool.main()
+
+
+@pytest.mark.parametrize("size", ["0", "-1", "nan", "inf"])
+def test_a_shard_of_no_size(size, monkeypatch):
+    words = ("export", "--checkpoint", "none", "--output", "none", "--max-shard-size", size)
+    monkeypatch.setattr(sys, "argv", ["tool", *words])
+    with pytest.raises(ConfigError, match=f"^--max-shard-size: .* above 0, found {size}$"):
+        convert_checkpoint.main()
+
+
 def test_a_folder_to_write_into_may_be_there(tmp_path):
     (tmp_path / "file").touch()
     check_place(tmp_path, flag="--output-dir", is_folder=True)
