@@ -10,6 +10,8 @@ from megatron_ext.checkpoint.inspect import (
     has_checkpoint,
     open_checkpoint,
 )
+from megatron_ext.checkpoint.to_huggingface import export_model
+from megatron_ext.data.consumed import count
 from megatron_ext.exceptions import CheckpointError
 
 MODEL = {
@@ -129,6 +131,21 @@ def test_an_iteration_that_is_not_there_is_named_by_its_flag(tmp_path, held, fou
         with pytest.raises(CheckpointError) as refused:
             open_checkpoint(tmp_path, flag="--run", iteration=15, **flags)
         assert str(refused.value) == f"{flag} 15: expected {message}"
+
+
+@pytest.mark.parametrize(
+    ("read", "flag"),
+    [
+        (lambda path: export_model(path, path / "out", iteration=15), "--checkpoint"),
+        (lambda path: count(path, flag="--run", iteration=15), "--run"),
+    ],
+)
+def test_tools_name_their_own_flag_for_an_iteration(tmp_path, read, flag):
+    (tmp_path / TRACKER).write_text("20")
+    with pytest.raises(
+        CheckpointError, match=rf"^--iteration 15: .* \({flag}\) holds, found none$"
+    ):
+        read(tmp_path)
 
 
 def test_a_folder_can_be_named(tmp_path):
