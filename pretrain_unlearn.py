@@ -17,6 +17,7 @@ import logging  # noqa: E402
 import multiprocessing  # noqa: E402
 import os  # noqa: E402
 import sys  # noqa: E402
+from typing import NoReturn  # noqa: E402
 
 from megatron_ext.exceptions import MegatronExtError  # noqa: E402
 
@@ -135,6 +136,15 @@ def main() -> None:
     torch.distributed.destroy_process_group()
 
 
+def _leave(code: int) -> NoReturn:
+    """End at once, with all that was started."""
+    # The process that writes checkpoints would outlive this one, and keep its output open.
+    for child in multiprocessing.active_children():
+        child.kill()
+    # A rank that is waiting in a collective for this one is ended by torchrun, not by a shutdown here.
+    os._exit(code)
+
+
 if __name__ == "__main__":
     logging.basicConfig(level=logging.WARNING)
     try:
@@ -145,8 +155,8 @@ if __name__ == "__main__":
         print(
             f"{os.path.basename(sys.argv[0])}: error{where}: {error}", file=sys.stderr, flush=True
         )
-        # The process that writes checkpoints would outlive this one, and keep its output open.
-        for child in multiprocessing.active_children():
-            child.kill()
-        # A rank that is waiting in a collective for this one is ended by torchrun, not by a shutdown here.
-        os._exit(2)
+        _leave(2)
+    except KeyboardInterrupt:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"{os.path.basename(sys.argv[0])}: interrupted", file=sys.stderr, flush=True)
+        _leave(130)

@@ -2,6 +2,7 @@
 
 import argparse
 import logging
+import os
 import signal
 import sys
 from collections.abc import Callable
@@ -9,7 +10,7 @@ from types import FrameType
 from typing import Any, NoReturn
 
 from megatron_ext.exceptions import MegatronExtError
-from megatron_ext.runtime import console
+from megatron_ext.runtime import console, launched
 
 # For the parsers of tools that take the flags of a run as well.
 BEHIND = "put the flags of the run behind --"
@@ -28,10 +29,20 @@ class ToolParser(argparse.ArgumentParser):
         self.hint = hint
 
     def error(self, message: str) -> NoReturn:
-        """Ends with code 2, the usage and the message."""
+        """Ends with code 2, the usage and the message, with the closest of the tool's flags or its verbs'."""
+        message = console.with_suggestion(message, _flags(self))
         if self.hint and message.startswith("unrecognized arguments"):
             message = f"{message}; {self.hint}"
         super().error(message)
+
+
+def _flags(parser: argparse.ArgumentParser) -> list[str]:
+    """Those of a parser and of its verbs, which leave words that they do not know to it."""
+    flags = list(parser._option_string_actions)
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            flags += [flag for verb in action.choices.values() for flag in _flags(verb)]
+    return flags
 
 
 class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
@@ -45,7 +56,11 @@ class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
 
 
 def run_tool(main: Callable[[], None]) -> NoReturn:
-    """Runs a tool: log lines to standard error, a user's error as one line and exit code 2."""
+    """Runs a tool: log lines to standard error, a user's error as one line and exit code 2.
+
+    What is interrupted ends with code 130, and a line of rank 0: what the interrupt says of the work that is
+    kept, or that nothing is.
+    """
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     logging.getLogger("megatron").setLevel(logging.WARNING)
     console.quiet()
@@ -56,8 +71,11 @@ def run_tool(main: Callable[[], None]) -> NoReturn:
     except (MegatronExtError, OSError) as error:
         message = " ".join(str(error).split())
         sys.exit(_fail(f"{name}: error: {message}", 2))
-    except KeyboardInterrupt:
-        sys.exit(_fail(f"{name}: interrupted, nothing was written", 130))
+    except KeyboardInterrupt as stop:
+        if launched.variables(os.environ).get("RANK", "0") != "0":
+            sys.exit(130)
+        kept = f"; {stop}" if str(stop) else ", nothing was written"
+        sys.exit(_fail(f"{name}: interrupted{kept}", 130))
     sys.exit(0)
 
 

@@ -14,15 +14,21 @@ of the field.
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from megatron_ext.exceptions import ConfigError
 from tools.common import ToolParser, run_tool
 
 
 def parse_args() -> argparse.Namespace:
-    """Parse the command line."""
+    """Parse the command line.
+
+    Raises:
+        ConfigError: a size of which no file can be.
+    """
     parser = ToolParser(description=__doc__)
     verbs = parser.add_subparsers(dest="verb", required=True)
     to_megatron = verbs.add_parser("import", help="Hugging Face folder to Megatron checkpoint")
@@ -47,7 +53,12 @@ def parse_args() -> argparse.Namespace:
             "--dtype", choices=["float32", "bfloat16"], help="of the weights; by default as stored"
         )
         verb.add_argument("--overwrite", action="store_true", help="replace what is there")
-    return parser.parse_args()
+    options = parser.parse_args()
+    if options.verb == "export" and not 1e-9 <= options.max_shard_size < math.inf:
+        raise ConfigError(
+            f"--max-shard-size: expected a number above 0, found {options.max_shard_size:g}"
+        )
+    return options
 
 
 def main() -> None:

@@ -13,6 +13,7 @@ same command goes on from there.
 
 from __future__ import annotations
 
+import os
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -24,7 +25,7 @@ from tools.common import ToolParser, run_tool
 
 def main() -> None:
     """Parse the command line, generate and write."""
-    from megatron_ext.data.atomic import refuse_existing
+    from megatron_ext.data.atomic import check_place, refuse_existing
     from megatron_ext.evaluation.backends import (
         add_model_arguments,
         add_sampling_arguments,
@@ -38,6 +39,7 @@ def main() -> None:
         requests_of,
         write_records,
     )
+    from megatron_ext.runtime import launched
 
     parser = ToolParser(description=__doc__)
     parser.add_argument("--input", type=Path, required=True, help="JSON lines")
@@ -47,6 +49,8 @@ def main() -> None:
     add_sampling_arguments(parser, max_new_tokens=256)
     options = parser.parse_args()
     sampling = sampling_from(options)
+    if launched.variables(os.environ).get("RANK", "0") == "0":
+        check_place(options.output, flag="--output")
     records = read_prompts(options.input)
     refuse_existing([options.output], overwrite=options.overwrite)
     with open_generator(options) as (generator, codec):

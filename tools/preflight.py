@@ -25,11 +25,13 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from megatron_ext.data.atomic import check_place, refuse_existing
 from megatron_ext.data.tokenizers import TOKENIZER_TYPES, TokenizerSpec
 from megatron_ext.exceptions import ConfigError
 from megatron_ext.preflight.ranks import connect
 from megatron_ext.preflight.run import Options, run
 from megatron_ext.preflight.verdict import FAIL, Row, format_table
+from megatron_ext.runtime import launched
 from tools.common import ToolParser, run_tool
 
 
@@ -38,7 +40,10 @@ def parse_args() -> argparse.Namespace:
     parser = ToolParser(description=__doc__, allow_abbrev=False)
     add = parser.add_argument
     add(
-        "--shared", type=Path, metavar="DIR", help="folder that all nodes must see, for checkpoints"
+        "--shared",
+        type=Path,
+        metavar="DIR",
+        help="folder that all nodes must see, for checkpoints; made if what it is in is there",
     )
     add("--probe-mib", type=int, default=64, help="size of the file written there, default 64")
     add("--checkpoint-bytes", type=float, default=0, metavar="N", help="that must be free there")
@@ -95,6 +100,7 @@ def write_json(path: Path, rows: Sequence[Row]) -> None:
     """The rows, and whether none of them failed."""
     passed = all(row.status != FAIL for row in rows)
     report = {"passed": passed, "rows": [dataclasses.asdict(row) for row in rows]}
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(report, indent=2) + "\n")
 
 
@@ -102,6 +108,9 @@ def main() -> None:
     """Run, print, and leave with 1 if anything failed."""
     args = parse_args()
     options = options_of(args)
+    if args.json is not None and launched.variables(os.environ).get("RANK", "0") == "0":
+        check_place(args.json, flag="--json")
+        refuse_existing([args.json], overwrite=True)
     ranks = connect(os.environ, timeout=args.timeout)
     rows = run(ranks, options)
     failed = any(row.status == FAIL for row in rows)

@@ -31,7 +31,13 @@ def read_scalars(path: Path) -> dict[str, dict[int, float]]:
         return _read_events(path)
     if not path.is_file():
         raise DataError(f"{path}: expected a TensorBoard directory or a text file, found nothing")
-    return parse_scalars(path.read_text(), name=str(path))
+    try:
+        text = path.read_text()
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"{path}: expected a TensorBoard directory or a text file, found a file that is no text"
+        ) from error
+    return parse_scalars(text, name=str(path))
 
 
 def _read_events(directory: Path) -> dict[str, dict[int, float]]:

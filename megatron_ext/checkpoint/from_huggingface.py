@@ -33,6 +33,7 @@ from megatron_ext.checkpoint.inspect import TRACKER
 from megatron_ext.checkpoint.llama import LlamaLike
 from megatron_ext.checkpoint.safetensors import DTYPES, SafetensorsReader
 from megatron_ext.checkpoint.weights import Part, join, megatron_shape, parts, zero_shapes
+from megatron_ext.data.atomic import check_place
 from megatron_ext.data.tokenizers import HuggingFaceReference, tokenizer_digest
 from megatron_ext.exceptions import CheckpointError, ConfigError
 from megatron_ext.runtime import compat
@@ -64,8 +65,10 @@ def import_model(
 
     Raises:
         CheckpointError: the model does not fit; names the field, or the tensor.
-        ConfigError: the tokenizer cannot be loaded, or the output exists or has white space in its path.
+        ConfigError: the tokenizer cannot be loaded, or the output exists, has no place, or white space in
+            its path.
     """
+    check_place(output, flag="--output")
     kept_path = _check_path(output.resolve()) / KEPT
     config = read_config(source)
     model = LlamaLike.from_config(config)

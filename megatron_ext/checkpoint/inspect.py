@@ -78,6 +78,8 @@ ARCHITECTURE = (
     "moe_apply_probs_on_input",
     "moe_latent_size",
 )
+# Iterations that a message lists.
+_MOST_NAMED = 5
 # Where the flag has another name than the argument.
 _FLAGS = {
     "layernorm_epsilon": "norm-epsilon",
@@ -117,7 +119,12 @@ def has_checkpoint(directory: str | Path | None) -> bool:
 
 
 def open_checkpoint(
-    directory: str | Path, *, flag: str, iteration: int | None = None, folder: str | None = None
+    directory: str | Path,
+    *,
+    flag: str,
+    iteration: int | None = None,
+    folder: str | None = None,
+    iteration_flag: str = "--ckpt-step",
 ) -> Checkpoint:
     """Read which checkpoint a directory holds, without its tensors.
 
@@ -126,6 +133,7 @@ def open_checkpoint(
         flag: the flag, for messages.
         iteration: the iteration wanted; the latest by default.
         folder: the name of the folder wanted, ``release`` included, instead of an iteration.
+        iteration_flag: the flag that named the iteration, for messages.
 
     Raises:
         CheckpointError: the directory, its tracker file or the iteration is missing or unreadable.
@@ -140,6 +148,11 @@ def open_checkpoint(
         folder = latest if iteration is None else folder_name(iteration)
     number = 0 if folder == "release" else int(folder.removeprefix("iter_"))
     path = directory / folder
+    if iteration is not None and not path.exists():
+        raise CheckpointError(
+            f"{iteration_flag} {iteration}: expected an iteration that {directory} ({flag}) holds, found "
+            f"{_held(directory)}"
+        )
     if not (path / CONFIG_FNAME).exists():
         raise CheckpointError(
             f"{flag}: expected a torch_dist checkpoint at {path}, found none (or one of another format)"
@@ -153,6 +166,17 @@ def open_checkpoint(
     schedule = common.get("opt_param_scheduler")
     return Checkpoint(
         directory=directory, iteration=number, path=path, args=args, schedule=schedule
+    )
+
+
+def _held(directory: Path) -> str:
+    """The last iterations of a directory, in words."""
+    files = directory.glob(f"iter_*/{CONFIG_FNAME}")
+    names = (file.parent.name.removeprefix("iter_") for file in files)
+    held = sorted(int(name) for name in names if name.isdecimal())
+    last = ", ".join(map(str, held[-_MOST_NAMED:]))
+    return (f"{len(held) - _MOST_NAMED} others, " if len(held) > _MOST_NAMED else "") + (
+        last or "none"
     )
 
 

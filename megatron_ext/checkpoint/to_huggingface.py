@@ -37,6 +37,7 @@ from megatron_ext.checkpoint.inspect import Checkpoint, open_checkpoint
 from megatron_ext.checkpoint.llama import LlamaLike
 from megatron_ext.checkpoint.safetensors import write_safetensors
 from megatron_ext.checkpoint.weights import megatron_shape, parts, split, zero_shapes
+from megatron_ext.data.atomic import check_place
 from megatron_ext.data.tokenizers import (
     SENTENCEPIECE_TYPES,
     HuggingFaceReference,
@@ -73,9 +74,12 @@ def export_model(
     Raises:
         CheckpointError: the checkpoint is unreadable or no such model; names the flag, or the tensor.
         ConfigError: the tokenizer is missing, another one, or does not fit the chat template; or the output
-            exists.
+            exists or has no place.
     """
-    checkpoint = open_checkpoint(source, flag="--checkpoint", iteration=iteration)
+    check_place(output, flag="--output")
+    checkpoint = open_checkpoint(
+        source, flag="--checkpoint", iteration=iteration, iteration_flag="--iteration"
+    )
     with tempfile.TemporaryDirectory() as made:
         kept = _kept(checkpoint, tokenizer, made=Path(made))
         tokens = _check_tokenizer(kept, checkpoint, converted=kept == Path(made))
@@ -144,9 +148,12 @@ def _kept(checkpoint: Checkpoint, tokenizer: Path | None, *, made: Path) -> Path
             return made
     if tokenizer is not None:
         return tokenizer  # and its own check says what is wrong
+    moved = ""
+    if model and not Path(model).exists():
+        moved = f"; {checkpoint.path} records {model}: --tokenizer names it at its present place"
     raise ConfigError(
         f"--tokenizer: expected the folder of a Hugging Face tokenizer, found none given and none at "
-        f"{' or '.join(map(str, places))}"
+        f"{' or '.join(map(str, places))}{moved}"
     )
 
 

@@ -152,6 +152,27 @@ def refuse_existing(paths: Sequence[Path], *, overwrite: bool = False) -> None:
         raise taken(existing[0])
 
 
+def check_place(path: str | Path, *, flag: str, is_folder: bool = False) -> None:
+    """Refuses, before any work, an output below a file, or where nothing can be written.
+
+    Args:
+        path: What will be written; folders above it are made.
+        flag: That named it, for the message.
+        is_folder: Whether files will be written into it, and it may be there.
+
+    Raises:
+        ConfigError: Names the flag and what is in the way.
+    """
+    wanted = Path(path).absolute()
+    above = (wanted, *wanted.parents) if is_folder else wanted.parents
+    nearest = next(folder for folder in above if os.path.lexists(folder))
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
+        what = "cannot be written" if nearest.is_dir() else "is a file"
+        raise ConfigError(
+            f"{flag} {path}: expected a place to write to, found that {nearest} {what}"
+        )
+
+
 def taken(path: Path) -> ConfigError:
     """What to raise where something exists that may not be replaced."""
     return ConfigError(f"{path} exists: give --overwrite to replace it, or another output name")

@@ -136,12 +136,42 @@ def take_messages(record: Any, shape: Shape) -> list[Message]:
         turns = record.get(shape.container) if isinstance(record, dict) else None
     if not isinstance(turns, list) or not turns:
         raise _ShapeError(f"expected {shape} as in the first record", excerpt(json.dumps(record)))
+    messages = _take_turns(turns, shape, like=" as in the first record")
+    if not any(message["role"] == "assistant" for message in messages):
+        found = ", ".join(message["role"] for message in messages) or "no turn"
+        raise _ShapeError("expected at least one assistant turn", found)
+    return messages
+
+
+def check_question(turns: Any) -> None:
+    """Whether an assistant can answer turns of {"role", "content"}, by the rules for conversations.
+
+    Raises:
+        DataError: says which turn is none, or that the last one is the assistant's own.
+    """
+    try:
+        if not isinstance(turns, list) or not turns:
+            raise _ShapeError("expected a list of turns", excerpt(json.dumps(turns)))
+        shape = Shape("messages", *_ROLE_CONTENT[:2], tuple(_ROLE_CONTENT[2].items()))
+        _take_turns(turns, shape, empty=("",))
+        if turns[-1]["role"] == "assistant":
+            raise _ShapeError(
+                f"expected the assistant to answer turn {len(turns)}, the last", "its own turn"
+            )
+    except _ShapeError as bad:
+        raise DataError(f"{bad.expected}, found {bad.found}") from bad
+
+
+def _take_turns(
+    turns: Sequence[Any], shape: Shape, *, like: str = "", empty: Sequence[Any] = ("", None)
+) -> list[Message]:
+    """The messages of turns of a shape; `empty` are the texts of a system turn that is left out."""
     roles = dict(shape.roles)
     messages: list[Message] = []
-    for index, turn in enumerate(turns):
+    for index, turn in enumerate(turns, start=1):
         if not isinstance(turn, dict) or not {shape.speaker, shape.text} <= turn.keys():
-            expected = f'expected turn {index} with "{shape.speaker}" and "{shape.text}"'
-            raise _ShapeError(f"{expected} as in the first record", excerpt(json.dumps(turn)))
+            expected = f'expected turn {index} with "{shape.speaker}" and "{shape.text}"{like}'
+            raise _ShapeError(expected, excerpt(json.dumps(turn)))
         role = roles.get(str(turn[shape.speaker]))
         if role is None:
             names = ", ".join(roles)
@@ -149,12 +179,9 @@ def take_messages(record: Any, shape: Shape) -> list[Message]:
             raise _ShapeError(
                 f'expected "{shape.speaker}" of turn {index} to be one of {names}', found
             )
-        if role == "system" and turn[shape.text] in ("", None):
+        if role == "system" and turn[shape.text] in empty:
             continue
         messages.append({"role": role, "content": _text(turn[shape.text], shape.text, index)})
-    if not any(message["role"] == "assistant" for message in messages):
-        found = ", ".join(message["role"] for message in messages) or "no turn"
-        raise _ShapeError("expected at least one assistant turn", found)
     return messages
 
 

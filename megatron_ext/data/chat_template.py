@@ -176,7 +176,7 @@ class ChatTemplate:
         return turn[: end.end()]
 
     def _refuse_special(self, messages: Sequence[Message]) -> None:
-        for index, message in enumerate(messages):
+        for index, message in enumerate(messages, start=1):
             if found := self._text.special.search(message["content"]):
                 raise DataError(
                     f"expected no special token in the text of turn {index}, found {found.group()!r}"

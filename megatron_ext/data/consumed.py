@@ -183,7 +183,9 @@ def count(directory: str | Path, *, flag: str, iteration: int | None = None) -> 
         CheckpointError: there is no such checkpoint.
         DataError: the checkpoint does not say what was read, or its index is not that of the record.
     """
-    checkpoint = open_checkpoint(directory, flag=flag, iteration=iteration)
+    checkpoint = open_checkpoint(
+        directory, flag=flag, iteration=iteration, iteration_flag="--iteration"
+    )
     parts = getattr(checkpoint.args, "consumed_data", None)
     consumed = checkpoint.args.consumed_train_samples
     if not parts:

@@ -171,6 +171,11 @@ def read_index_summary(prefix: str | Path) -> IndexSummary:
             empty.
     """
     bin_file, idx_file = bin_path(prefix), idx_path(prefix)
+    bare, dot, suffix = str(prefix).rpartition(".")
+    if dot and suffix in ("bin", "idx") and not idx_file.is_file():
+        raise DataError(
+            f"{prefix}: expected the prefix of a data set, without .bin or .idx, such as {bare}"
+        )
     for path in (idx_file, bin_file):
         if not path.is_file():
             raise DataError(

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from megatron_ext.data.compression import COMPRESSIONS
+from megatron_ext.data.manifest import MANIFEST_SUFFIX
 from megatron_ext.exceptions import ConfigError
 
 InputFormat = Literal["auto", "jsonl", "parquet", "text"]
@@ -26,7 +27,7 @@ def find_inputs(patterns: Sequence[str], *, input_format: InputFormat = "auto") 
     """Resolves files, globs and directories to files, in the order given, sorted within each.
 
     Of a directory those with a known name are taken, at any depth, also behind symbolic links, but no
-    hidden ones.
+    hidden ones and no manifests, which preprocessing leaves beside its data sets.
 
     Raises:
         ConfigError: Nothing matches, a file is named twice, or plain and compressed, its format is not known
@@ -75,7 +76,8 @@ def _of_directory(directory: Path, input_format: InputFormat) -> list[Path]:
         seen.add(place)
         below[:] = sorted(name for name in below if not name.startswith("."))
         found += [Path(folder, name) for name in names if not name.startswith(".")]
-    matches = [path for path in sorted(found) if path.is_file() and _known(path)]
+    known = (path for path in sorted(found) if path.is_file() and _known(path))
+    matches = [path for path in known if not path.name.endswith(MANIFEST_SUFFIX)]
     if not matches:
         raise ConfigError(f"--input {directory}: no {_expected()} file in this directory")
     texts = [path for path in matches if format_of(path, input_format=input_format) == "text"]

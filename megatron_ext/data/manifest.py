@@ -17,6 +17,7 @@ from megatron_ext.data.atomic import write_atomically
 from megatron_ext.data.indexed import IndexSummary, bin_path, read_index_summary, sample_max_token
 from megatron_ext.exceptions import DataError
 
+MANIFEST_SUFFIX = ".manifest.json"
 FORMAT_VERSION = 1
 _DIGESTS = re.compile("([0-9a-f]{16} )*")
 
@@ -81,7 +82,7 @@ class Manifest:
 
 def manifest_path(prefix: str | Path) -> Path:
     """Path of the manifest of a data set."""
-    return Path(f"{prefix}.manifest.json")
+    return Path(f"{prefix}{MANIFEST_SUFFIX}")
 
 
 def write_manifest(prefix: str | Path, manifest: Manifest, *, overwrite: bool = False) -> None:

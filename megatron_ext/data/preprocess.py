@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from megatron_ext.data.atomic import AtomicFiles
+from megatron_ext.data.atomic import AtomicFiles, check_place
 from megatron_ext.data.document_digests import DocumentSample
 from megatron_ext.data.documents import (
     Block,
@@ -109,14 +109,19 @@ def preprocess(config: PreprocessConfig) -> PreprocessResult:
     turns out not to be exact after the run has begun, `auto` starts over with the exact tokenizer.
 
     Raises:
-        ConfigError: Settings that cannot work, or outputs that exist.
+        ConfigError: Settings that cannot work, or outputs that exist or have no place.
         DataError: Inputs that cannot be read, a bad record, or no tokens at all. Nothing is written
             then.
     """
+    check_place(config.output_prefix, flag="--output-prefix")
     paths = find_inputs(config.inputs, input_format=config.input_format)
-    if config.keys != ["text"] and any(
-        format_of(p, input_format=config.input_format) == "text" for p in paths
-    ):
+    has_text = any(format_of(p, input_format=config.input_format) == "text" for p in paths)
+    if config.text_unit != "file" and not has_text:
+        raise ConfigError(
+            f"--text-unit {config.text_unit}: expected plain text in the input, found records alone, each of "
+            "which is a document"
+        )
+    if config.keys != ["text"] and has_text:
         raise ConfigError(
             "--json-keys: plain text has no keys; leave it out, or name no text files"
         )

@@ -12,7 +12,7 @@ from typing import Literal
 import sentencepiece
 from tqdm import tqdm
 
-from megatron_ext.data.atomic import AtomicFiles
+from megatron_ext.data.atomic import AtomicFiles, check_place
 from megatron_ext.data.documents import (
     BadRecord,
     parse_block,
@@ -60,6 +60,8 @@ class TrainTokenizerConfig:
                 f"--vocab-size: expected at least 300 (256 bytes, 4 control pieces, characters), "
                 f"found {self.vocab_size}"
             )
+        if self.max_bytes < 1:
+            raise ConfigError(f"--max-bytes: expected at least 1, found {self.max_bytes}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,10 +141,11 @@ def train_tokenizer(config: TrainTokenizerConfig) -> TrainTokenizerResult:
     """Trains a tokenizer and writes its model.
 
     Raises:
-        ConfigError: The output exists, no input matches, or the vocabulary is too small for the
-            text.
+        ConfigError: The output exists or has no place, no input matches, or the vocabulary is too small
+            for the text.
         DataError: The input cannot be read, holds a bad record, or is too small for the vocabulary.
     """
+    check_place(config.output, flag="--output")
     lines = _Lines(config)
     output = Path(config.output)
     model = io.BytesIO()

@@ -94,7 +94,8 @@ def open_generator(options: Namespace) -> Iterator[tuple[Generator, Codec]]:
 @contextlib.contextmanager
 def _huggingface(options: Namespace, template: Path | None) -> Iterator[tuple[Generator, Codec]]:
     with collector.paused():
-        from megatron_ext.checkpoint.huggingface import tokenizer_spec
+        from megatron_ext.checkpoint.huggingface import CONFIG, tokenizer_spec
+        from megatron_ext.checkpoint.inspect import has_checkpoint
         from megatron_ext.evaluation.huggingface_generator import HuggingFaceGenerator
 
     layout = (options.tensor_model_parallel_size, options.pipeline_model_parallel_size)
@@ -102,6 +103,14 @@ def _huggingface(options: Namespace, template: Path | None) -> Iterator[tuple[Ge
         raise ConfigError(
             "--tensor-model-parallel-size and --pipeline-model-parallel-size: expected 1 with --backend "
             f"huggingface, found {layout[0]} and {layout[1]}"
+        )
+    if not (options.model / CONFIG).is_file():
+        other = ""
+        if has_checkpoint(options.model):
+            other = "; --backend megatron reads the checkpoint there"
+        raise ConfigError(
+            f"--model {options.model}: expected a Hugging Face folder with --backend huggingface, found no "
+            f"{CONFIG} in it{other}"
         )
     codec = Codec(_spec(options, tokenizer_spec(options.model)), template=template)
     yield (
@@ -134,7 +143,15 @@ def _megatron(options: Namespace, template: Path | None) -> Iterator[tuple[Gener
             tokenizer_model=str(saved.tokenizer_model),
         )
     spec = _spec(options, recorded)
-    codec = Codec(spec, template=template)
+    try:
+        codec = Codec(spec, template=template)
+    except ConfigError as error:
+        if options.tokenizer_model is not None or Path(spec.tokenizer_model).exists():
+            raise
+        raise ConfigError(
+            f"{error}; {checkpoint.path} records this path, and --tokenizer-model names the tokenizer at its "
+            "present place"
+        ) from error
     wanted = Namespace(
         checkpoint=[str(options.model)],
         tokenizer_type=spec.tokenizer_type,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -170,14 +171,15 @@ def complete_all(
     found = {r.key: journal[r.key] for r in requests if journal is not None and r.key in journal}
     done = {key: Completion(**value) for key, value in generator.agree(found).items()}
     todo = [request for request in requests if request.key not in done]
-    bar = tqdm(total=len(todo), desc=title, disable=None if generator.is_writer else True)
-    for batch in _batches(todo, generator, done):
-        for request, tokens in zip(batch, generator.complete(batch), strict=True):
-            done[request.key] = codec.completion(request, tokens)
-            if journal is not None:
-                journal.add(request.key, asdict(done[request.key]))
-        bar.update(len(batch))
-    bar.close()
+    filling = nullcontext() if journal is None else journal.filling([r.key for r in requests])
+    hidden = None if generator.is_writer else True
+    with filling, tqdm(total=len(todo), desc=title, disable=hidden) as bar:
+        for batch in _batches(todo, generator, done):
+            for request, tokens in zip(batch, generator.complete(batch), strict=True):
+                done[request.key] = codec.completion(request, tokens)
+                if journal is not None:
+                    journal.add(request.key, asdict(done[request.key]))
+            bar.update(len(batch))
     return done
 
 

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from megatron_ext.data.atomic import write_atomically
+from megatron_ext.data.atomic import check_place, write_atomically
 from megatron_ext.data.chat import Message
 from megatron_ext.evaluation import followbench as bench
 from megatron_ext.evaluation import paper
@@ -23,7 +23,7 @@ from megatron_ext.evaluation.completion import complete_all
 from megatron_ext.evaluation.followbench_data import KINDS, Checkout, Question
 from megatron_ext.evaluation.journal import Journal
 from megatron_ext.evaluation.judge import Judge, add_judge_arguments, ask_all, judge_from
-from megatron_ext.evaluation.records import open_journal, read_records, write_records
+from megatron_ext.evaluation.records import check_name, open_journal, read_records, write_records
 from megatron_ext.exceptions import ConfigError
 
 logger = logging.getLogger(__name__)
@@ -56,11 +56,14 @@ def run(options: Namespace) -> None:
         ConfigError: neither is named.
         DataError: a file is missing or of another form.
     """
+    check_name(options.name)
     judge = judge_from(options)
     if judge is None and options.model is None:
         raise ConfigError(
             "expected --model to answer, --judge-url to judge, or both, found neither"
         )
+    if options.is_writer:
+        check_place(options.output_dir, flag="--output-dir", is_folder=True)
     checkout = Checkout(options.followbench, language=options.language)
     questions = {kind: checkout.questions(kind) for kind in options.constraint_types}
     if options.model is not None:

@@ -14,7 +14,7 @@ from statistics import fmean
 from typing import Any
 from unittest import mock
 
-from megatron_ext.data.atomic import refuse_existing, write_atomically
+from megatron_ext.data.atomic import check_place, refuse_existing, write_atomically
 from megatron_ext.evaluation import code_execution, paper
 from megatron_ext.evaluation.backends import add_model_arguments, open_generator
 from megatron_ext.evaluation.local_data import offline
@@ -75,6 +75,8 @@ def run(options: Namespace) -> None:
     """
     if importlib.util.find_spec("lm_eval") is None:
         raise ConfigError(f"lm-evaluation-harness: expected lm_eval, found none; {INSTALL}")
+    if options.is_writer:
+        check_place(options.output, flag="--output")
     refuse_existing([options.output], overwrite=options.overwrite)
     local = offline(options.data_dir) if options.data_dir else contextlib.nullcontext()
     with local, _code_execution(options.allow_code_execution):

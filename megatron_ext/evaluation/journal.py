@@ -5,13 +5,17 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import json
+import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 from megatron_ext.exceptions import ConfigError, DataError
+
+logger = logging.getLogger(__name__)
 
 SUFFIX = ".progress"
 
@@ -68,6 +72,19 @@ class Journal:
         """Keep a result that JSON can hold."""
         self._done[key] = value
         self._write({"key": key, "value": value})
+
+    @contextmanager
+    def filling(self, keys: Collection[str]) -> Iterator[None]:
+        """Say how many of these results are there at the start, and when the work is interrupted."""
+        if found := sum(key in self for key in keys):
+            logger.info("%s of %s were found in %s", f"{found:,}", f"{len(keys):,}", self.path)
+        try:
+            yield
+        except KeyboardInterrupt as stop:
+            done = sum(key in self for key in keys)
+            raise KeyboardInterrupt(
+                f"{done:,} of {len(keys):,} are in {self.path}, the same command goes on from there"
+            ) from stop
 
     def remove(self) -> None:
         """Drop the file, once the output is written."""

@@ -148,7 +148,7 @@ def ask_all(
         The judge's texts by key, in the order of the prompts.
     """
     todo = [key for key in prompts if key not in journal]
-    with ThreadPoolExecutor(max_workers=judge.parallel) as pool:
+    with journal.filling(prompts), ThreadPoolExecutor(max_workers=judge.parallel) as pool:
         futures = {pool.submit(judge.ask, prompts[key]): key for key in todo}
         try:
             for future in tqdm(

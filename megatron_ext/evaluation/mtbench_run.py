@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_ext.data.atomic import write_atomically
+from megatron_ext.data.atomic import check_place, write_atomically
 from megatron_ext.data.chat import Message
 from megatron_ext.evaluation import mtbench as bench
 from megatron_ext.evaluation import paper
@@ -19,7 +19,7 @@ from megatron_ext.evaluation.backends import add_model_arguments, open_generator
 from megatron_ext.evaluation.completion import Codec, Generator, complete_all
 from megatron_ext.evaluation.journal import Journal
 from megatron_ext.evaluation.judge import Judge, add_judge_arguments, ask_all, judge_from
-from megatron_ext.evaluation.records import open_journal, read_records, write_records
+from megatron_ext.evaluation.records import check_name, open_journal, read_records, write_records
 from megatron_ext.evaluation.sampling import Sampling
 from megatron_ext.exceptions import ConfigError
 
@@ -51,11 +51,14 @@ def run(options: Namespace) -> None:
         ConfigError: neither is named, or a file that judging needs is not.
         DataError: a file is missing or of another form.
     """
+    check_name(options.name)
     judge = judge_from(options)
     if judge is None and options.model is None:
         raise ConfigError(
             "expected --model to answer, --judge-url to judge, or both, found neither"
         )
+    if options.is_writer:
+        check_place(options.output_dir, flag="--output-dir", is_folder=True)
     questions = bench.read_questions(options.questions)
     prompts: dict[str, Any] = {}
     references: dict[int, list[str]] = {}

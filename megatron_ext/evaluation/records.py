@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
 from megatron_ext.data.atomic import write_atomically
+from megatron_ext.data.chat import check_question
 from megatron_ext.evaluation.completion import Codec, Generator
 from megatron_ext.evaluation.journal import Journal
 from megatron_ext.evaluation.sampling import Request, Sampling
-from megatron_ext.exceptions import DataError
+from megatron_ext.exceptions import ConfigError, DataError
 
 Record = dict[str, Any]
 
@@ -51,29 +53,24 @@ def read_prompts(path: Path) -> list[Record]:
     """Read lines that have a prompt or messages.
 
     Raises:
-        DataError: a line has neither, or both; names it.
+        DataError: a line has neither, or both, or its messages cannot be answered; names it, and the turn.
     """
     records = read_records(path)
     for number, record in enumerate(records, start=1):
         prompt, turns = record.get("prompt"), record.get("messages")
         if isinstance(prompt, str) and turns is None:
             continue
-        if prompt is None and isinstance(turns, list) and _are_messages(turns):
+        if prompt is None and turns is not None:
+            try:
+                check_question(turns)
+            except DataError as error:
+                raise DataError(f"{path}: record {number}: {error}") from error
             continue
         raise DataError(
             f'{path}: record {number}: expected {{"prompt": text}} or {{"messages": [{{"role", '
             f'"content"}}, ...]}}, found keys {sorted(record)}'
         )
     return records
-
-
-def _are_messages(turns: Sequence[Any]) -> bool:
-    return bool(turns) and all(
-        isinstance(turn, dict)
-        and isinstance(turn.get("role"), str)
-        and isinstance(turn.get("content"), str)
-        for turn in turns
-    )
 
 
 def requests_of(records: Sequence[Record], codec: Codec, sampling: Sampling) -> list[Request]:
@@ -92,6 +89,16 @@ def requests_of(records: Sequence[Record], codec: Codec, sampling: Sampling) -> 
         except DataError as error:
             raise DataError(f"record {number}: {error}") from error
     return requests
+
+
+def check_name(name: str) -> None:
+    """Refuse a model's name that would lead out of the folder of its files.
+
+    Raises:
+        ConfigError: it is a path.
+    """
+    if not name or name in (".", "..") or os.sep in name:
+        raise ConfigError(f"--name: expected a name without {os.sep} for files, found {name!r}")
 
 
 def open_journal(

@@ -22,14 +22,22 @@ _EDGE = 1 << 20  # bytes at each end of a file that its digest reads
 def write_probe(directory: Path, size: int) -> dict[str, Any]:
     """Write random bytes, as rank 0 does for the others to read.
 
+    Args:
+        directory: made where it alone is missing: above that, a name is mistyped or nothing is mounted.
+        size: bytes.
+
     Returns:
-        `file`, `digest` and `speed` in bytes a second, to the disk and not only to memory; or `error`.
+        `file`, `digest`, `speed` in bytes a second, to the disk and not only to memory, and `made`, whether
+        the directory was; or `error`.
     """
     path = directory / f"preflight-{os.getpid()}-{time.time_ns()}"
     block = os.urandom(1 << 20)
     digest = hashlib.sha256()
+    made = not directory.exists()
+    if made and not directory.parent.is_dir():
+        return {"error": f"{directory}: expected a folder, found none, and no {directory.parent}"}
     try:
-        directory.mkdir(parents=True, exist_ok=True)
+        directory.mkdir(exist_ok=True)
         begin = time.perf_counter()
         with path.open("wb") as stream:
             for _ in range(size >> 20):
@@ -41,7 +49,8 @@ def write_probe(directory: Path, size: int) -> dict[str, Any]:
     except OSError as error:
         path.unlink(missing_ok=True)
         return {"error": f"{directory}: cannot be written: {error.strerror}"}
-    return {"file": str(path), "digest": digest.hexdigest(), "speed": size / seconds}
+    speed = size / seconds
+    return {"file": str(path), "digest": digest.hexdigest(), "speed": speed, "made": made}
 
 
 def read_probe(probe: dict[str, Any], *, patience: float) -> dict[str, Any]:

@@ -203,7 +203,8 @@ def shared(
         waited = max(answer["waited"] for answer in good)
         speed = f"written at {written['speed'] / 1e6:.0f} MB/s"
         late = f"; visible after up to {waited:.1f} s" if waited > 1 else ""
-        rows.append(Row("shared folder", PASS, (), f"the same bytes on all; {speed}{late}"))
+        made = "; was not there, and was made" if written.get("made") else ""
+        rows.append(Row("shared folder", PASS, (), f"the same bytes on all; {speed}{late}{made}"))
     free = min((answer["free"] for answer in good), default=0)
     enough = free >= needed
     text = f"{free / 2**30:.1f} GiB" + ("" if enough else f"; expected {needed / 2**30:.1f} GiB")

@@ -32,11 +32,13 @@ def end_with_parent() -> None:
 
 
 def ignore_termination() -> None:
-    """Go on after SIGTERM: the rank that started this process needs it for its last checkpoint.
+    """Go on after SIGTERM and Ctrl-C: the rank that started this process needs it for its last checkpoint.
 
     torchrun and Slurm send the signal to a rank together with all that it has started. With
-    ``--exit-signal-handler`` the rank then saves and leaves, which ends this process too.
+    ``--exit-signal-handler`` the rank then saves and leaves, which ends this process too. A terminal sends
+    Ctrl-C to all of them; a rank that does not save then kills this process.
     """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, _terminate)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})  # see `termination_held`
 

@@ -9,7 +9,7 @@ import logging
 import re
 import warnings
 from argparse import ArgumentParser
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, NoReturn
 
 # Beginnings of warnings that Megatron-Core and torch, both pinned, cause between themselves, on every rank.
@@ -71,14 +71,19 @@ def suggest_flags(parser: ArgumentParser) -> None:
     refuse_words = parser.error
 
     def error(message: str) -> NoReturn:
-        if message.startswith("unrecognized arguments"):
-            names = (word.partition("=")[0] for word in message.split() if word.startswith("--"))
-            like = [difflib.get_close_matches(n, parser._option_string_actions, n=1) for n in names]
-            if found := ", ".join(match for matches in like for match in matches):
-                message = f"{message}; did you mean {found}?"
-        refuse_words(message)
+        refuse_words(with_suggestion(message, parser._option_string_actions))
 
     parser.error = error  # type: ignore[method-assign]
+
+
+def with_suggestion(message: str, flags: Collection[str]) -> str:
+    """A parser's message, with the closest of its flags if words were none of them."""
+    if message.startswith("unrecognized arguments"):
+        names = (word.partition("=")[0] for word in message.split() if word.startswith("--"))
+        like = [difflib.get_close_matches(name, flags, n=1) for name in names]
+        if found := ", ".join(match for matches in like for match in matches):
+            message = f"{message}; did you mean {found}?"
+    return message
 
 
 def repair_training_log() -> None:

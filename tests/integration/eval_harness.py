@@ -110,7 +110,9 @@ def run(world, output, *arguments):
     harness.add_arguments(parser)
     common = ("--model", world / "model", "--backend", "huggingface", "--name", "mine")
     common += ("--data-dir", world / "data", "--output", output, "--micro-batch-size", 4)
-    harness.run(parser.parse_args([*map(str, (*common, *arguments))]))
+    options = parser.parse_args([*map(str, (*common, *arguments))])
+    options.is_writer = True
+    harness.run(options)
     return json.loads(output.read_text())
 
 

@@ -59,12 +59,12 @@ def test_an_empty_system_turn_is_left_out(tmp_path):
 
 BAD = {
     "other container": ({"conversations": TURNS}, 'expected {"messages": [{"role", "content"}'),
-    "other turns": ({"messages": FROM_VALUE}, 'turn 0 with "role" and "content"'),
+    "other turns": ({"messages": FROM_VALUE}, 'turn 1 with "role" and "content"'),
     "no turns": ({"messages": []}, 'expected {"messages"'),
     "no list": ({"messages": "hi"}, 'expected {"messages"'),
     "unknown role": ({"messages": [{"role": "tool", "content": "a"}]}, "found 'tool'"),
     "no text": ({"messages": [ROLE, {"role": "assistant", "content": None}]}, "found NoneType"),
-    "blank text": ({"messages": [{"role": "user", "content": " "}]}, '"content" of turn 0'),
+    "blank text": ({"messages": [{"role": "user", "content": " "}]}, '"content" of turn 1'),
     "no answer": ({"messages": [ROLE]}, "expected at least one assistant turn (found user)"),
     "half a surrogate": ({"messages": [{"role": "user", "content": "\ud800"}]}, "valid Unicode"),
     "history": ({"messages": TURNS, "history": [["a", "b"]]}, 'found more of them in "history"'),

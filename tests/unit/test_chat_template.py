@@ -203,13 +203,13 @@ def test_sentencepiece_text_cannot_forge_the_end_of_a_turn(sentencepiece_spec, t
         ids, _ = template.encode(turns)
         assert ids.count(template.eod_id) == 2
     else:
-        with pytest.raises(DataError, match="no special token in the text of turn 0"):
+        with pytest.raises(DataError, match="no special token in the text of turn 1"):
             template.encode(turns)
 
 
 def test_huggingface_text_cannot_forge_the_end_of_a_turn(huggingface_spec):
     turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b<|im_end|>c"}]
-    with pytest.raises(DataError, match=r"no special token in the text of turn 1, found '<|im_end"):
+    with pytest.raises(DataError, match=r"no special token in the text of turn 2, found '<|im_end"):
         load_template(huggingface_spec).encode(turns)
 
 

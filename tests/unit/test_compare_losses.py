@@ -119,6 +119,14 @@ def test_tensorboard_says_nothing_of_a_resumed_run(tmp_path):
     assert result.stderr == ""
 
 
+def test_a_file_that_is_no_text_is_named(tmp_path):
+    """Exit code 1 would say that the runs differ."""
+    (tmp_path / "events").write_bytes(b"\xff\xfe\x00")
+    result = tool(tmp_path / "events", "--write")
+    assert (result.returncode, len(result.stderr.splitlines())) == (2, 1)
+    assert "events: expected a TensorBoard directory or a text file" in result.stderr
+
+
 def test_a_folder_without_event_files_is_named(tmp_path):
     one = tmp_path / "one.txt"
     one.write_text(format_scalars(SCALARS, tags=("a",)))

@@ -1,6 +1,7 @@
 """Choosing tokens, keeping what is finished, and the order of a long run; without a model."""
 
 import json
+import logging
 import math
 
 import pytest
@@ -103,13 +104,20 @@ def codec(tmp_path_factory):
     return Codec(TokenizerSpec(tokenizer_type="SentencePieceTokenizer", tokenizer_model=path))
 
 
-def test_an_interrupted_run_goes_on(tmp_path, codec):
+def test_an_interrupted_run_goes_on(tmp_path, codec, caplog):
+    caplog.set_level(logging.INFO)
     requests = [request(str(n), n) for n in (1, 5, 3, 6, 2, 9)]
     output = tmp_path / "out"
     echo = Echo()
     echo.fail_at = 2
-    with pytest.raises(KeyboardInterrupt), Journal(output, settings={"a": 1}) as journal:
+    with (
+        pytest.raises(
+            KeyboardInterrupt, match=r"^2 of 6 are in .*out\.progress, the same command "
+        ),
+        Journal(output, settings={"a": 1}) as journal,
+    ):
         complete_all(echo, codec, requests, journal=journal, title="")
+    assert "were found" not in caplog.text
     assert echo.seen == [["6", "5"], ["3", "2"]]
     with (tmp_path / "out.progress").open("a") as file:
         file.write('{"key": "3", "val')  # cut off by a kill
@@ -117,6 +125,7 @@ def test_an_interrupted_run_goes_on(tmp_path, codec):
     with Journal(output, settings={"a": 1}) as journal:
         done = complete_all(echo, codec, requests, journal=journal, title="")
         assert echo.seen == [["3", "2"], ["1"]]
+        assert f"2 of 6 were found in {journal.path}" in caplog.messages
         with pytest.raises(DataError, match="another run"):
             Journal(output, settings={"a": 1})
     assert set(done) == {"1", "2", "3", "5", "6", "9"}
@@ -168,8 +177,21 @@ def test_a_document_begins_with_its_token_and_a_continuation_does_not(tmp_path, 
         ("[1]", r":2: expected an object, found list"),
         (r'{"prompt": "\ud800"}', r":2: expected valid Unicode"),
         ('{"text": "x"}', r"record 2: .*found keys \['text'\]"),
-        ('{"messages": []}', "record 2"),
-        ('{"messages": [{"role": "user"}]}', "record 2"),
+        ('{"messages": []}', r"record 2: expected a list of turns, found '\[\]'"),
+        ('{"messages": "hi"}', r"record 2: expected a list of turns, found"),
+        (
+            '{"messages": [{"role": "user"}]}',
+            r"""record 2: expected turn 1 with "role" and "content", found '{"role": "user"}'""",
+        ),
+        (
+            '{"messages": [{"role": "user", "content": "a"}, {"role": "tool", "content": "b"}]}',
+            r"""record 2: expected "role" of turn 2 to be one of system, user, assistant, found 'tool'""",
+        ),
+        (
+            '{"messages": [{"role": "assistant", "content": "a"}]}',
+            "record 2: expected the assistant to answer turn 1, the last, found its own turn",
+        ),
+        ('{"messages": [{"role": "system", "content": null}]}', "of turn 1, found NoneType"),
         ('{"prompt": 3}', "record 2"),
     ],
 )
@@ -178,6 +200,13 @@ def test_bad_prompts_are_named(tmp_path, line, message):
     path.write_text(json.dumps({"prompt": "fine"}) + "\n" + line + "\n")
     with pytest.raises(DataError, match=message):
         read_prompts(path)
+
+
+def test_a_system_turn_may_be_empty(tmp_path):
+    """Templates tell it from none, for which some put in one of their own."""
+    turns = [{"role": "system", "content": ""}, {"role": "user", "content": "a"}]
+    write_records(tmp_path / "prompts.jsonl", [{"messages": turns}], overwrite=False)
+    assert read_prompts(tmp_path / "prompts.jsonl") == [{"messages": turns}]
 
 
 def test_lines_end_at_newlines_alone(tmp_path):

@@ -6,9 +6,12 @@ from megatron_ext.checkpoint.inspect import (
     TRACKER,
     Checkpoint,
     check_architecture,
+    folder_name,
     has_checkpoint,
     open_checkpoint,
 )
+from megatron_ext.checkpoint.to_huggingface import export_model
+from megatron_ext.data.consumed import count
 from megatron_ext.exceptions import CheckpointError
 
 MODEL = {
@@ -111,6 +114,38 @@ def test_a_missing_iteration_is_refused(tmp_path, text, folder):
     (tmp_path / TRACKER).write_text(text)
     with pytest.raises(CheckpointError, match=f"expected a torch_dist checkpoint at .*{folder}"):
         open_checkpoint(tmp_path, flag="--load")
+
+
+@pytest.mark.parametrize(
+    ("held", "found"),
+    [((), "none"), ((20, 5), "5, 20"), (range(10, 90, 10), "3 others, 40, 50, 60, 70, 80")],
+)
+def test_an_iteration_that_is_not_there_is_named_by_its_flag(tmp_path, held, found):
+    (tmp_path / TRACKER).write_text("20")
+    (tmp_path / "iter_0000003.old").mkdir()
+    for name in ("iter_0000003.old", *map(folder_name, held)):
+        (tmp_path / name).mkdir(exist_ok=True)
+        (tmp_path / name / "metadata.json").touch()
+    message = f"an iteration that {tmp_path} (--run) holds, found {found}"
+    for flags, flag in (({}, "--ckpt-step"), ({"iteration_flag": "--iteration"}, "--iteration")):
+        with pytest.raises(CheckpointError) as refused:
+            open_checkpoint(tmp_path, flag="--run", iteration=15, **flags)
+        assert str(refused.value) == f"{flag} 15: expected {message}"
+
+
+@pytest.mark.parametrize(
+    ("read", "flag"),
+    [
+        (lambda path: export_model(path, path / "out", iteration=15), "--checkpoint"),
+        (lambda path: count(path, flag="--run", iteration=15), "--run"),
+    ],
+)
+def test_tools_name_their_own_flag_for_an_iteration(tmp_path, read, flag):
+    (tmp_path / TRACKER).write_text("20")
+    with pytest.raises(
+        CheckpointError, match=rf"^--iteration 15: .* \({flag}\) holds, found none$"
+    ):
+        read(tmp_path)
 
 
 def test_a_folder_can_be_named(tmp_path):

@@ -9,6 +9,7 @@ import pytest
 import torch.distributed as dist
 
 from megatron_ext.exceptions import ConfigError
+from megatron_ext.preflight import files, verdict
 from megatron_ext.preflight.ranks import connect
 from tests.helpers.entry import ROOT
 from tools.preflight import parse_args
@@ -48,6 +49,22 @@ def test_numbers_that_check_nothing_are_refused(words, message, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["preflight.py", *words])
     with pytest.raises(ConfigError, match=f"^{message}$"):
         parse_args()
+
+
+def test_of_a_shared_folder_the_last_part_alone_is_made(tmp_path):
+    new = tmp_path / "ckpt"
+    mistyped = files.write_probe(new / "run", 1 << 20)
+    assert mistyped == {
+        "error": f"{new / 'run'}: expected a folder, found none, and no {new}",
+    }
+    assert not new.exists()
+    for made, said in ((True, "; was not there, and was made"), (False, " MB/s")):
+        probe = files.write_probe(new, 1 << 20)
+        assert probe["made"] == made
+        answer = files.read_probe(probe, patience=1)
+        row, _ = verdict.shared(["node0"], probe, [answer], needed=0)
+        assert row.status == verdict.PASS
+        assert row.detail.endswith(said)
 
 
 def test_a_start_without_a_launcher_is_refused():

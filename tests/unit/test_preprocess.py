@@ -137,6 +137,15 @@ def test_directories_are_read_behind_links_and_without_what_is_hidden(tmp_path):
     assert find_inputs([str(folder)]) == [folder / "a.jsonl", folder / "link" / "d.jsonl"]
 
 
+def test_a_directory_may_hold_the_data_sets_that_were_made_of_it(tmp_path, model):
+    write_jsonl(tmp_path / "a.jsonl", [{"text": "the quick"}])
+    run(model, [tmp_path], tmp_path / "one")
+    (tmp_path / "one_text_document.bin.partial").touch()
+    assert find_inputs([str(tmp_path)]) == [tmp_path / "a.jsonl"]
+    result = run(model, [tmp_path], tmp_path / "two")
+    assert result.manifests[0].documents == 1
+
+
 def test_a_directory_with_a_note_beside_its_records_is_refused(tmp_path):
     (tmp_path / "a.jsonl").write_text("{}")
     (tmp_path / "README.md").write_text("no data")

@@ -180,6 +180,7 @@ def test_settings_that_cannot_work(tmp_path, model):
         ([source], {"workers": 0}, "--workers"),
         ([source], {"keys": ["a", "a"]}, "--json-keys"),
         ([tmp_path / "a.txt"], {"keys": ["a", "b"]}, "plain text has no keys"),
+        ([source], {"text_unit": "line"}, "--text-unit line: expected plain text .* found records"),
     ]:
         with pytest.raises(ConfigError, match=message):
             run(model, inputs, tmp_path / "o", **options)

@@ -79,6 +79,18 @@ def test_broken_files_are_named(copy, dataset, suffix, change):
         check_prefix(copy, vocab_size=dataset[2].vocab_size)
 
 
+@pytest.mark.parametrize("suffix", [".bin", ".idx"])
+def test_a_file_in_the_place_of_a_prefix_is_told(copy, dataset, suffix):
+    with pytest.raises(DataError) as refused:
+        check_prefix(f"{copy}{suffix}", vocab_size=dataset[2].vocab_size)
+    assert str(refused.value) == (
+        f"{copy}{suffix}: expected the prefix of a data set, without .bin or .idx, such as {copy}"
+    )
+    for name in (".bin", ".idx"):  # a prefix may end so by itself
+        Path(f"{copy}{name}").rename(f"{copy}{suffix}{name}")
+    assert read_index_summary(f"{copy}{suffix}").documents == dataset[2].documents
+
+
 def test_broken_index_content(copy, dataset):
     path = Path(f"{copy}.idx")
     data = path.read_bytes()

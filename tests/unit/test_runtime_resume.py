@@ -1,5 +1,6 @@
 """What keeps a killed run exact: its logs, its random state, and no process that outlives it."""
 
+import os
 import subprocess
 import sys
 import types
@@ -223,13 +224,39 @@ if __name__ == "__main__":
     assert (result.returncode, result.stdout) == (0, "saved\n"), result.stderr[-2000:]
 
 
+def test_ctrl_c_ends_a_run_in_one_line_with_all_that_it_started():
+    """Its output would stay open as long as a child of its lives."""
+    program = """
+import multiprocessing, runpy, sys, time
+sys.path.insert(0, sys.argv[1])
+from megatron_ext.runtime import collector
+
+def interrupted():
+    multiprocessing.get_context("fork").Process(target=time.sleep, args=(600,)).start()
+    raise KeyboardInterrupt
+
+collector.paused = interrupted
+sys.argv = ["pretrain_unlearn.py"]
+runpy.run_path(f"{sys.path[0]}/pretrain_unlearn.py", run_name="__main__")
+"""
+    command = [sys.executable, "-c", program, str(ROOT)]
+    for rank, said in (("0", "pretrain_unlearn.py: interrupted\n"), ("1", "")):
+        environment = os.environ | {"RANK": rank}
+        result = subprocess.run(
+            command, capture_output=True, timeout=60, text=True, env=environment
+        )
+        assert (result.returncode, result.stderr) == (130, said)
+
+
 def test_a_child_goes_on_after_sigterm_unless_its_parent_ends_it_so_as_a_daemon():
     program = """
 import multiprocessing, os, signal, sys
 sys.path.insert(0, sys.argv[1])
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in the background of a shell
 from megatron_ext.runtime.children import ignore_termination
 ignore_termination()
 os.kill(os.getpid(), signal.SIGTERM)
+os.kill(os.getpid(), signal.SIGINT)
 print("goes on", flush=True)
 multiprocessing.current_process()._config["daemon"] = True
 os.kill(os.getpid(), signal.SIGTERM)

@@ -203,6 +203,8 @@ def test_trained_tokenizer_loses_nothing(tmp_path, caplog):
     assert processor.encode("12", out_type=str) == ["1", "2"]
     with pytest.raises(ConfigError, match="exists"):
         train_tokenizer(TrainTokenizerConfig(**settings))
+    with pytest.raises(ConfigError, match=r"^--max-bytes: expected at least 1, found 0$"):
+        TrainTokenizerConfig(**settings, max_bytes=0)
     first = output.read_bytes()
     train_tokenizer(TrainTokenizerConfig(**settings, overwrite=True))
     assert output.read_bytes() == first

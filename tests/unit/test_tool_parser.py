@@ -27,6 +27,27 @@ def test_help_shows_defaults_of_flags_and_of_verbs(capsys):
     ]
 
 
+def test_a_mistyped_flag_is_answered_with_the_closest_one(capsys):
+    parser = ToolParser(prog="tool")
+    parser.add_argument("--rank", type=int)
+    verb = parser.add_subparsers().add_parser("go")
+    verb.add_argument("--output", type=str)
+
+    def answer(*words):
+        with pytest.raises(SystemExit) as leaving:
+            parser.parse_args(words)
+        assert leaving.value.code == 2
+        return capsys.readouterr().err.splitlines()[-1]
+
+    assert answer("--rnak=1", "go").endswith(
+        "unrecognized arguments: --rnak=1; did you mean --rank?"
+    )
+    assert answer("go", "--ouput", "x").endswith(
+        "unrecognized arguments: --ouput x; did you mean --output?"
+    )
+    assert answer("go", "--zzz").endswith("unrecognized arguments: --zzz")
+
+
 @pytest.mark.parametrize(
     ("parse", "words"),
     [

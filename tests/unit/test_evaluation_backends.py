@@ -1,0 +1,59 @@
+"""A model or a tokenizer that is not where it was is refused by the flag that names it now."""
+
+from argparse import ArgumentParser, Namespace
+from pathlib import Path
+
+import pytest
+
+from megatron_ext.checkpoint import inspect
+from megatron_ext.checkpoint.to_huggingface import _kept
+from megatron_ext.evaluation.backends import add_model_arguments, open_generator
+from megatron_ext.exceptions import ConfigError
+from megatron_ext.runtime import compat
+
+
+def refused(*words):
+    parser = ArgumentParser()
+    add_model_arguments(parser)
+    options = parser.parse_args([*map(str, words)])
+    with pytest.raises(ConfigError) as found, open_generator(options):
+        pass
+    return str(found.value)
+
+
+def test_a_checkpoint_is_no_hugging_face_folder(tmp_path):
+    words = ("--backend", "huggingface", "--model", tmp_path)
+    message = (
+        f"--model {tmp_path}: expected a Hugging Face folder with --backend huggingface, found no "
+        "config.json in it"
+    )
+    assert refused(*words) == message
+    (tmp_path / inspect.TRACKER).write_text("5")
+    assert refused(*words) == f"{message}; --backend megatron reads the checkpoint there"
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    args = Namespace(tokenizer_type="SentencePieceTokenizer", tokenizer_model="gone/tok.model")
+    return inspect.Checkpoint(tmp_path, 5, tmp_path / "iter_0000005", args)
+
+
+def test_a_tokenizer_that_was_moved_is_told_from_one_that_was_named(checkpoint, monkeypatch):
+    monkeypatch.setattr(inspect, "open_checkpoint", lambda *_, **__: checkpoint)
+    monkeypatch.setattr(compat, "apply", lambda: None)
+    words = ("--model", checkpoint.directory)
+    assert refused(*words) == (
+        f"--tokenizer-model gone/tok.model: no such file; {checkpoint.path} records this path, and "
+        "--tokenizer-model names the tokenizer at its present place"
+    )
+    named = refused(*words, "--tokenizer-model", "other.model")
+    assert named == "--tokenizer-model other.model: no such file"
+
+
+def test_an_export_says_where_the_tokenizer_was(checkpoint):
+    with pytest.raises(ConfigError) as found:
+        _kept(checkpoint, None, made=Path("none"))
+    assert str(found.value).endswith(
+        f"gone/tok.model; {checkpoint.path} records gone/tok.model: --tokenizer names it at its "
+        "present place"
+    )
