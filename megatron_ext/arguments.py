@@ -18,7 +18,7 @@ from megatron.training import get_tokenizer
 from megatron.training.argument_utils import ArgumentGroupFactory
 from megatron.training.arguments import parse_and_validate_args, parse_args
 
-from megatron_ext.batches import check_batches
+from megatron_ext.batches import check_batches, check_layout
 from megatron_ext.chat import ChatRun, chat_run
 from megatron_ext.chat import check_resume as check_chat_resume
 from megatron_ext.checkpoint.kinds import check_plain, check_unlearning, tell_changes
@@ -48,6 +48,8 @@ from megatron_ext.values import (
     check_places,
     check_required,
     check_schedule,
+    check_sizes,
+    check_training,
     check_values,
 )
 
@@ -113,6 +115,10 @@ def parse() -> tuple[Namespace, UnlearnConfig, ChatRun | None]:
     config = unlearn_config(raw)
     check_before_megatron(raw, config)
     check_values(raw)
+    check_training(raw)
+    if not raw.use_checkpoint_args:
+        check_sizes(raw)
+        check_layout(raw)
     check_index(raw)
     check_places(raw)
     chat, chat_config = None, _config(ChatConfig, raw)

@@ -1,14 +1,98 @@
-"""Whether the batches of training and validation fit what runs them; looked at before anything starts.
+"""Whether ranks and batches divide, and fit what runs them; looked at before anything starts.
 
 Megatron finds out when it runs the first of them: at the first validation, a thousand steps into a run.
+The plan of a run makes the same checks, without torch.
 """
 
 from __future__ import annotations
 
+import math
 from argparse import Namespace
+from collections.abc import Mapping
 
 from megatron_ext.config import UnlearnConfig
 from megatron_ext.exceptions import ConfigError
+
+_PARALLEL = ("tensor_model", "context", "pipeline_model")
+
+
+def check_layout(args: Namespace) -> None:
+    """Check that ranks and batches divide, before Megatron does in terms that nobody typed.
+
+    Args:
+        args: what was typed, and the number of ranks.
+
+    Raises:
+        ConfigError: names the flags, what was expected and what was found.
+    """
+    sizes = {name: getattr(args, f"{name}_parallel_size") for name in _PARALLEL}
+    check_ranks(args.world_size, sizes, named="ranks (torchrun's --nnodes x --nproc-per-node)")
+    micro, batch = args.micro_batch_size, args.global_batch_size
+    if micro is None:
+        return
+    data_parallel = args.world_size // math.prod(sizes.values())
+    if batch is not None:
+        check_batch_size(batch, micro=micro, data_parallel=data_parallel)
+    evaluated, part = args.eval_global_batch_size, args.eval_micro_batch_size
+    if evaluated is None and part is None:
+        return
+    check_batch_size(
+        evaluated or batch or micro * data_parallel,
+        micro=part or micro,
+        data_parallel=data_parallel,
+        flag="--eval-global-batch-size",
+        of=f"--{'micro' if part is None else 'eval-micro'}-batch-size",
+    )
+
+
+def check_ranks(ranks: int, sizes: Mapping[str, int], *, named: str) -> None:
+    """Check that copies of the model fill the ranks.
+
+    Args:
+        ranks: of the run.
+        sizes: by the start of its flag, the size of each kind of model parallelism.
+        named: what the user calls the ranks.
+
+    Raises:
+        ConfigError: they do not.
+    """
+    product = math.prod(sizes.values())
+    if ranks % product:
+        flags = (
+            f"--{name.replace('_', '-')}-parallel-size {size}"
+            for name, size in sizes.items()
+            if size > 1
+        )
+        raise ConfigError(
+            f"{named}: expected a multiple of {product} ({' x '.join(flags)}), found {ranks}"
+        )
+
+
+def check_batch_size(
+    batch: int,
+    *,
+    micro: int,
+    data_parallel: int,
+    flag: str = "--global-batch-size",
+    of: str = "--micro-batch-size",
+) -> None:
+    """Check that microbatches of all data-parallel ranks make up a global batch.
+
+    Args:
+        batch: samples of the global batch.
+        micro: samples of a microbatch.
+        data_parallel: copies of the model.
+        flag: that names the global batch.
+        of: the flag that names the microbatch.
+
+    Raises:
+        ConfigError: they do not.
+    """
+    if batch % (micro * data_parallel):
+        raise ConfigError(
+            f"{flag}: expected a multiple of {micro * data_parallel} ({of} {micro} x data-parallel size "
+            f"{data_parallel}), found {batch}"
+        )
 
 
 def check_batches(args: Namespace, config: UnlearnConfig) -> None:
@@ -22,7 +106,7 @@ def check_batches(args: Namespace, config: UnlearnConfig) -> None:
         ConfigError: names the flag, what was expected and what was found.
     """
     if not args.skip_train:
-        _check_length(args)
+        check_length(args)
         _check_interleaved(
             args, args.global_batch_size, args.micro_batch_size, "--global-batch-size"
         )
@@ -35,8 +119,12 @@ def check_batches(args: Namespace, config: UnlearnConfig) -> None:
         _check_composition(args, config, *evaluated, "--eval-global-batch-size")
 
 
-def _check_length(args: Namespace) -> None:
-    """A run without a single step would end as a success."""
+def check_length(args: Namespace) -> None:
+    """A run without a single step would end as a success.
+
+    Raises:
+        ConfigError: fewer samples than a step takes.
+    """
     samples, batch = args.train_samples, args.global_batch_size
     if samples is not None and args.step_batch_size_schedule is None and samples < batch:
         raise ConfigError(

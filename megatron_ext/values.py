@@ -1,10 +1,12 @@
-"""Single values that no run can use, and places that it cannot write to.
+"""Values that no run can use, alone or together, and places that it cannot write to.
 
-Megatron finds out about most of these when the model is built, at the first save, or by a division by zero.
+Megatron finds out about most of these when the model is built, at the first save, or by a division by zero;
+others end in assertions that name no flag. The plan of a run makes the same checks, without torch.
 """
 
 from __future__ import annotations
 
+import math
 import os
 from argparse import Namespace
 from collections.abc import Mapping
@@ -20,7 +22,9 @@ _AT_LEAST = {
     **{"seq_length": 1, "max_position_embeddings": 1, "num_layers": 1, "hidden_size": 1},
     **{"num_attention_heads": 1, "tensor_model_parallel_size": 1, "context_parallel_size": 1},
     **{"pipeline_model_parallel_size": 1, "lr_decay_iters": 1, "lr_decay_samples": 1},
-    **{"lr_warmup_iters": 0, "lr_warmup_samples": 0},
+    **{"lr_warmup_iters": 0, "lr_warmup_samples": 0, "micro_batch_size": 1, "global_batch_size": 1},
+    **{"eval_micro_batch_size": 1, "eval_global_batch_size": 1, "num_query_groups": 1},
+    **{"kv_channels": 1, "ffn_hidden_size": 1},
 }
 
 
@@ -66,6 +70,55 @@ def check_values(args: Namespace) -> None:
     for name in ("save", "load", "pretrained_checkpoint", "reference_load"):
         if getattr(args, name) == "":
             raise ConfigError(f"{_flag(name)}: expected a directory, found an empty name")
+
+
+def check_sizes(args: Namespace) -> None:
+    """Refuse a model whose sizes do not go together.
+
+    Args:
+        args: what was typed; sizes that were not are None.
+
+    Raises:
+        ConfigError: names the flags, what was expected and what was found.
+    """
+    heads, hidden = args.num_attention_heads, args.hidden_size
+    if args.kv_channels is None and heads and hidden and hidden % heads:
+        raise ConfigError(
+            f"--hidden-size: expected a multiple of --num-attention-heads {heads}, or --kv-channels beside "
+            f"it, found {hidden}"
+        )
+    # Without the switch Megatron does not read the number.
+    groups = args.num_query_groups if args.group_query_attention else None
+    if groups and heads and heads % groups:
+        raise ConfigError(
+            f"--num-query-groups: expected a divisor of --num-attention-heads {heads}, found {groups}"
+        )
+    length, longest = args.seq_length, args.max_position_embeddings
+    if length and longest and length > longest:
+        raise ConfigError(
+            f"--seq-length: expected at most --max-position-embeddings {longest}, found {length}"
+        )
+
+
+def check_training(args: Namespace) -> None:
+    """Refuse two precisions or lengths at once, and learning rates that train nothing or end above.
+
+    Args:
+        args: what was typed.
+
+    Raises:
+        ConfigError: names the flags, what was expected and what was found.
+    """
+    if args.bf16 and args.fp16:
+        raise ConfigError("--bf16, --fp16: expected at most one of them, found both")
+    if args.train_iters is not None and args.train_samples is not None and not args.skip_train:
+        raise ConfigError("--train-samples: expected either it or --train-iters, found both")
+    if args.lr is None:
+        return
+    if not args.skip_train and not 0 < args.lr < math.inf:  # nor NaN
+        raise ConfigError(f"--lr: expected a finite number above 0, found {args.lr}")
+    if not 0 <= args.min_lr <= args.lr:
+        raise ConfigError(f"--min-lr: expected 0 to --lr {args.lr}, found {args.min_lr}")
 
 
 def check_index(args: Namespace) -> None:

@@ -172,6 +172,27 @@ def training_tokens(prefix: str, split: str) -> int:
     return int(offsets[end]) // summary.dtype.itemsize
 
 
+def check_enough(found: int, wanted: int, *, flag: str, sequence: int, split: str) -> None:
+    """Refuse data that end before the run; several data sets without weights are read once.
+
+    Args:
+        found: samples of the data.
+        wanted: samples that the run reads.
+        flag: that named the data.
+        sequence: tokens of a sample.
+        split: name of the split.
+
+    Raises:
+        DataError: names the flag, the split and both numbers.
+    """
+    if found < wanted:
+        raise DataError(
+            f"{flag}: expected at least {wanted} samples of {sequence} tokens in the {split} split, which is "
+            f"what the run reads, found {found}; data sets without weights are read once, those with "
+            "weights as often as needed"
+        )
+
+
 def bare_prefix(name: str) -> str:
     """A prefix, also of a file that the shell has found for ``data/web_*.idx``."""
     path = Path(name)

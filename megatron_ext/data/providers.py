@@ -16,11 +16,11 @@ from megatron.training import get_tokenizer
 from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_last_pipeline_stage
 
 from megatron_ext.config import UnlearnConfig
+from megatron_ext.data.blend import check_enough
 from megatron_ext.data.composition import ComposedDataset
 from megatron_ext.data.consumed import record_start
 from megatron_ext.data.index_cache import DatasetBuilder
 from megatron_ext.data.sourced import SourcedGPTDataset
-from megatron_ext.exceptions import DataError
 
 Blend = tuple[list[str], list[float] | None] | None
 Datasets = tuple[Any, Any, Any]
@@ -186,11 +186,9 @@ def _check_lengths(
         return
     for split, dataset, wanted in zip(Split, datasets, num_samples, strict=True):
         read = not (split is Split.train and args.skip_train) and not isinstance(dataset, list)
-        if dataset is not None and read and wanted and len(dataset) < wanted:
-            raise DataError(
-                f"{flag}: expected at least {wanted} samples of {args.seq_length} tokens in the "
-                f"{split.name} split, which is what the run reads, found {len(dataset)}; data sets "
-                "without weights are read once, those with weights as often as needed"
+        if dataset is not None and read and wanted:
+            check_enough(
+                len(dataset), wanted, flag=flag, sequence=args.seq_length, split=split.name
             )
 
 

@@ -46,6 +46,7 @@ def check_rank(
 
     Raises:
         ConfigError: the entry point refuses the flags.
+        CheckpointError: the run would start from another model, or hold it to another one.
     """
     flags = entry.entry_flags(words)
     arch, layout = entry.architecture(flags), entry.layout(flags, gpus=gpus)
@@ -99,6 +100,7 @@ def _build(words: Sequence[str], *, gpus: int, rank: int) -> tuple[bool, dict[st
         from megatron_ext import arguments
 
         args, config, _ = arguments.parse()
+    _check_checkpoints(args)
     try:
         with _no_memory(), contextlib.redirect_stdout(io.StringIO()):
             _start(args, gpus=gpus, rank=rank)
@@ -118,6 +120,28 @@ def _replaced(words: Sequence[str], directory: str) -> list[str]:
         if given is not None and not Path(given).is_dir():
             replaced += [flag, directory]
     return replaced
+
+
+def _check_checkpoints(args: argparse.Namespace) -> None:
+    """Compare the checkpoints that exist already with the model, as the run would.
+
+    Raises:
+        CheckpointError: one is unreadable, or of another model.
+    """
+    from megatron_ext.checkpoint.inspect import check_architecture, open_checkpoint
+    from megatron_ext.checkpoint.source import resolve_start
+
+    names = [flag.lstrip("-").replace("-", "_") for flag in _DIRECTORIES]
+    found = {name: getattr(args, name) for name in names}
+    # Those that do not exist were stood for; of the ranks only 0 mends a directory, and none is to here.
+    there = {
+        name: where if where and Path(where).is_dir() else None for name, where in found.items()
+    }
+    args = argparse.Namespace(**vars(args) | there | {"rank": -1})
+    resolve_start(args, required=False)
+    if args.reference_load is not None:
+        flag = "--reference-load"
+        check_architecture(open_checkpoint(args.reference_load, flag=flag), args, flag=flag)
 
 
 @contextlib.contextmanager

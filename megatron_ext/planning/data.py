@@ -5,9 +5,25 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
-from megatron_ext.data.blend import training_tokens
-from megatron_ext.exceptions import ConfigError
+from megatron_ext.data.blend import check_enough, training_tokens
+from megatron_ext.data.manifest import check_prefix
+from megatron_ext.exceptions import ConfigError, DataError
+
+
+class DataTokenizer(NamedTuple):
+    """What data are checked for.
+
+    Attributes:
+        vocab_size: its ids.
+        eod_id: that ends a document, None if it has none.
+        digest: of its model.
+    """
+
+    vocab_size: int
+    eod_id: int | None
+    digest: str
 
 
 @dataclass(frozen=True)
@@ -48,6 +64,51 @@ def dataset_uses(blend: Sequence[str], *, tokens: float, split: str) -> list[Dat
         DatasetUse(prefix, share, size, share * tokens)
         for prefix, share, size in zip(prefixes, shares, sizes, strict=True)
     ]
+
+
+def check_made_with(blend: Sequence[str], tokenizer: DataTokenizer, *, flag: str) -> None:
+    """Refuse data of another tokenizer, as the run does.
+
+    Args:
+        blend: in Megatron's syntax.
+        tokenizer: of the run.
+        flag: that named the blend.
+
+    Raises:
+        DataError: names the flag and the file.
+    """
+    for prefix in dict.fromkeys(_parse_blend(blend)[1]):
+        try:
+            check_prefix(
+                prefix,
+                vocab_size=tokenizer.vocab_size,
+                tokenizer_digest=tokenizer.digest,
+                eod_id=tokenizer.eod_id,
+            )
+        except DataError as error:
+            raise DataError(f"{flag}: {error}") from error
+
+
+def check_samples(
+    blend: Sequence[str], *, wanted: int, sequence: int, split: str, flag: str
+) -> None:
+    """Refuse several data sets without weights, which are read once, that end before the run.
+
+    Args:
+        blend: in Megatron's syntax.
+        wanted: samples that the run reads of it.
+        sequence: tokens of a sample; the last one predicts a token more.
+        split: Megatron's `--split`.
+        flag: that named the blend.
+
+    Raises:
+        DataError: names the flag and both numbers.
+    """
+    weights, prefixes = _parse_blend(blend)
+    if weights or len(prefixes) == 1:
+        return
+    found = sum((training_tokens(prefix, split) - 1) // sequence for prefix in prefixes)
+    check_enough(found, wanted, flag=flag, sequence=sequence, split="train")
 
 
 def _parse_blend(blend: Sequence[str]) -> tuple[list[float], list[str]]:

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import difflib
 from argparse import Namespace
 from collections.abc import Sequence
 
 from megatron_ext.config import ChatConfig, UnlearnConfig
-from megatron_ext.data.tokenizers import TokenizerSpec, build_reference
+from megatron_ext.data.tokenizers import TokenizerSpec, build_reference, tokenizer_digest
 from megatron_ext.exceptions import ConfigError
 from megatron_ext.planning.architecture import Architecture
+from megatron_ext.planning.checks import check_model, check_run, check_spelling
+from megatron_ext.planning.data import DataTokenizer
 from megatron_ext.planning.layout import Layout, Recompute, Unlearning
 
 _REQUIRED_SIZES = (
@@ -20,7 +21,9 @@ _REQUIRED_SIZES = (
 )
 _OPTIONAL_SIZES = (
     *("num-query-groups", "kv-channels", "vocab-size", "padded-vocab-size"),
-    *("train-iters", "save-interval", "save-retain-interval"),
+    *("train-iters", "train-samples", "save-interval", "save-retain-interval"),
+    *("max-position-embeddings", "lr-decay-iters", "lr-decay-samples"),
+    *("lr-wsd-decay-iters", "lr-wsd-decay-samples"),
     *("num-layers-per-virtual-pipeline-stage", "num-virtual-stages-per-pipeline-rank"),
     *("ddp-bucket-size", "forget-batch-size", "recompute-num-layers"),
 )
@@ -29,13 +32,12 @@ _SWITCHES = (
     *("use-distributed-optimizer", "sequence-parallel", "overlap-grad-reduce"),
     *("overlap-param-gather", "reference-offload", "reference-hidden-offload", "fp32-logits"),
     *("accumulate-allreduce-grads-in-fp32", "group-query-attention"),
-    *("add-qkv-bias", "qk-layernorm", "use-rotary-position-embeddings"),
+    *("add-qkv-bias", "qk-layernorm", "use-rotary-position-embeddings", "skip-train"),
 )
 _DEFAULT_SIZES = (
     *("tensor-model-parallel-size", "pipeline-model-parallel-size", "context-parallel-size"),
     "make-vocab-size-divisible-by",
 )
-_TABLES = ("learned_absolute", "relative")  # positions with weights
 DROPOUTS = ("hidden-dropout", "attention-dropout")
 # Flags that change the numbers in ways that this plan does not know.
 _NOT_PLANNED = (
@@ -45,7 +47,7 @@ _NOT_PLANNED = (
         "rampup-batch-size",
         "mtp-num-layers",
     ),
-    *("train-data-path", "forget-train-data-path", "train-samples", "recompute-modules"),
+    *("train-data-path", "forget-train-data-path", "recompute-modules"),
     *("use-precision-aware-optimizer", "optimizer-cpu-offload", "grad-reduce-in-bf16"),
     *("use-megatron-fsdp", "use-torch-fsdp2", "num-distributed-optimizer-instances"),
     *("ddp-num-buckets", "ddp-pad-buckets-for-high-nccl-busbw"),
@@ -61,9 +63,9 @@ _NOT_PLANNED = (
 # Of the flags that are passed over, those whose names are like one that is not.
 _PASSED_OVER = (
     *("eval-global-batch-size", "eval-micro-batch-size", "reference-load"),
-    *("forget-valid-data-path", "forget-test-data-path"),
+    *("forget-valid-data-path", "forget-test-data-path", "lr-warmup-init"),
+    *("lr-wsd-decay-style", "no-position-embedding"),
 )
-_MISTYPED = 0.87  # of `difflib`; `--tensor-parallel-size` has 0.88 with Megatron's name
 
 
 def entry_flags(words: Sequence[str]) -> Namespace:
@@ -74,7 +76,7 @@ def entry_flags(words: Sequence[str]) -> Namespace:
             that seems to be mistyped.
     """
     flags, others = _parser().parse_known_args(words)
-    _check_spelling(others, known=[f"--{name.replace('_', '-')}" for name in vars(flags)])
+    check_spelling(others, known=[f"--{name.replace('_', '-')}" for name in vars(flags)])
     for name in _REQUIRED_SIZES:
         if getattr(flags, name.replace("-", "_")) is None:
             raise ConfigError(f"--{name}: expected a size, found none")
@@ -85,47 +87,9 @@ def entry_flags(words: Sequence[str]) -> Namespace:
     for name in _NOT_PLANNED:
         if getattr(flags, name.replace("-", "_")) is not None:
             raise ConfigError(f"--{name} is not known to this plan")
-    _check_model(flags)
+    check_model(flags)
+    check_run(flags)
     return flags
-
-
-def _check_spelling(words: Sequence[str], *, known: Sequence[str]) -> None:
-    """Refuse a flag that is almost one that decides about cost; the plan would be without it.
-
-    Raises:
-        ConfigError: names both.
-    """
-    for word in words:
-        name = word.partition("=")[0].replace("_", "-")
-        like = difflib.get_close_matches(name, known, n=1, cutoff=_MISTYPED)
-        if name.startswith("--") and like:
-            raise ConfigError(f"{word}: expected {like[0]}, found a flag that no run knows")
-
-
-def _check_model(flags: Namespace) -> None:
-    """Refuse what is not among the models of `architecture`.
-
-    Raises:
-        ConfigError: names the flag.
-    """
-    if flags.attention_backend == "unfused":
-        raise ConfigError("--attention-backend unfused is not known to this plan")
-    if flags.optimizer != "adam":
-        raise ConfigError(
-            f"--optimizer: expected adam, for which this plan is, found {flags.optimizer}"
-        )
-    for name in ("swiglu", "disable-bias-linear"):
-        if not getattr(flags, name.replace("-", "_")):
-            raise ConfigError(f"--{name}: expected, found none; the plan is for Llama-like models")
-    if flags.normalization != "RMSNorm":
-        raise ConfigError(
-            f"--normalization: expected RMSNorm, for which this plan is, found {flags.normalization}"
-        )
-    if flags.position_embedding_type in _TABLES and not flags.use_rotary_position_embeddings:
-        raise ConfigError(
-            "--position-embedding-type: expected rope or another without weights, for which this plan is, "
-            f"found {flags.position_embedding_type}"
-        )
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -143,11 +107,18 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--recompute-method", choices=("uniform", "block"), default="uniform")
     parser.add_argument("--optimizer", default="adam")
     parser.add_argument("--attention-backend")
+    for name in ("lr", "lr-warmup-fraction"):
+        parser.add_argument(f"--{name}", type=float)
+    parser.add_argument("--min-lr", type=float, default=0.0)
+    parser.add_argument("--lr-decay-style", default="linear")
+    for name in ("lr-warmup-iters", "lr-warmup-samples"):
+        parser.add_argument(f"--{name}", type=int, default=0)
     for name in DROPOUTS:
         parser.add_argument(f"--{name}", type=float, default=0.1)  # Megatron's
     parser.add_argument("--tokenizer-type", default="SentencePieceTokenizer")
     parser.add_argument("--tokenizer-model")
     parser.add_argument("--data-path", nargs="+")
+    parser.add_argument("--dataloader-type", default="single")
     parser.add_argument("--forget-data-path", nargs="+")
     for name in ("forget", "replay", "mitigation"):
         weight = getattr(UnlearnConfig, f"{name}_weight")
@@ -162,6 +133,22 @@ def _parser() -> argparse.ArgumentParser:
     for name in (*_NOT_PLANNED, *_PASSED_OVER):
         parser.add_argument(f"--{name}", nargs="*")
     return parser
+
+
+def steps(flags: Namespace) -> int | None:
+    """Iterations of the run, if its flags say it; a last part of a batch is not trained on."""
+    if flags.train_samples is None:
+        return flags.train_iters
+    return flags.train_samples // flags.global_batch_size
+
+
+def tokenizer(flags: Namespace) -> DataTokenizer | None:
+    """The tokenizer of these flags, None where none is named."""
+    if flags.tokenizer_model is None:
+        return None
+    spec = TokenizerSpec(tokenizer_type=flags.tokenizer_type, tokenizer_model=flags.tokenizer_model)
+    built = build_reference(spec)
+    return DataTokenizer(built.vocab_size, built.eod_id, tokenizer_digest(spec))
 
 
 def architecture(flags: Namespace) -> Architecture:

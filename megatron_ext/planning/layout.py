@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from megatron_ext.batches import check_batch_size, check_ranks
 from megatron_ext.exceptions import ConfigError
 from megatron_ext.planning.architecture import Architecture
 
@@ -62,27 +63,21 @@ class Layout:
     cpu: bool = False
 
     def __post_init__(self) -> None:
-        if self.gpus % self.model_parallel:
-            sizes = [("TP", self.tp), *([("CP", self.cp)] if self.cp > 1 else []), ("PP", self.pp)]
-            product = " x ".join(f"{name} {size}" for name, size in sizes)
-            raise ConfigError(
-                f"GPUs: expected a multiple of {self.model_parallel} ({product}), found {self.gpus}"
-            )
+        sizes = {"tensor_model": self.tp, "context": self.cp, "pipeline_model": self.pp}
+        check_ranks(self.gpus, sizes, named="--gpus")
         if self.cp > 1 and self.sequence % (2 * self.cp):
             raise ConfigError(
                 f"--seq-length: expected a multiple of {2 * self.cp} (2 x CP {self.cp}, the parts that a "
                 f"sequence is split into), found {self.sequence}"
             )
-        unit = self.micro_batch * self.data_parallel
-        if self.global_batch % unit:
-            raise ConfigError(
-                f"--global-batch-size: expected a multiple of {unit} (micro-batch "
-                f"{self.micro_batch} x DP {self.data_parallel}), found {self.global_batch}"
-            )
+        check_batch_size(
+            self.global_batch, micro=self.micro_batch, data_parallel=self.data_parallel
+        )
         # The rest of the last group of microbatches would leave stages idle; Megatron refuses it.
         if self.vpp > 1 and self.microbatches % self.pp:
+            unit = self.micro_batch * self.data_parallel * self.pp
             raise ConfigError(
-                f"--global-batch-size: expected a multiple of {unit * self.pp} (micro-batch "
+                f"--global-batch-size: expected a multiple of {unit} (micro-batch "
                 f"{self.micro_batch} x DP {self.data_parallel} x PP {self.pp}, for the interleaved "
                 f"schedule), found {self.global_batch}"
             )

@@ -10,7 +10,7 @@ from megatron_ext.data.blend import MOST_EPOCHS
 from megatron_ext.exceptions import ConfigError
 from megatron_ext.planning import flags as entry
 from megatron_ext.planning.architecture import Architecture
-from megatron_ext.planning.data import dataset_uses
+from megatron_ext.planning.data import check_made_with, check_samples, dataset_uses
 from megatron_ext.planning.gpus import Cluster
 from megatron_ext.planning.layout import Layout, Unlearning
 from megatron_ext.planning.memory import StageMemory, all_stages, checkpoint_bytes
@@ -65,12 +65,14 @@ def _model(arch: Architecture, layout: Layout) -> dict[str, Any]:
 
 def _tokens(flags: Namespace, layout: Layout, unlearning: Unlearning | None) -> dict[str, Any]:
     """Tokens of each role, and how often each dataset is read."""
-    steps = flags.train_iters or 0
+    steps = entry.steps(flags) or 0
     forget = 0 if unlearning is None else unlearning.forget_batch
     tokens = {
         "learn": (layout.global_batch - forget) * layout.sequence * steps,
         "forget": forget * layout.sequence * steps,
     }
+    if steps:
+        _check_data(flags, layout, forget)
     uses = []
     for role, blend, name in (
         ("learn", flags.data_path, "replay" if forget else "learn"),
@@ -80,11 +82,30 @@ def _tokens(flags: Namespace, layout: Layout, unlearning: Unlearning | None) -> 
             used = dataset_uses(blend, tokens=tokens[role], split=flags.split)
             uses += [{"role": name, **vars(use), "epochs": use.epochs} for use in used]
     return {
-        "iterations": flags.train_iters,
+        "iterations": entry.steps(flags),
         "tokens": tokens,
         "data": uses,
         "chat_epochs": flags.chat_epochs if flags.chat_data_path else None,
     }
+
+
+def _check_data(flags: Namespace, layout: Layout, forget: int) -> None:
+    """Refuse data of another tokenizer, or that end before the run does."""
+    # Of a last part of a batch a run reads the samples, but takes no step.
+    samples = flags.train_samples or flags.train_iters * layout.global_batch
+    batches = -(-samples // layout.global_batch)
+    learned = batches * (layout.global_batch - forget) if forget else samples
+    tokenizer = entry.tokenizer(flags)
+    for flag, blend, wanted in (
+        ("--data-path", flags.data_path, learned),
+        ("--forget-data-path", flags.forget_data_path, batches * forget),
+    ):
+        if blend and tokenizer is not None:
+            check_made_with(blend, tokenizer, flag=flag)
+        if blend and flags.dataloader_type == "single":  # another one begins again
+            check_samples(
+                blend, wanted=wanted, sequence=layout.sequence, split=flags.split, flag=flag
+            )
 
 
 def _memory(stages: list[StageMemory], cluster: Cluster) -> dict[str, Any]:
@@ -121,7 +142,8 @@ def _time(
     """Time and cost from the assumed utilisation."""
     rate = cluster.gpus * cluster.peak_flops * cluster.mfu
     step = step_flops(arch, layout, unlearning) / rate
-    total = step * flags.train_iters if flags.train_iters else None
+    steps = entry.steps(flags)
+    total = step * steps if steps else None
     hours = None if total is None else total / 3600 * cluster.gpus
     return {
         "seconds_per_step": step,
@@ -140,11 +162,11 @@ def _checkpoints(
     size = checkpoint_bytes(arch, tp=layout.tp, half=layout.half)
     # Of older ones only some are kept; the last step is saved in any case.
     kept = flags.save_interval and (flags.save_retain_interval or flags.save_interval)
-    counted = flags.train_iters and kept
+    steps = entry.steps(flags)
     return {
         "checkpoint_bytes": size,
         "checkpoint_weights_bytes": arch.parameters(layout.tp) * layout.element,
-        "checkpoints": -(-flags.train_iters // kept) if counted else None,
+        "checkpoints": -(-steps // kept) if steps and kept else None,
         "write_bandwidth": cluster.write_bandwidth,
         "write_seconds": size / cluster.write_bandwidth if cluster.write_bandwidth else None,
     }

@@ -98,6 +98,31 @@ CASES: dict[str, tuple[list[str], list[str]]] = {
         ["--log-interval", "0"],
         ["--log-interval: expected at least 1, found 0"],
     ),
+    "heads that do not divide the width": (
+        ["--num-attention-heads", "5", "--num-query-groups", "5"],
+        ["--hidden-size: ", "--num-attention-heads 5", "found 32"],
+    ),
+    "groups that do not divide the heads": (
+        ["--num-query-groups", "3"],
+        ["--num-query-groups: ", "--num-attention-heads 4", "found 3"],
+    ),
+    "sequence above its positions": (
+        ["--seq-length", "128"],
+        ["--seq-length: ", "--max-position-embeddings 64", "found 128"],
+    ),
+    "two precisions": (["--bf16", "--fp16"], ["--bf16, --fp16: ", "found both"]),
+    "learning rate of nothing": (["--lr", "0"], ["--lr: ", "above 0, found 0.0"]),
+    "learning rate that rises": (["--min-lr", "1"], ["--min-lr: ", "--lr 0.003, found 1.0"]),
+    "two lengths": (["--train-samples", "160"], ["--train-samples: ", "--train-iters, found both"]),
+    "micro-batch that does not divide": (
+        ["--micro-batch-size", "3"],
+        ["--global-batch-size: ", "multiple of 3 (--micro-batch-size 3 x ", "found 16"],
+    ),
+    "fewer ranks than the model needs": (
+        ["--tensor-model-parallel-size", "2", "--pipeline-model-parallel-size", "2"],
+        ["ranks (torchrun's --nnodes x --nproc-per-node): ", "--tensor-model-parallel-size 2 x "]
+        + ["--pipeline-model-parallel-size 2", "found 1"],
+    ),
     "file in the way of the checkpoints": (
         ["--save", "{dir}/list/deep", "--save-interval", "1"],
         ["--save {dir}/list/deep: ", "a file at {dir}/list"],

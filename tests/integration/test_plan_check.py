@@ -86,6 +86,36 @@ def test_a_difference_is_an_error_that_names_it(server: Server):
     assert f"parameters {built + 8 * 2 * 24:,} planned, {built:,} built" in output
 
 
+def test_a_checkpoint_of_another_model_is_refused_as_by_the_run(server: Server, tiny):
+    script = ROOT / "tools" / "plan_run.py"
+    wide = ("--train-iters", 10, "--hidden-size", 48)
+    cases = {
+        "--load": tiny.plain(*wide, "--load", tiny.base),
+        "--pretrained-checkpoint": tiny.plain(*wide, "--pretrained-checkpoint", tiny.base),
+        "--reference-load": tiny.unlearn(*wide, "--load", "/nowhere"),
+        "": tiny.unlearn("--train-iters", 10),
+    }
+    words = ("--gpus", 1, "--gpu-type", "CPU", "--peak-flops", 1e11, "--check", "--")
+    launches = [Launch((*words, *flags), script=script) for flags in cases.values()]
+    *wrong, (code, output) = server.results(launches)
+    assert code == 0, output
+    for flag, (code, output) in zip(cases, wrong, strict=False):
+        assert code == 2, output
+        assert f"error: {flag}: expected --hidden-size 48, as this run has, found 32 in " in output
+
+
+def test_data_that_end_before_the_run_are_refused_in_its_words(server: Server, tiny):
+    run = tiny.flags("--data-path", tiny.forget, tiny.replay, "--train-iters", 400)
+    planned = ("--gpus", 1, "--gpu-type", "CPU", "--peak-flops", 1e11, "--", *run)
+    launches = [Launch(run), Launch(planned, script=ROOT / "tools" / "plan_run.py")]
+    errors = []
+    for code, output in server.results(launches):
+        assert code == 2, output
+        errors.append(output.splitlines()[-1].partition(" error: ")[2])
+    assert errors[0].startswith("--data-path: expected at least 6400 samples")
+    assert errors[0] == errors[1]
+
+
 def test_checkpoints_that_do_not_exist_yet_are_stood_for_however_they_are_written(tmp_path):
     words = [
         "--load=/nowhere",

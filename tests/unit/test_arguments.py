@@ -153,6 +153,39 @@ def test_a_run_without_a_step_is_refused():
 
 
 @pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({}, None),
+        (
+            {"world_size": 6},
+            r"ranks .*--nproc-per-node\): .* 4 \(--tensor-model-parallel-size 2 x "
+            r"--pipeline-model-parallel-size 2\), found 6",
+        ),
+        (
+            {"micro_batch_size": 3},
+            r"--global-batch-size: .* 6 \(--micro-batch-size 3 x data-parallel size 2\), found 16",
+        ),
+        ({"micro_batch_size": 3, "global_batch_size": None}, None),  # it is made of microbatches
+        ({"micro_batch_size": None}, None),  # named as missing elsewhere
+        ({"eval_global_batch_size": 6}, r"--eval-global-batch-size: .* \(--micro-.*, found 6"),
+        ({"eval_micro_batch_size": 3}, r"--eval-global-batch-size: .* \(--eval-micro-.*, found 16"),
+    ],
+)
+def test_ranks_and_batches_that_do_not_divide_are_named_by_their_flags(changes, message):
+    from megatron_ext.batches import check_layout
+    from megatron_ext.exceptions import ConfigError
+
+    sizes = {"tensor_model_parallel_size": 2, "context_parallel_size": 1, "world_size": 8}
+    unset = {"eval_global_batch_size": None, "eval_micro_batch_size": None}
+    args = arguments(**(sizes | unset | changes))
+    if message is None:
+        check_layout(args)
+    else:
+        with pytest.raises(ConfigError, match=f"^{message}"):
+            check_layout(args)
+
+
+@pytest.mark.parametrize(
     ("environment", "expected"),
     [
         ({}, True),

@@ -128,11 +128,15 @@ def test_a_cpu_has_no_memory_to_check():
         (("--gpus", "8", "--mfu", "nan"), "--mfu: expected a number above 0, found nan"),
         (("--gpus", "8", "--rank-layouts", "-1"), "--rank-layouts: expected at least 0, found -1"),
         (("--gpus", "48"), "--global-batch-size: expected a multiple of 96"),
+        (
+            ("--gpus", "4", "--", "--tensor-model-parallel-size", "3"),
+            "--gpus: expected a multiple of 3 (--tensor-model-parallel-size 3), found 4",
+        ),
         (("--gpus", "8", "--check", "--check-rank", "8"), "--check-rank: expected 0 to 7, found 8"),
     ],
 )
 def test_refusals_are_one_line(words, message):
-    result = run(*words, "--", *MODEL)
+    result = run(*words, *(() if "--" in words else ("--",)), *MODEL)
     assert (result.returncode, result.stdout) == (2, "")
     assert result.stderr.startswith(f"plan_run.py: error: {message}")
     assert result.stderr.count("\n") == 1
@@ -206,6 +210,22 @@ def test_flags_are_read_as_the_entry_point_reads_them():
         (
             [*MODEL, "--tensor-model-parallel-size=0"],
             "--tensor-model-parallel-size: expected at least",
+        ),
+        ([*MODEL, "--num-attention-heads", "33"], "--hidden-size: .* 33, .* found 2048"),
+        (
+            [*MODEL, "--max-position-embeddings", "2048"],
+            "--seq-length: .* --max-position-embeddings 2048, found 4096",
+        ),
+        ([*MODEL, "--fp16"], "--bf16, --fp16: .* found both"),
+        ([*MODEL, "--lr", "0"], "--lr: .* found 0"),
+        (
+            [*MODEL, "--train-iters", "10", "--lr-warmup-iters", "10"],
+            "--lr-warmup-iters: .* less than 10, .* 10 iterations, found 10",
+        ),
+        ([*MODEL, "--train-samples", "255"], "--train-samples: .* 256 of one step, found 255"),
+        (
+            [*MODEL, "--train-iters", "10", "--train-samples", "2560"],
+            "--train-samples: .* --train-iters, found both",
         ),
         ([*MODEL, "--save-interval", "0"], "--save-interval: expected at least 1, found 0"),
         (

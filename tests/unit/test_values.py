@@ -5,7 +5,14 @@ from argparse import Namespace
 import pytest
 
 from megatron_ext.exceptions import ConfigError
-from megatron_ext.values import check_index, check_places, check_schedule, check_values
+from megatron_ext.values import (
+    check_index,
+    check_places,
+    check_schedule,
+    check_sizes,
+    check_training,
+    check_values,
+)
 
 NUMBERS = {
     **{"train_iters": 10, "train_samples": None, "eval_interval": 1000, "eval_iters": 0},
@@ -13,7 +20,9 @@ NUMBERS = {
     **{"seq_length": None, "max_position_embeddings": 8, "num_layers": 2, "hidden_size": 8},
     **{"num_attention_heads": 2, "tensor_model_parallel_size": 1, "context_parallel_size": 1},
     **{"pipeline_model_parallel_size": 1, "lr_decay_iters": None, "lr_decay_samples": None},
-    **{"lr_warmup_iters": 0, "lr_warmup_samples": 0},
+    **{"lr_warmup_iters": 0, "lr_warmup_samples": 0, "micro_batch_size": 2, "global_batch_size": 8},
+    **{"eval_micro_batch_size": None, "eval_global_batch_size": None, "num_query_groups": None},
+    **{"kv_channels": None, "ffn_hidden_size": None},
     **{"save": None, "load": "a", "pretrained_checkpoint": None, "reference_load": None},
 }
 
@@ -24,6 +33,8 @@ NUMBERS = {
         ({"train_iters": 0}, "--train-iters: expected at least 1, found 0"),
         ({"eval_iters": -1}, "--eval-iters: expected at least 0, found -1"),
         ({"seed": -1}, "--seed: expected at least 1, found -1"),
+        ({"micro_batch_size": 0}, "--micro-batch-size: expected at least 1, found 0"),
+        ({"kv_channels": 0}, "--kv-channels: expected at least 1, found 0"),
         ({"save": ""}, "--save: expected a directory, found an empty name"),
         ({"load": ""}, "--load: expected a directory, found an empty name"),
     ],
@@ -32,6 +43,59 @@ def test_values_that_no_run_can_use(changes, message):
     check_values(Namespace(**NUMBERS))
     with pytest.raises(ConfigError, match=f"^{message}$"):
         check_values(Namespace(**(NUMBERS | changes)))
+
+
+SIZES = {
+    **{"hidden_size": 8, "num_attention_heads": 4, "kv_channels": None, "num_query_groups": 3},
+    **{"group_query_attention": False, "seq_length": 16, "max_position_embeddings": 16},
+}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({}, None),
+        ({"hidden_size": 10}, "--hidden-size: .* --num-attention-heads 4, .* found 10"),
+        ({"hidden_size": 10, "kv_channels": 2}, None),
+        (
+            {"hidden_size": None, "max_position_embeddings": None},
+            None,
+        ),  # missing ones: see elsewhere
+        (
+            {"group_query_attention": True},
+            "--num-query-groups: .* --num-attention-heads 4, found 3",
+        ),
+        ({"seq_length": 17}, "--seq-length: .* --max-position-embeddings 16, found 17"),
+    ],
+)
+def test_a_model_whose_sizes_do_not_go_together(changes, message):
+    _holds(check_sizes, SIZES | changes, message)
+
+
+NUMERICS = {
+    **{"bf16": True, "fp16": False, "lr": 1e-3, "min_lr": 0.0, "skip_train": False},
+    **{"train_iters": 10, "train_samples": None},
+}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({}, None),
+        ({"fp16": True}, "--bf16, --fp16: .* found both$"),
+        ({"lr": 0.0}, "--lr: .* above 0, found 0.0"),
+        ({"lr": -1e-3}, "--lr: .* above 0, found -0.001"),
+        ({"lr": float("nan")}, "--lr: .* above 0, found nan"),
+        ({"lr": 0.0, "skip_train": True}, None),
+        ({"lr": None, "min_lr": 1.0}, None),
+        ({"min_lr": 2e-3}, "--min-lr: expected 0 to --lr 0.001, found 0.002"),
+        ({"min_lr": 1e-3}, None),
+        ({"train_samples": 80}, "--train-samples: .* --train-iters, found both"),
+        ({"train_samples": 80, "train_iters": None}, None),
+    ],
+)
+def test_precisions_lengths_and_rates_that_no_run_can_use(changes, message):
+    _holds(check_training, NUMERICS | changes, message)
 
 
 @pytest.mark.parametrize(
@@ -117,9 +181,13 @@ SCHEDULE = {
     ],
 )
 def test_a_warm_up_that_the_schedule_has_no_room_for(changes, message):
-    args = Namespace(**(SCHEDULE | changes))
+    _holds(check_schedule, SCHEDULE | changes, message)
+
+
+def _holds(check, values, message):
+    """A check passes, or refuses with this message."""
     if message is None:
-        check_schedule(args)
+        check(Namespace(**values))
         return
     with pytest.raises(ConfigError, match=f"^{message}"):
-        check_schedule(args)
+        check(Namespace(**values))
