@@ -18,6 +18,7 @@ Models run distributed, also without torchrun as one process; the architecture i
 from __future__ import annotations
 
 import json
+import logging
 import sys
 from argparse import ArgumentParser, Namespace
 from collections.abc import Mapping, Sequence
@@ -31,13 +32,15 @@ from megatron_ext.runtime import console
 console.quiet()
 
 from megatron_ext.analysis.samples import describe_dataset, parse_sets  # noqa: E402
-from megatron_ext.data.atomic import AtomicFiles  # noqa: E402
+from megatron_ext.data.atomic import AtomicFiles, refuse_existing  # noqa: E402
 from megatron_ext.exceptions import ConfigError  # noqa: E402
 from tools.common import ToolParser, run_tool  # noqa: E402
 
 if TYPE_CHECKING:
     from megatron_ext.analysis.figures import Panel
     from megatron_ext.analysis.session import Session
+
+logger = logging.getLogger(__name__)
 
 
 def main() -> None:
@@ -110,13 +113,25 @@ def _add_report(parser: ArgumentParser) -> None:
 
 
 def _check(options: Namespace) -> None:
-    """Refuse numbers that make no sense, and an output that the picture beside it would overwrite."""
+    """Refuse numbers that make no sense, and an output that cannot be written, before any work."""
     for name in ("samples", "length", "bandwidth", "top", "micro_batch_size"):
         value = getattr(options, name, None)
         if value is not None and value <= 0:
             raise ConfigError(f"--{name.replace('_', '-')}: expected more than 0, found {value}")
-    if Path(options.output).suffix == ".png":
-        raise ConfigError(f"--output: expected the JSON file, found a picture, {options.output}")
+    path = Path(options.output)
+    if path.is_dir() or path.suffix == ".png":
+        kind = "an HTML" if options.verb == "report" else "a JSON"
+        found = "a folder" if path.is_dir() else "a picture"
+        raise ConfigError(f"--output: expected {kind} file, found {found}, {options.output}")
+    refuse_existing(_outputs(options), overwrite=True)
+
+
+def _outputs(options: Namespace) -> list[Path]:
+    """The file of a verb, and the picture beside it."""
+    path = Path(options.output)
+    if options.verb != "report":
+        return [path, path.with_suffix(".png")]
+    return [path, path.with_name(f"{path.stem}-losses.png")] if options.losses else [path]
 
 
 def run_tokens(options: Namespace) -> None:
@@ -124,7 +139,7 @@ def run_tokens(options: Namespace) -> None:
     from megatron_ext.analysis.token_report import measure_tokens, token_panels, token_table
 
     report = measure_tokens(options, parse_sets(options.data))
-    _write(options.output, report, token_panels(report), columns=2)
+    _write(options, report, token_panels(report), columns=2)
     print(token_table(report, top=options.top))
 
 
@@ -140,18 +155,22 @@ def run_embeddings(options: Namespace) -> None:
     )
 
     with redirect_stdout(sys.stderr), _session(options) as session:
+        session.check_models()
         model, found = session.embeddings(options.checkpoint[0], sets)
         if not session.is_writer:
             return
     report = {"verb": "embeddings", "settings": vars(options), "model": model, "sets": {}}
     report["sets"] = {name: describe_dataset(prefix) for name, prefix in sets.items()}
     report |= measure_embeddings(found, seed=options.seed)
-    _write(options.output, report, embedding_panels(report))
+    _write(options, report, embedding_panels(report))
     print(embedding_table(report))
 
 
 def run_perplexity(options: Namespace) -> None:
-    """Score every set under every checkpoint, and measure how it shifts from the first one."""
+    """Score every set under every checkpoint, and measure how it shifts from the first one.
+
+    What is known is written after each checkpoint, so that a later one that fails does not lose it.
+    """
     from megatron_ext.analysis.perplexity_report import (
         add_shifts,
         perplexity_panels,
@@ -162,13 +181,22 @@ def run_perplexity(options: Namespace) -> None:
     report: dict[str, Any] = {"verb": "perplexity", "settings": vars(options)}
     report |= {"data": {}, "models": {}}
     with redirect_stdout(sys.stderr), _session(options) as session:
-        for directory in options.checkpoint:
-            report["models"][directory] = session.perplexities(directory, sets)
+        session.check_models()
+        if session.is_writer:
+            report["data"] = {name: describe_dataset(prefix) for name, prefix in sets.items()}
+        written = ""
+        for number, directory in enumerate(options.checkpoint, start=1):
+            try:
+                report["models"][directory] = session.perplexities(directory, sets)
+            except KeyboardInterrupt:
+                raise KeyboardInterrupt(written) from None
+            if session.is_writer:
+                add_shifts(report, seed=options.seed)
+                _write(options, report, perplexity_panels(report))
+                written = f"{options.output} has {number} of {len(options.checkpoint)} models"
+                logger.info(written)
         if not session.is_writer:
             return
-    report["data"] = {name: describe_dataset(prefix) for name, prefix in sets.items()}
-    add_shifts(report, seed=options.seed)
-    _write(options.output, report, perplexity_panels(report))
     print(perplexity_table(report))
 
 
@@ -179,12 +207,11 @@ def run_report(options: Namespace) -> None:
     from megatron_ext.analysis.report_inputs import read_inputs
 
     inputs = read_inputs(options)
-    path, panels = Path(options.output), curves(inputs)
-    contents = {path: write_page(inputs, title=options.title).encode()}
-    if panels:
-        contents[path.with_name(f"{path.stem}-losses.png")] = render(panels)
-    _publish(contents)
-    print(", ".join(map(str, contents)))
+    contents = [write_page(inputs, title=options.title).encode()]
+    if panels := curves(inputs):
+        contents.append(render(panels))
+    _publish(dict(zip(_outputs(options), contents, strict=True)))
+    print(", ".join(map(str, _outputs(options))))
 
 
 def _session(options: Namespace) -> AbstractContextManager[Session]:
@@ -202,15 +229,14 @@ def _session(options: Namespace) -> AbstractContextManager[Session]:
 
 
 def _write(
-    output: str, report: Mapping[str, Any], panels: Sequence[Panel], *, columns: int = 3
+    options: Namespace, report: Mapping[str, Any], panels: Sequence[Panel], *, columns: int = 3
 ) -> None:
     """Write a JSON file and the picture of it."""
     from megatron_ext.analysis.figures import render
 
-    path = Path(output)
     text = json.dumps(report, indent=1, ensure_ascii=False, allow_nan=False)
-    picture = render(panels, columns=columns)
-    _publish({path: text.encode(), path.with_suffix(".png"): picture})
+    contents = (text.encode(), render(panels, columns=columns))
+    _publish(dict(zip(_outputs(options), contents, strict=True)))
 
 
 def _publish(contents: Mapping[Path, bytes]) -> None:

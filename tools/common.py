@@ -56,8 +56,9 @@ def run_tool(main: Callable[[], None]) -> NoReturn:
     except (MegatronExtError, OSError) as error:
         message = " ".join(str(error).split())
         sys.exit(_fail(f"{name}: error: {message}", 2))
-    except KeyboardInterrupt:
-        sys.exit(_fail(f"{name}: interrupted, nothing was written", 130))
+    except KeyboardInterrupt as stop:
+        # Raised by the interpreter it says nothing; a tool that has written something says what.
+        sys.exit(_fail(f"{name}: interrupted, {str(stop) or 'nothing was written'}", 130))
     sys.exit(0)
 
 
