@@ -51,7 +51,13 @@ def main() -> None:
     _add_data(tokens)
     tokens.add_argument("--baseline", metavar="NAME", help="set to compare with (the first)")
     tokens.add_argument("--length", type=int, default=4096, help="tokens read of a document")
-    tokens.add_argument("--bandwidth", type=float, default=1.0, help="of the kernel, in token ids")
+    tokens.add_argument(
+        "--bandwidth",
+        type=float,
+        default=1.0,
+        help="token ids of the kernel that finds peaks (default %(default)s); pictures are drawn with one of "
+        "1/250 of the vocabulary, if that is wider",
+    )
     tokens.add_argument("--top", type=int, default=20, help="tokens printed for each set")
     perplexity = verbs.add_parser("perplexity", help="per-sample perplexity of sets of text")
     perplexity.add_argument("--checkpoint", nargs="+", required=True, help="checkpoint directories")

@@ -65,6 +65,7 @@ def tokens_file():
     curve = {"documents": 10, "tokens": 20, "density": [0.1] * 8, "data": data}
     overuse = {"structural_share": 0.1, "baseline_structural_share": 0.001, "tokens": [token]}
     report = {"verb": "tokens", "baseline": "real", "grid": list(range(8)), "drawn_bandwidth": 1.0}
+    report["settings"] = {"bandwidth": 1.0}
     return report | {"sets": {"real": curve, "qa": curve}, "overuse": {"qa": overuse}}
 
 
