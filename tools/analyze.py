@@ -5,14 +5,15 @@ r"""Look at text, and at what a model makes of it.
         --tokenizer-model tokenizer.model --output tokens.json
     torchrun --nproc-per-node 2 tools/analyze.py perplexity --checkpoint runs/base runs/synth \
         --data real=data/real_text_document synthetic=data/synthetic_text_document \
-        --tokenizer-model tokenizer.model --output perplexity.json --tensor-model-parallel-size 2
+        --output perplexity.json --tensor-model-parallel-size 2
     python tools/analyze.py report --tokens tokens.json --perplexity perplexity.json --output report.html \
         --losses unlearn=runs/unlearn/tensorboard --before synth --after unlearn --forgotten synthetic
 
 The figures of arXiv 2406.12397 for data and models of one's own: embeddings (figure 2), structural tokens
 (figure 3, no model) and per-sample perplexities (figure 4). Each prints a table and writes a JSON file, and
 beside it a picture of the same name; `report` makes one page of those files, loss curves and evaluations.
-Models run distributed, also without torchrun as one process; the architecture is read from each checkpoint.
+Models run distributed, also without torchrun as one process; architecture and tokenizer are read from the
+first checkpoint, and all are compared with it before one is run. Results are written after each.
 """
 
 from __future__ import annotations
@@ -49,6 +50,8 @@ def main() -> None:
     verbs = parser.add_subparsers(dest="verb", required=True)
     tokens = verbs.add_parser("tokens", help="structural tokens of sets of text; needs no model")
     _add_data(tokens)
+    tokens.add_argument("--tokenizer-type", default="SentencePieceTokenizer")
+    tokens.add_argument("--tokenizer-model", required=True)
     tokens.add_argument("--baseline", metavar="NAME", help="set to compare with (the first)")
     tokens.add_argument("--length", type=int, default=4096, help="tokens read of a document")
     tokens.add_argument(
@@ -80,8 +83,6 @@ def _add_data(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--data", nargs="+", required=True, metavar="NAME=PREFIX", help="tokenised datasets"
     )
-    parser.add_argument("--tokenizer-type", default="SentencePieceTokenizer")
-    parser.add_argument("--tokenizer-model", required=True)
     parser.add_argument("--samples", type=int, default=2000, help="documents drawn of each set")
     parser.add_argument("--seed", type=int, default=1234, help="of the draws")
     parser.add_argument("--output", required=True, help="JSON file to write")
@@ -89,6 +90,10 @@ def _add_data(parser: ArgumentParser) -> None:
 
 def _add_layout(parser: ArgumentParser) -> None:
     """Flags of every verb that runs a model."""
+    parser.add_argument("--tokenizer-type", help="default: that recorded with the first checkpoint")
+    parser.add_argument(
+        "--tokenizer-model", help="default: that recorded with the first checkpoint"
+    )
     parser.add_argument(
         "--length", type=int, help="tokens read of a document (the model's sequence length)"
     )
@@ -229,8 +234,12 @@ def _session(options: Namespace) -> AbstractContextManager[Session]:
 
         cpu.enable()
         from megatron_ext.analysis.session import open_session
+        from megatron_ext.checkpoint.huggingface import choose_tokenizer
+        from megatron_ext.checkpoint.inspect import open_checkpoint
 
     compat.apply()
+    first = open_checkpoint(options.checkpoint[0], flag="--checkpoint")
+    options.tokenizer_type, options.tokenizer_model = choose_tokenizer(options, first)
     return open_session(options, length=options.length)
 
 

@@ -56,7 +56,7 @@ def test_command_on_one_rank(tiny, server, tmp_path):
     printed = server.tool(
         *("analyze", "embeddings", "--checkpoint", tiny.base),
         *("--data", f"text={tiny.replay}", f"sums={tiny.forget}"),
-        *("--tokenizer-model", tiny.tokenizer, "--samples", SAMPLES, "--seed", SEED),
+        *("--samples", SAMPLES, "--seed", SEED),
         *("--output", output, "--length", SHORT + 1),
     )
     report = json.loads(output.read_text())

@@ -47,12 +47,13 @@ def test_agrees_with_naive(layout, tiny, server, expected, tmp_path):
     models = [str(tiny.base)] if flags else [str(tiny.base), str(tiny.reference)]
     said = server.tool(
         *("analyze", "perplexity", "--checkpoint", *models, "--data", f"pairs={tiny.forget}"),
-        *("--tokenizer-model", tiny.tokenizer, "--samples", 1_000_000, "--output", output, *flags),
+        *("--samples", 1_000_000, "--output", output, *flags),
         ranks=ranks,
     )
     report = json.loads(output.read_text())
     assert list(report["models"]) == models
     found = report["models"][models[0]]["sets"]["pairs"]
+    assert report["settings"]["tokenizer_model"] == str(tiny.tokenizer)  # the checkpoint's
     losses, probabilities = expected
     # fp32 against fp64, a mean over the tokens of a sample.
     np.testing.assert_allclose(found["loss"], losses, rtol=2e-5)
