@@ -86,6 +86,7 @@ def _add_data(parser: ArgumentParser) -> None:
     parser.add_argument("--samples", type=int, default=2000, help="documents drawn of each set")
     parser.add_argument("--seed", type=int, default=1234, help="of the draws")
     parser.add_argument("--output", required=True, help="JSON file to write")
+    parser.add_argument("--overwrite", action="store_true", help="replace it and its picture")
 
 
 def _add_layout(parser: ArgumentParser) -> None:
@@ -105,6 +106,7 @@ def _add_layout(parser: ArgumentParser) -> None:
 def _add_report(parser: ArgumentParser) -> None:
     """Flags of the report: files to read, and what models and sets are to each other."""
     parser.add_argument("--output", required=True, help="HTML file to write")
+    parser.add_argument("--overwrite", action="store_true", help="replace it and its picture")
     parser.add_argument("--title", default="What unlearning did to this model and its data")
     for verb in ("tokens", "embeddings"):
         parser.add_argument(f"--{verb}", nargs="+", default=[], help=f"JSON files of `{verb}`")
@@ -134,7 +136,7 @@ def _check(options: Namespace) -> None:
         kind = "an HTML" if options.verb == "report" else "a JSON"
         found = "a folder" if path.is_dir() else "a picture"
         raise ConfigError(f"--output: expected {kind} file, found {found}, {options.output}")
-    refuse_existing(_outputs(options), overwrite=True)
+    refuse_existing(_outputs(options), overwrite=options.overwrite)
 
 
 def _outputs(options: Namespace) -> list[Path]:
@@ -152,6 +154,7 @@ def run_tokens(options: Namespace) -> None:
     report = measure_tokens(options, parse_sets(options.data))
     _write(options, report, token_panels(report), columns=2)
     print(token_table(report, top=options.top))
+    print(_named(options))
 
 
 def run_embeddings(options: Namespace) -> None:
@@ -175,6 +178,7 @@ def run_embeddings(options: Namespace) -> None:
     report |= measure_embeddings(found, seed=options.seed)
     _write(options, report, embedding_panels(report))
     print(embedding_table(report))
+    print(_named(options))
 
 
 def run_perplexity(options: Namespace) -> None:
@@ -203,12 +207,13 @@ def run_perplexity(options: Namespace) -> None:
                 raise KeyboardInterrupt(written) from None
             if session.is_writer:
                 add_shifts(report, seed=options.seed)
-                _write(options, report, perplexity_panels(report))
+                _write(options, report, perplexity_panels(report), overwrite=bool(written))
                 written = f"{options.output} has {number} of {len(options.checkpoint)} models"
                 logger.info(written)
         if not session.is_writer:
             return
     print(perplexity_table(report))
+    print(_named(options))
 
 
 def run_report(options: Namespace) -> None:
@@ -221,8 +226,13 @@ def run_report(options: Namespace) -> None:
     contents = [write_page(inputs, title=options.title).encode()]
     if panels := curves(inputs):
         contents.append(render(panels))
-    _publish(dict(zip(_outputs(options), contents, strict=True)))
-    print(", ".join(map(str, _outputs(options))))
+    _publish(options, contents)
+    print(_named(options))
+
+
+def _named(options: Namespace) -> str:
+    """The files of a verb, for its last line."""
+    return ", ".join(map(str, _outputs(options)))
 
 
 def _session(options: Namespace) -> AbstractContextManager[Session]:
@@ -244,21 +254,27 @@ def _session(options: Namespace) -> AbstractContextManager[Session]:
 
 
 def _write(
-    options: Namespace, report: Mapping[str, Any], panels: Sequence[Panel], *, columns: int = 3
+    options: Namespace,
+    report: Mapping[str, Any],
+    panels: Sequence[Panel],
+    *,
+    columns: int = 3,
+    overwrite: bool = False,
 ) -> None:
-    """Write a JSON file and the picture of it."""
+    """Write a JSON file and the picture of it, also over one of this run's own."""
     from megatron_ext.analysis.figures import render
 
     text = json.dumps(report, indent=1, ensure_ascii=False, allow_nan=False)
     contents = (text.encode(), render(panels, columns=columns))
-    _publish(dict(zip(_outputs(options), contents, strict=True)))
+    _publish(options, contents, overwrite=overwrite)
 
 
-def _publish(contents: Mapping[Path, bytes]) -> None:
-    """Write files, all or none; the first is the last to appear."""
-    with AtomicFiles(list(reversed(contents)), overwrite=True) as files:
-        for name, content in contents.items():
-            files[name].write(content)
+def _publish(options: Namespace, contents: Sequence[bytes], *, overwrite: bool = False) -> None:
+    """Write a verb's files, all or none; the first is the last to appear."""
+    paths = _outputs(options)
+    with AtomicFiles(paths[::-1], overwrite=overwrite or options.overwrite) as files:
+        for path, content in zip(paths, contents, strict=True):
+            files[path].write(content)
         files.commit()
 
 

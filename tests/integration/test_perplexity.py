@@ -50,10 +50,12 @@ def test_agrees_with_naive(layout, tiny, server, expected, tmp_path):
         *("--samples", 1_000_000, "--output", output, *flags),
         ranks=ranks,
     )
+    assert f"{output}, {output.with_suffix('.png')}" in said.splitlines()
+    assert "\r" not in said  # a bar's, where nobody watches
     report = json.loads(output.read_text())
+    assert report["settings"]["tokenizer_model"] == str(tiny.tokenizer)  # the checkpoint's
     assert list(report["models"]) == models
     found = report["models"][models[0]]["sets"]["pairs"]
-    assert report["settings"]["tokenizer_model"] == str(tiny.tokenizer)  # the checkpoint's
     losses, probabilities = expected
     # fp32 against fp64, a mean over the tokens of a sample.
     np.testing.assert_allclose(found["loss"], losses, rtol=2e-5)
@@ -103,14 +105,14 @@ def test_of_an_imported_model(tiny, server, tmp_path):
     server.tool(*take, start)
     server.tool(*take, rounded, "--dtype", "bfloat16")
     said = server.tool(
-        *("analyze", "perplexity", "--checkpoint", start, rounded, *kind),
+        *("analyze", "perplexity", "--checkpoint", start, rounded),
         *("--data", f"own={prefix}_text_document", "--output", output),
     )
     precision = f"{rounded} was trained in bf16 and is computed in fp32, as --checkpoint {start} is"
     assert precision in said
     # Two that cannot be compared with it are refused before it is scored.
     wrong = {str(tmp_path / "nowhere"): "found nothing at", str(tiny.base): "expected at most 64"}
-    words = ("--data", f"own={prefix}_text_document", *kind, "--output", tmp_path / "none.json")
+    words = ("--data", f"own={prefix}_text_document", "--output", tmp_path / "none.json")
     launches = [
         Launch(
             ("perplexity", "--checkpoint", start, other, *words), script=ROOT / "tools/analyze.py"

@@ -3,9 +3,12 @@
 import contextlib
 import json
 import sys
+from argparse import Namespace
 
 import pytest
 
+from megatron_ext.analysis.records import record_run
+from megatron_ext.checkpoint.huggingface import choose_tokenizer
 from megatron_ext.exceptions import CheckpointError, ConfigError
 from tests.helpers.text import train_sentencepiece, write_dataset
 from tools import analyze
@@ -90,3 +93,51 @@ def test_finished_models_outlive_one_that_fails(stop, said, text, call, tmp_path
     assert report["models"]["b"]["sets"]["qa"]["summary"]["loss"]["shift"]["value"] == 0
     assert report["data"]["qa"]["documents"] == len(TEXTS)
     assert output.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("suffix", [".json", ".png"])
+@pytest.mark.parametrize("verb", ["tokens", "embeddings", "perplexity"])
+def test_what_is_there_is_not_replaced_unasked(verb, suffix, text, call, tmp_path):
+    model = () if verb == "tokens" else ("--checkpoint", "a")
+    old = (tmp_path / "out").with_suffix(suffix)
+    old.write_text("old")
+    too_late = {"a": AssertionError("too late")}
+    with pytest.raises(ConfigError, match=f"out{suffix} exists: give --overwrite"):
+        call(verb, *model, *text, "--output", tmp_path / "out.json", broken=too_late)
+    assert old.read_text() == "old"
+
+
+@pytest.mark.parametrize("verb", ["tokens", "perplexity"])
+def test_overwrite_replaces_and_the_last_line_names_the_files(verb, text, call, tmp_path, capsys):
+    model = () if verb == "tokens" else ("--checkpoint", "a", "b")
+    output, picture = tmp_path / "out.json", tmp_path / "out.png"
+    for path in (output, picture):
+        path.write_text("old")
+    call(verb, *model, *text, "--output", output, "--overwrite")
+    assert json.loads(output.read_text())["verb"] == verb
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert capsys.readouterr().out.splitlines()[-1] == f"{output}, {picture}"
+
+
+def test_settings_of_features_that_are_off_are_left_out():
+    args = Namespace(lr=0.1, chat_epochs=2, chat_data_path=None, forget_weight=0.01)
+    assert record_run(Namespace(args=args))["settings"] == {"lr": 0.1}
+    args.chat_data_path = ["chat.jsonl"]
+    found = record_run(Namespace(args=args))["settings"]
+    assert found == {"lr": 0.1, "chat_data_path": ["chat.jsonl"], "chat_epochs": 2}
+
+
+def test_the_tokenizer_is_the_one_recorded_with_the_model(tmp_path):
+    def chosen(saved, **given):
+        flags = {"tokenizer_type": None, "tokenizer_model": None} | given
+        checkpoint = Namespace(args=Namespace(**saved), directory=tmp_path, path="it")
+        return choose_tokenizer(Namespace(**flags), checkpoint)
+
+    saved = {"tokenizer_type": "SentencePieceTokenizer", "tokenizer_model": "t.model"}
+    assert chosen(saved) == ("SentencePieceTokenizer", "t.model")
+    assert chosen(saved, tokenizer_model="u") == ("SentencePieceTokenizer", "u")
+    assert chosen(saved, tokenizer_type="HuggingFaceTokenizer")[0] == "HuggingFaceTokenizer"
+    with pytest.raises(ConfigError, match="--tokenizer-model: expected a tokenizer, it names none"):
+        chosen({"tokenizer_type": None, "tokenizer_model": None})
+    (tmp_path / "huggingface").mkdir()
+    assert chosen(saved) == ("HuggingFaceTokenizer", str(tmp_path / "huggingface"))

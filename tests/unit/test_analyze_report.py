@@ -210,8 +210,12 @@ def test_rows_of_the_paper_are_set_apart(page):
 
 def test_the_tool_says_what_it_wrote(files, tmp_path, monkeypatch, capsys):
     output = tmp_path / "report.html"
-    report(monkeypatch, "--losses", f"a={files}/losses", "--output", output)
-    assert capsys.readouterr().out == f"{output}, {tmp_path / 'report-losses.png'}\n"
+    picture, losses = tmp_path / "report-losses.png", ("--losses", f"a={files}/losses")
+    picture.write_text("old")
+    with pytest.raises(MegatronExtError, match=r"report-losses\.png exists: give --overwrite"):
+        report(monkeypatch, *losses, "--output", output)
+    report(monkeypatch, *losses, "--output", output, "--overwrite")
+    assert capsys.readouterr().out == f"{output}, {picture}\n"
 
 
 def test_report_without_unlearning(files, tmp_path, monkeypatch):

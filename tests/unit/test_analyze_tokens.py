@@ -151,6 +151,7 @@ def test_command(sets, tmp_path, monkeypatch, capsys):
     share = sum(token["count"] for token in tokens) / 24000
     assert report["overuse"]["planted"]["structural_share"] == pytest.approx(share)
     assert all(token["piece"] in printed for token in tokens)
+    assert printed.splitlines()[-1] == f"{output}, {output.with_suffix('.png')}"
     assert report["sets"]["real"]["data"] == describe_dataset(sets["real"])
     assert output.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
 
