@@ -200,16 +200,16 @@ def run_perplexity(options: Namespace) -> None:
         if session.is_writer:
             report["data"] = {name: describe_dataset(prefix) for name, prefix in sets.items()}
         written = ""
-        for number, directory in enumerate(options.checkpoint, start=1):
-            try:
+        try:
+            for number, directory in enumerate(options.checkpoint, start=1):
                 report["models"][directory] = session.perplexities(directory, sets)
-            except KeyboardInterrupt:
-                raise KeyboardInterrupt(written) from None
-            if session.is_writer:
-                add_shifts(report, seed=options.seed)
-                _write(options, report, perplexity_panels(report), overwrite=bool(written))
-                written = f"{options.output} has {number} of {len(options.checkpoint)} models"
-                logger.info(written)
+                if session.is_writer:
+                    add_shifts(report, seed=options.seed)
+                    _write(options, report, perplexity_panels(report), overwrite=bool(written))
+                    written = f"{options.output} has {number} of {len(options.checkpoint)} models"
+                    logger.info(written)
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(written) from None
         if not session.is_writer:
             return
     print(perplexity_table(report))
