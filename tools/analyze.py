@@ -5,19 +5,21 @@ r"""Look at text, and at what a model makes of it.
         --tokenizer-model tokenizer.model --output tokens.json
     torchrun --nproc-per-node 2 tools/analyze.py perplexity --checkpoint runs/base runs/synth \
         --data real=data/real_text_document synthetic=data/synthetic_text_document \
-        --tokenizer-model tokenizer.model --output perplexity.json --tensor-model-parallel-size 2
+        --output perplexity.json --tensor-model-parallel-size 2
     python tools/analyze.py report --tokens tokens.json --perplexity perplexity.json --output report.html \
         --losses unlearn=runs/unlearn/tensorboard --before synth --after unlearn --forgotten synthetic
 
 The figures of arXiv 2406.12397 for data and models of one's own: embeddings (figure 2), structural tokens
 (figure 3, no model) and per-sample perplexities (figure 4). Each prints a table and writes a JSON file, and
 beside it a picture of the same name; `report` makes one page of those files, loss curves and evaluations.
-Models run distributed, also without torchrun as one process; the architecture is read from each checkpoint.
+Models run distributed, also without torchrun as one process; architecture and tokenizer are read from the
+first checkpoint, and all are compared with it before one is run. Results are written after each.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import sys
 from argparse import ArgumentParser, Namespace
 from collections.abc import Mapping, Sequence
@@ -31,13 +33,15 @@ from megatron_ext.runtime import console
 console.quiet()
 
 from megatron_ext.analysis.samples import describe_dataset, parse_sets  # noqa: E402
-from megatron_ext.data.atomic import AtomicFiles  # noqa: E402
+from megatron_ext.data.atomic import AtomicFiles, refuse_existing  # noqa: E402
 from megatron_ext.exceptions import ConfigError  # noqa: E402
 from tools.common import ToolParser, run_tool  # noqa: E402
 
 if TYPE_CHECKING:
     from megatron_ext.analysis.figures import Panel
     from megatron_ext.analysis.session import Session
+
+logger = logging.getLogger(__name__)
 
 
 def main() -> None:
@@ -46,9 +50,17 @@ def main() -> None:
     verbs = parser.add_subparsers(dest="verb", required=True)
     tokens = verbs.add_parser("tokens", help="structural tokens of sets of text; needs no model")
     _add_data(tokens)
+    tokens.add_argument("--tokenizer-type", default="SentencePieceTokenizer")
+    tokens.add_argument("--tokenizer-model", required=True)
     tokens.add_argument("--baseline", metavar="NAME", help="set to compare with (the first)")
     tokens.add_argument("--length", type=int, default=4096, help="tokens read of a document")
-    tokens.add_argument("--bandwidth", type=float, default=1.0, help="of the kernel, in token ids")
+    tokens.add_argument(
+        "--bandwidth",
+        type=float,
+        default=1.0,
+        help="token ids of the kernel that finds peaks (default %(default)s); pictures are drawn with one of "
+        "1/250 of the vocabulary, if that is wider",
+    )
     tokens.add_argument("--top", type=int, default=20, help="tokens printed for each set")
     perplexity = verbs.add_parser("perplexity", help="per-sample perplexity of sets of text")
     perplexity.add_argument("--checkpoint", nargs="+", required=True, help="checkpoint directories")
@@ -71,15 +83,18 @@ def _add_data(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--data", nargs="+", required=True, metavar="NAME=PREFIX", help="tokenised datasets"
     )
-    parser.add_argument("--tokenizer-type", default="SentencePieceTokenizer")
-    parser.add_argument("--tokenizer-model", required=True)
     parser.add_argument("--samples", type=int, default=2000, help="documents drawn of each set")
     parser.add_argument("--seed", type=int, default=1234, help="of the draws")
     parser.add_argument("--output", required=True, help="JSON file to write")
+    parser.add_argument("--overwrite", action="store_true", help="replace it and its picture")
 
 
 def _add_layout(parser: ArgumentParser) -> None:
     """Flags of every verb that runs a model."""
+    parser.add_argument("--tokenizer-type", help="default: that recorded with the first checkpoint")
+    parser.add_argument(
+        "--tokenizer-model", help="default: that recorded with the first checkpoint"
+    )
     parser.add_argument(
         "--length", type=int, help="tokens read of a document (the model's sequence length)"
     )
@@ -91,6 +106,7 @@ def _add_layout(parser: ArgumentParser) -> None:
 def _add_report(parser: ArgumentParser) -> None:
     """Flags of the report: files to read, and what models and sets are to each other."""
     parser.add_argument("--output", required=True, help="HTML file to write")
+    parser.add_argument("--overwrite", action="store_true", help="replace it and its picture")
     parser.add_argument("--title", default="What unlearning did to this model and its data")
     for verb in ("tokens", "embeddings"):
         parser.add_argument(f"--{verb}", nargs="+", default=[], help=f"JSON files of `{verb}`")
@@ -110,13 +126,25 @@ def _add_report(parser: ArgumentParser) -> None:
 
 
 def _check(options: Namespace) -> None:
-    """Refuse numbers that make no sense, and an output that the picture beside it would overwrite."""
+    """Refuse numbers that make no sense, and an output that cannot be written, before any work."""
     for name in ("samples", "length", "bandwidth", "top", "micro_batch_size"):
         value = getattr(options, name, None)
         if value is not None and value <= 0:
             raise ConfigError(f"--{name.replace('_', '-')}: expected more than 0, found {value}")
-    if Path(options.output).suffix == ".png":
-        raise ConfigError(f"--output: expected the JSON file, found a picture, {options.output}")
+    path = Path(options.output)
+    if path.is_dir() or path.suffix == ".png":
+        kind = "an HTML" if options.verb == "report" else "a JSON"
+        found = "a folder" if path.is_dir() else "a picture"
+        raise ConfigError(f"--output: expected {kind} file, found {found}, {options.output}")
+    refuse_existing(_outputs(options), overwrite=options.overwrite)
+
+
+def _outputs(options: Namespace) -> list[Path]:
+    """The file of a verb, and the picture beside it."""
+    path = Path(options.output)
+    if options.verb != "report":
+        return [path, path.with_suffix(".png")]
+    return [path, path.with_name(f"{path.stem}-losses.png")] if options.losses else [path]
 
 
 def run_tokens(options: Namespace) -> None:
@@ -124,8 +152,9 @@ def run_tokens(options: Namespace) -> None:
     from megatron_ext.analysis.token_report import measure_tokens, token_panels, token_table
 
     report = measure_tokens(options, parse_sets(options.data))
-    _write(options.output, report, token_panels(report), columns=2)
+    _write(options, report, token_panels(report), columns=2)
     print(token_table(report, top=options.top))
+    print(_named(options))
 
 
 def run_embeddings(options: Namespace) -> None:
@@ -140,18 +169,23 @@ def run_embeddings(options: Namespace) -> None:
     )
 
     with redirect_stdout(sys.stderr), _session(options) as session:
+        session.check_models()
         model, found = session.embeddings(options.checkpoint[0], sets)
         if not session.is_writer:
             return
     report = {"verb": "embeddings", "settings": vars(options), "model": model, "sets": {}}
     report["sets"] = {name: describe_dataset(prefix) for name, prefix in sets.items()}
     report |= measure_embeddings(found, seed=options.seed)
-    _write(options.output, report, embedding_panels(report))
+    _write(options, report, embedding_panels(report))
     print(embedding_table(report))
+    print(_named(options))
 
 
 def run_perplexity(options: Namespace) -> None:
-    """Score every set under every checkpoint, and measure how it shifts from the first one."""
+    """Score every set under every checkpoint, and measure how it shifts from the first one.
+
+    What is known is written after each checkpoint, so that a later one that fails does not lose it.
+    """
     from megatron_ext.analysis.perplexity_report import (
         add_shifts,
         perplexity_panels,
@@ -162,14 +196,24 @@ def run_perplexity(options: Namespace) -> None:
     report: dict[str, Any] = {"verb": "perplexity", "settings": vars(options)}
     report |= {"data": {}, "models": {}}
     with redirect_stdout(sys.stderr), _session(options) as session:
-        for directory in options.checkpoint:
-            report["models"][directory] = session.perplexities(directory, sets)
+        session.check_models()
+        if session.is_writer:
+            report["data"] = {name: describe_dataset(prefix) for name, prefix in sets.items()}
+        written = ""
+        try:
+            for number, directory in enumerate(options.checkpoint, start=1):
+                report["models"][directory] = session.perplexities(directory, sets)
+                if session.is_writer:
+                    add_shifts(report, seed=options.seed)
+                    _write(options, report, perplexity_panels(report), overwrite=bool(written))
+                    written = f"{options.output} has {number} of {len(options.checkpoint)} models"
+                    logger.info(written)
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(written) from None
         if not session.is_writer:
             return
-    report["data"] = {name: describe_dataset(prefix) for name, prefix in sets.items()}
-    add_shifts(report, seed=options.seed)
-    _write(options.output, report, perplexity_panels(report))
     print(perplexity_table(report))
+    print(_named(options))
 
 
 def run_report(options: Namespace) -> None:
@@ -179,12 +223,16 @@ def run_report(options: Namespace) -> None:
     from megatron_ext.analysis.report_inputs import read_inputs
 
     inputs = read_inputs(options)
-    path, panels = Path(options.output), curves(inputs)
-    contents = {path: write_page(inputs, title=options.title).encode()}
-    if panels:
-        contents[path.with_name(f"{path.stem}-losses.png")] = render(panels)
-    _publish(contents)
-    print(", ".join(map(str, contents)))
+    contents = [write_page(inputs, title=options.title).encode()]
+    if panels := curves(inputs):
+        contents.append(render(panels))
+    _publish(options, contents)
+    print(_named(options))
+
+
+def _named(options: Namespace) -> str:
+    """The files of a verb, for its last line."""
+    return ", ".join(map(str, _outputs(options)))
 
 
 def _session(options: Namespace) -> AbstractContextManager[Session]:
@@ -196,28 +244,37 @@ def _session(options: Namespace) -> AbstractContextManager[Session]:
 
         cpu.enable()
         from megatron_ext.analysis.session import open_session
+        from megatron_ext.checkpoint.huggingface import choose_tokenizer
+        from megatron_ext.checkpoint.inspect import open_checkpoint
 
     compat.apply()
+    first = open_checkpoint(options.checkpoint[0], flag="--checkpoint")
+    options.tokenizer_type, options.tokenizer_model = choose_tokenizer(options, first)
     return open_session(options, length=options.length)
 
 
 def _write(
-    output: str, report: Mapping[str, Any], panels: Sequence[Panel], *, columns: int = 3
+    options: Namespace,
+    report: Mapping[str, Any],
+    panels: Sequence[Panel],
+    *,
+    columns: int = 3,
+    overwrite: bool = False,
 ) -> None:
-    """Write a JSON file and the picture of it."""
+    """Write a JSON file and the picture of it, also over one of this run's own."""
     from megatron_ext.analysis.figures import render
 
-    path = Path(output)
     text = json.dumps(report, indent=1, ensure_ascii=False, allow_nan=False)
-    picture = render(panels, columns=columns)
-    _publish({path: text.encode(), path.with_suffix(".png"): picture})
+    contents = (text.encode(), render(panels, columns=columns))
+    _publish(options, contents, overwrite=overwrite)
 
 
-def _publish(contents: Mapping[Path, bytes]) -> None:
-    """Write files, all or none; the first is the last to appear."""
-    with AtomicFiles(list(reversed(contents)), overwrite=True) as files:
-        for name, content in contents.items():
-            files[name].write(content)
+def _publish(options: Namespace, contents: Sequence[bytes], *, overwrite: bool = False) -> None:
+    """Write a verb's files, all or none; the first is the last to appear."""
+    paths = _outputs(options)
+    with AtomicFiles(paths[::-1], overwrite=overwrite or options.overwrite) as files:
+        for path, content in zip(paths, contents, strict=True):
+            files[path].write(content)
         files.commit()
 
 

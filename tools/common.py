@@ -74,6 +74,7 @@ def run_tool(main: Callable[[], None]) -> NoReturn:
     except KeyboardInterrupt as stop:
         if launched.variables(os.environ).get("RANK", "0") != "0":
             sys.exit(130)
+        # Raised by the interpreter it says nothing; a tool that has written something says what.
         kept = f"; {stop}" if str(stop) else ", nothing was written"
         sys.exit(_fail(f"{name}: interrupted{kept}", 130))
     sys.exit(0)

@@ -27,7 +27,7 @@ sys.path.insert(0, str(ROOT))
 from examples.demo.report import write_report  # noqa: E402
 from examples.demo.stages import PRESETS, Stage, choose_device, stages  # noqa: E402
 
-BAR = re.compile(r" *\d+%\|")  # tqdm's
+SCORED = re.compile(r"has \d+ of \d+ models$")  # what analyze.py says after each
 # Megatron's console line; with gradient ascent the sum of the terms is negative and stands elsewhere.
 ITERATION = re.compile(r"iteration +(\d+)/ +(\d+) .*?(?:lm loss|replay loss): ([0-9.E+-]+)")
 
@@ -93,11 +93,9 @@ def _follow(process: subprocess.Popen[str], stage: Stage, sink: object) -> int:
 
 
 def _show(stage: Stage, line: str) -> None:
-    """A line of a tool; of the one that runs models its bar alone, where somebody watches."""
-    if stage.name != "perplexity":
+    """A line of a tool; of the one that runs models how far it is, for the report has its table."""
+    if stage.name != "perplexity" or SCORED.search(line):
         print(f"   {line}", flush=True)
-    elif BAR.match(line) and sys.stderr.isatty():
-        print(f"\r   {line}", end="\n" if line.lstrip().startswith("100%") else "", file=sys.stderr)
 
 
 def _printable(command: list[str]) -> str:

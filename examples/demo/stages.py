@@ -101,7 +101,7 @@ def stages(out: Path, settings: Settings) -> list[Stage]:
         Stage(
             "corpus",
             "Real text, synthetic question-answer pairs and instructions",
-            [python, "examples/demo/corpus.py", "--output-dir", str(text)],
+            [python, "examples/demo/corpus.py", "--output-dir", str(text), "--overwrite"],
         ),
         Stage(
             "tokenizer",
@@ -137,7 +137,7 @@ def stages(out: Path, settings: Settings) -> list[Stage]:
             "Perplexity of held-out text under the four models",
             [python, "tools/analyze.py", "perplexity", "--checkpoint", *models, "--data", *held_out]
             + ["--tokenizer-model", tokenizer, "--samples", str(settings.samples)]
-            + ["--output", str(out / "perplexity.json")],
+            + ["--output", str(out / "perplexity.json"), "--overwrite"],
         )
     )
     return plan

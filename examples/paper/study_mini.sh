@@ -86,13 +86,13 @@ held_out=(
     "real=$DATA/real_heldout_text_document" "synthetic=$DATA/synthetic_heldout_text_document"
     "instruction=$DATA/instruction_text_document"
 )
-look=(--tokenizer-model "$TOKENIZER" --samples "$SAMPLES" --seed "$SEED" --data "${held_out[@]}")
+look=(--tokenizer-model "$TOKENIZER" --samples "$SAMPLES" --seed "$SEED" --data "${held_out[@]}" --overwrite)
 stage "$RUN" tokens "$PYTHON" tools/analyze.py tokens "${look[@]}" --output "$RUN/tokens.json"
 stage "$RUN" embeddings "$PYTHON" tools/analyze.py embeddings "${look[@]}" --checkpoint "$RUN/base_lm" \
     --output "$RUN/embeddings.json"
 stage "$RUN" perplexity "$PYTHON" tools/analyze.py perplexity "${look[@]}" --checkpoint "${models[@]/#/$RUN/}" \
     --output "$RUN/perplexity.json"
-stage "$RUN" report "$PYTHON" tools/analyze.py report --output "$RUN/report.html" \
+stage "$RUN" report "$PYTHON" tools/analyze.py report --output "$RUN/report.html" --overwrite \
     --title "The study in miniature, seed $SEED" --tokens "$RUN/tokens.json" \
     --embeddings "$RUN/embeddings.json" --perplexity "$RUN/perplexity.json" \
     --losses "unlearn_lm=$RUN/unlearn_lm/tensorboard" "unlearn_lm_ga=$RUN/unlearn_lm_ga/tensorboard" \

@@ -43,7 +43,8 @@ def final_states(
         a loss mask of 0. Nothing on other stages.
     """
     step = args.micro_batch_size * micro_batches
-    quiet = torch.distributed.get_rank() != 0
+    # On a terminal alone: in a file each redrawing would be another line.
+    quiet = True if torch.distributed.get_rank() != 0 else None
     with tqdm(total=len(samples), unit="sample", disable=quiet, leave=False) as bar:
         for start in range(0, len(samples), step):
             group = samples[start : start + step]

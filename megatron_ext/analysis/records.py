@@ -21,8 +21,10 @@ _SETTINGS = (
     *("lr", "min_lr", "lr_decay_style", "lr_warmup_iters", "weight_decay", "clip_grad", "seed"),
     *("tensor_model_parallel_size", "pipeline_model_parallel_size", "data_parallel_size"),
     *("bf16", "fp16", "use_distributed_optimizer", "pretrained_checkpoint", "finetune"),
-    *("chat_data_path", "chat_epochs", "tokenizer_digest"),
+    *("chat_data_path", "tokenizer_digest"),
 )
+# Of runs that these belong to; their defaults are in the arguments of every run.
+_TUNING = ("chat_epochs",)
 _UNLEARNING = (
     *("forget_loss", "forget_weight", "replay_weight", "mitigation_weight"),
     *("unlearn_composition", "unlearn_reference"),
@@ -42,7 +44,8 @@ def record_run(checkpoint: Checkpoint) -> dict[str, Any]:
     """
     args = checkpoint.args
     forgot = any(getattr(args, f"forget_{split}data_path", None) for split in _SPLITS)
-    names = _SETTINGS + (_UNLEARNING if forgot else ())
+    tuned = getattr(args, "chat_data_path", None)
+    names = _SETTINGS + (_TUNING if tuned else ()) + (_UNLEARNING if forgot else ())
     settings = {name: getattr(args, name, None) for name in names}
     return {
         # A weight of 0 is a setting; what was not asked for is none.

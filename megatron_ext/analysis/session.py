@@ -65,6 +65,17 @@ class Session:
         first = parallel_state.get_tensor_model_parallel_rank() == 0
         return last and first and parallel_state.get_data_parallel_rank() == 0
 
+    def check_models(self) -> None:
+        """Open all checkpoints, without their tensors, and compare them before any of them is run.
+
+        Raises:
+            CheckpointError: one cannot be read, or is of another architecture, vocabulary or tokenizer than
+                the first.
+        """
+        for directory in self.options.checkpoint:
+            checkpoint = open_checkpoint(directory, flag="--checkpoint")
+            check_architecture(checkpoint, self.args, flag="--checkpoint")
+
     def perplexities(self, directory: str, sets: Mapping[str, str]) -> dict[str, Any]:
         """Per-sample scores of every set under a checkpoint.
 

@@ -200,11 +200,17 @@ def _draw_density(axis: Axes, report: Mapping[str, Any], name: str) -> None:
     axis.set_ylim(0, 1.15 * max(curve.max() for curve in curves.values()))
     axis.set(
         title=f"Density over token ids: {name}",
-        xlabel=f"token id (kernel of {report['drawn_bandwidth']:.0f} ids)",
+        xlabel=_kernels(report),
         ylabel="density",
     )
     axis.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
     axis.legend()
+
+
+def _kernels(report: Mapping[str, Any]) -> str:
+    """What the density is drawn with, and what its peaks were found with."""
+    drawn, found = round(report["drawn_bandwidth"], 1), report["settings"]["bandwidth"]
+    return f"token id (drawn with a kernel of {drawn:g} ids; peaks are found with {found:g})"
 
 
 def _named_peaks(

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import json
 import shutil
+from argparse import Namespace
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from transformers import PreTrainedConfig
@@ -19,7 +21,10 @@ from megatron_ext.checkpoint.families import FAMILIES
 from megatron_ext.checkpoint.llama import LlamaLike
 from megatron_ext.checkpoint.weights import parts, zero_shapes
 from megatron_ext.data.tokenizers import TokenizerSpec
-from megatron_ext.exceptions import CheckpointError
+from megatron_ext.exceptions import CheckpointError, ConfigError
+
+if TYPE_CHECKING:
+    from megatron_ext.checkpoint.inspect import Checkpoint
 
 KEPT = "huggingface"
 CONFIG, GENERATION = "config.json", "generation_config.json"
@@ -73,6 +78,27 @@ def read_config(folder: Path) -> PreTrainedConfig:
 def tokenizer_spec(folder: Path) -> TokenizerSpec:
     """The tokenizer of a folder, in Megatron's terms."""
     return TokenizerSpec(tokenizer_type=TOKENIZER_TYPE, tokenizer_model=str(folder))
+
+
+def choose_tokenizer(options: Namespace, checkpoint: Checkpoint) -> tuple[str, str]:
+    """Type and model of the command line's tokenizer, or else of the one recorded with a checkpoint.
+
+    Args:
+        options: ``tokenizer_type`` and ``tokenizer_model``, each ``None`` where it was not given.
+        checkpoint: an opened checkpoint.
+
+    Raises:
+        ConfigError: neither names a tokenizer.
+    """
+    saved, kept = checkpoint.args, checkpoint.directory / KEPT
+    kind = getattr(saved, "tokenizer_type", None) or TOKENIZER_TYPE
+    model = getattr(saved, "tokenizer_model", None)
+    if kept.is_dir():
+        kind, model = TOKENIZER_TYPE, str(kept)
+    model = options.tokenizer_model or model
+    if model is None:
+        raise ConfigError(f"--tokenizer-model: expected a tokenizer, {checkpoint.path} names none")
+    return options.tokenizer_type or kind, str(model)
 
 
 def copy_files(source: Path, target: Path, names: tuple[str, ...]) -> None:

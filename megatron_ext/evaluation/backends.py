@@ -112,7 +112,12 @@ def _huggingface(options: Namespace, template: Path | None) -> Iterator[tuple[Ge
             f"--model {options.model}: expected a Hugging Face folder with --backend huggingface, found no "
             f"{CONFIG} in it{other}"
         )
-    codec = Codec(_spec(options, tokenizer_spec(options.model)), template=template)
+    recorded = tokenizer_spec(options.model)
+    spec = TokenizerSpec(
+        tokenizer_type=options.tokenizer_type or recorded.tokenizer_type,
+        tokenizer_model=options.tokenizer_model or recorded.tokenizer_model,
+    )
+    codec = Codec(spec, template=template)
     yield (
         HuggingFaceGenerator(
             options.model, batch_size=options.micro_batch_size, vocab_size=codec.vocab_size
@@ -125,7 +130,7 @@ def _huggingface(options: Namespace, template: Path | None) -> Iterator[tuple[Ge
 def _megatron(options: Namespace, template: Path | None) -> Iterator[tuple[Generator, Codec]]:
     with collector.paused():
         from megatron_ext.analysis.session import open_session
-        from megatron_ext.checkpoint.huggingface import KEPT, TOKENIZER_TYPE, tokenizer_spec
+        from megatron_ext.checkpoint.huggingface import choose_tokenizer
         from megatron_ext.checkpoint.inspect import check_architecture, open_checkpoint
         from megatron_ext.evaluation.megatron_generator import MegatronGenerator
         from megatron_ext.frozen import FrozenModel
@@ -133,16 +138,8 @@ def _megatron(options: Namespace, template: Path | None) -> Iterator[tuple[Gener
 
     compat.apply()
     checkpoint = open_checkpoint(options.model, flag="--model")
-    kept = options.model / KEPT
-    if kept.is_dir():
-        recorded = tokenizer_spec(kept)
-    else:
-        saved = checkpoint.args
-        recorded = TokenizerSpec(
-            tokenizer_type=saved.tokenizer_type or TOKENIZER_TYPE,
-            tokenizer_model=str(saved.tokenizer_model),
-        )
-    spec = _spec(options, recorded)
+    kind, tokenizer = choose_tokenizer(options, checkpoint)
+    spec = TokenizerSpec(tokenizer_type=kind, tokenizer_model=tokenizer)
     try:
         codec = Codec(spec, template=template)
     except ConfigError as error:
@@ -167,11 +164,3 @@ def _megatron(options: Namespace, template: Path | None) -> Iterator[tuple[Gener
                 session.model_config, args=session.args, checkpoint=checkpoint, flag="--model"
             )
         yield MegatronGenerator(model, args=session.args), codec
-
-
-def _spec(options: Namespace, recorded: TokenizerSpec) -> TokenizerSpec:
-    """The tokenizer of the command line, or else the model's own."""
-    return TokenizerSpec(
-        tokenizer_type=options.tokenizer_type or recorded.tokenizer_type,
-        tokenizer_model=options.tokenizer_model or recorded.tokenizer_model,
-    )

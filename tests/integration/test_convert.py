@@ -165,8 +165,7 @@ def perplexities(server, world, source, checkpoint, *layout, ranks=1):
     prefix, output = world / "text_text_document", world / "perplexity.json"
     arguments = (
         *("perplexity", "--checkpoint", checkpoint, "--data", f"text={prefix}", "--samples", 10),
-        *("--tokenizer-type", "HuggingFaceTokenizer", "--output", output),
-        *("--tokenizer-model", checkpoint / "huggingface", *layout),
+        *("--output", output, "--overwrite", *layout),
     )
     server.tool("analyze", *arguments, ranks=ranks)
     (report,) = json.loads(output.read_text())["models"].values()

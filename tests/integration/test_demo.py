@@ -32,6 +32,7 @@ def test_ends_with_table_plots_and_verdict(finished):
     directory, output = finished
     for model in ("BaseLM", "SynthLM", "UnlearnLM", "UnlearnLM (GA)"):
         assert f"\n{model} " in output
+    assert "perplexity.json has 4 of 4 models\n" in output
     # So few steps teach nothing: the demo must say that the pattern does not show.
     assert "NOT SEEN" in output
     assert "Part of the paper's pattern does not show in this run" in output
@@ -56,7 +57,10 @@ def test_second_call_reuses_what_is_finished(finished):
     lost = directory / "data" / "instruction_text_document.idx"
     lost.unlink()
     (directory / "finished" / "data-instruction").unlink()
-    assert demo(directory).stdout.count("finished before") == 11
+    # So is one whose end was cut off: its outputs are there.
+    for stage in ("corpus", "perplexity"):
+        (directory / "finished" / stage).unlink()
+    assert demo(directory).stdout.count("finished before") == 9
     assert lost.is_file()
 
 

@@ -56,7 +56,7 @@ def test_command_on_one_rank(tiny, server, tmp_path):
     printed = server.tool(
         *("analyze", "embeddings", "--checkpoint", tiny.base),
         *("--data", f"text={tiny.replay}", f"sums={tiny.forget}"),
-        *("--tokenizer-model", tiny.tokenizer, "--samples", SAMPLES, "--seed", SEED),
+        *("--samples", SAMPLES, "--seed", SEED),
         *("--output", output, "--length", SHORT + 1),
     )
     report = json.loads(output.read_text())
@@ -67,6 +67,8 @@ def test_command_on_one_rank(tiny, server, tmp_path):
     assert pair["accuracy"] == pytest.approx(numbers.accuracy, abs=0.01)
     assert pair["overlap"] == pytest.approx(numbers.overlap, abs=0.01)
     assert f"{pair['accuracy']:.1%}" in printed
+    assert f"{output}, {output.with_suffix('.png')}" in printed.splitlines()
+    assert "\r" not in printed  # a bar's, where nobody watches
     assert "arguments" not in printed  # Megatron's
     assert [len(report["map"][name]) for name in ("text", "sums")] == [len(part) for part in rows]
     assert report["model"]["iteration"] == 40

@@ -10,7 +10,7 @@ import torch
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
 from tests.helpers import llama, naive_gpt
-from tests.helpers.entry import ROOT
+from tests.helpers.entry import ROOT, Launch
 from tests.helpers.tiny import SEQUENCE, VOCAB
 
 HEADS, GROUPS = 4, 2
@@ -47,10 +47,13 @@ def test_agrees_with_naive(layout, tiny, server, expected, tmp_path):
     models = [str(tiny.base)] if flags else [str(tiny.base), str(tiny.reference)]
     said = server.tool(
         *("analyze", "perplexity", "--checkpoint", *models, "--data", f"pairs={tiny.forget}"),
-        *("--tokenizer-model", tiny.tokenizer, "--samples", 1_000_000, "--output", output, *flags),
+        *("--samples", 1_000_000, "--output", output, *flags),
         ranks=ranks,
     )
+    assert f"{output}, {output.with_suffix('.png')}" in said.splitlines()
+    assert "\r" not in said  # a bar's, where nobody watches
     report = json.loads(output.read_text())
+    assert report["settings"]["tokenizer_model"] == str(tiny.tokenizer)  # the checkpoint's
     assert list(report["models"]) == models
     found = report["models"][models[0]]["sets"]["pairs"]
     losses, probabilities = expected
@@ -66,6 +69,7 @@ def test_agrees_with_naive(layout, tiny, server, expected, tmp_path):
         shift = other["sets"]["pairs"]["summary"]["loss"]["shift"]
         difference = np.mean(other["sets"]["pairs"]["loss"]) - losses.mean()
         assert shift["value"] == pytest.approx(difference, rel=1e-3)
+        assert f"{output} has 2 of 2 models" in said
         assert f"reference {other['sets']['pairs']['corpus_perplexity']:>11.2f}" in said
         assert (other["iteration"], other["run"]["settings"]["train_iters"]) == (20, 40)
 
@@ -83,7 +87,7 @@ def test_another_tokenizer_is_refused(tiny, tmp_path):
     assert not (tmp_path / "out.json").exists()
 
 
-def test_of_an_imported_model(server, tmp_path):
+def test_of_an_imported_model(tiny, server, tmp_path):
     """A user's own model and tokenizer, against `transformers`."""
     model = llama.save(tmp_path / "model")
     (tmp_path / "text.jsonl").write_text(
@@ -101,11 +105,24 @@ def test_of_an_imported_model(server, tmp_path):
     server.tool(*take, start)
     server.tool(*take, rounded, "--dtype", "bfloat16")
     said = server.tool(
-        *("analyze", "perplexity", "--checkpoint", start, rounded, *kind),
+        *("analyze", "perplexity", "--checkpoint", start, rounded),
         *("--data", f"own={prefix}_text_document", "--output", output),
     )
     precision = f"{rounded} was trained in bf16 and is computed in fp32, as --checkpoint {start} is"
     assert precision in said
+    # Two that cannot be compared with it are refused before it is scored.
+    wrong = {str(tmp_path / "nowhere"): "found nothing at", str(tiny.base): "expected at most 64"}
+    words = ("--data", f"own={prefix}_text_document", "--output", tmp_path / "none.json")
+    launches = [
+        Launch(
+            ("perplexity", "--checkpoint", start, other, *words), script=ROOT / "tools/analyze.py"
+        )
+        for other in wrong
+    ]
+    for (code, said), message in zip(server.results(launches), wrong.values(), strict=True):
+        assert code == 2, said
+        assert message in said.splitlines()[-1]
+        assert "1 of 2 models" not in said
     scored, other = json.loads(output.read_text())["models"].values()
     assert (scored["computed_in"], other["computed_in"]) == ("fp32", "fp32")
     documents = IndexedDataset(f"{prefix}_text_document")

@@ -65,6 +65,7 @@ def tokens_file():
     curve = {"documents": 10, "tokens": 20, "density": [0.1] * 8, "data": data}
     overuse = {"structural_share": 0.1, "baseline_structural_share": 0.001, "tokens": [token]}
     report = {"verb": "tokens", "baseline": "real", "grid": list(range(8)), "drawn_bandwidth": 1.0}
+    report["settings"] = {"bandwidth": 1.0}
     return report | {"sets": {"real": curve, "qa": curve}, "overuse": {"qa": overuse}}
 
 
@@ -209,8 +210,12 @@ def test_rows_of_the_paper_are_set_apart(page):
 
 def test_the_tool_says_what_it_wrote(files, tmp_path, monkeypatch, capsys):
     output = tmp_path / "report.html"
-    report(monkeypatch, "--losses", f"a={files}/losses", "--output", output)
-    assert capsys.readouterr().out == f"{output}, {tmp_path / 'report-losses.png'}\n"
+    picture, losses = tmp_path / "report-losses.png", ("--losses", f"a={files}/losses")
+    picture.write_text("old")
+    with pytest.raises(MegatronExtError, match=r"report-losses\.png exists: give --overwrite"):
+        report(monkeypatch, *losses, "--output", output)
+    report(monkeypatch, *losses, "--output", output, "--overwrite")
+    assert capsys.readouterr().out == f"{output}, {picture}\n"
 
 
 def test_report_without_unlearning(files, tmp_path, monkeypatch):

@@ -2,9 +2,11 @@
 
 from argparse import Namespace
 
+import pytest
 from megatron.core.transformer.enums import AttnBackend
 
 from megatron_ext.analysis import session
+from megatron_ext.exceptions import CheckpointError
 
 
 def test_a_tool_attends_by_flash_whatever_training_did():
@@ -17,3 +19,24 @@ def test_a_tool_attends_by_flash_whatever_training_did():
     native = args.transformer_impl == "local"
     assert (args.attention_backend is AttnBackend.flash) == native
     assert (args.num_layers, args.seq_length) == (2, 8)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("num_layers", 3, "expected --num-layers 2, as this run has, found 3 in b"),
+        ("unpadded_vocab_size", 400, "expected the tokenizer of b"),
+        ("tokenizer_digest", "other", "expected the tokenizer of b"),
+    ],
+)
+def test_every_model_is_compared_before_any_is_run(name, value, message, monkeypatch):
+    args = Namespace(num_layers=2, seq_length=8, unpadded_vocab_size=300, tokenizer_digest="one")
+    saved = {"a": args, "b": Namespace(**vars(args) | {name: value})}
+    monkeypatch.setattr(
+        session, "open_checkpoint", lambda path, flag: Namespace(args=saved[path], path=path)
+    )
+    opened = session.Session(args, Namespace(checkpoint=["a", "b"]), None, eod=2)
+    with pytest.raises(CheckpointError, match=message):
+        opened.check_models()
+    opened.options.checkpoint.pop()
+    opened.check_models()

@@ -5,8 +5,10 @@ import sys
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 
 from megatron_ext.analysis.samples import check_samples, describe_dataset, parse_sets, read_samples
+from megatron_ext.analysis.token_report import token_panels
 from megatron_ext.analysis.tokens import count_tokens, density, find_overuse
 from megatron_ext.exceptions import ConfigError, DataError, MegatronExtError
 from tests.helpers.text import train_sentencepiece, write_dataset
@@ -149,8 +151,25 @@ def test_command(sets, tmp_path, monkeypatch, capsys):
     share = sum(token["count"] for token in tokens) / 24000
     assert report["overuse"]["planted"]["structural_share"] == pytest.approx(share)
     assert all(token["piece"] in printed for token in tokens)
+    assert printed.splitlines()[-1] == f"{output}, {output.with_suffix('.png')}"
     assert report["sets"]["real"]["data"] == describe_dataset(sets["real"])
     assert output.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_picture_and_help_agree_on_the_kernel(monkeypatch, capsys):
+    axis = Figure().subplots()
+    curve = {"density": [0.0, 1.0, 0.0]}
+    report = {"baseline": "real", "grid": [0, 1, 2], "sets": {"real": curve, "qa": curve}}
+    report |= {"overuse": {"qa": {"tokens": []}}, "drawn_bandwidth": 4096 / 250}
+    draw, _ = token_panels(report | {"settings": {"bandwidth": 1.0}})
+    draw(axis)
+    assert axis.get_xlabel() == (
+        "token id (drawn with a kernel of 16.4 ids; peaks are found with 1)"
+    )
+    with pytest.raises(SystemExit):
+        analyze(monkeypatch, "--help")
+    said = " ".join(capsys.readouterr().out.split())
+    assert "the kernel that finds peaks (default 1.0); pictures are drawn with one of 1/250" in said
 
 
 def test_bad_inputs(sets, tmp_path, monkeypatch):
