@@ -33,7 +33,7 @@ from megatron_ext.runtime import console
 console.quiet()
 
 from megatron_ext.analysis.samples import describe_dataset, parse_sets  # noqa: E402
-from megatron_ext.data.atomic import AtomicFiles, refuse_existing  # noqa: E402
+from megatron_ext.data.atomic import AtomicFiles, check_place, refuse_existing  # noqa: E402
 from megatron_ext.exceptions import ConfigError  # noqa: E402
 from tools.common import ToolParser, run_tool  # noqa: E402
 
@@ -136,6 +136,7 @@ def _check(options: Namespace) -> None:
         kind = "an HTML" if options.verb == "report" else "a JSON"
         found = "a folder" if path.is_dir() else "a picture"
         raise ConfigError(f"--output: expected {kind} file, found {found}, {options.output}")
+    check_place(options.output, flag="--output")
     refuse_existing(_outputs(options), overwrite=options.overwrite)
 
 

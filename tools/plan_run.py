@@ -19,7 +19,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from megatron_ext.data.atomic import write_atomically
+from megatron_ext.data.atomic import check_place, write_atomically
 from megatron_ext.exceptions import ConfigError
 from megatron_ext.planning.flags import entry_flags
 from megatron_ext.planning.gpus import GPUS, Cluster
@@ -95,6 +95,8 @@ def main() -> None:
     words = sys.argv[1:]
     cut = words.index("--") if "--" in words else len(words)
     options, run = parse_options(words[:cut]), words[cut + 1 :]
+    if options.output is not None:
+        check_place(options.output, flag="--output")
     numbers = plan(entry_flags(run), cluster(options), ranked=options.rank_layouts)
     failure = None
     if options.check:

@@ -41,8 +41,8 @@ class AtomicFiles:
         overwrite: Whether files that exist already may be replaced.
 
     Raises:
-        ConfigError: A path exists and `overwrite` is false, it is a folder, or its folder cannot be
-            made or written to.
+        ConfigError: A path exists and `overwrite` is false, or it is a folder.
+        OSError: The directory cannot be written.
         DataError: Another process is writing to the same destination.
     """
 
@@ -142,8 +142,7 @@ def refuse_existing(paths: Sequence[Path], *, overwrite: bool = False) -> None:
     """Refuses, before any work, what `AtomicFiles` would refuse after it.
 
     Raises:
-        ConfigError: A path exists and `overwrite` is false, it is a folder, or its folder cannot be
-            made or written to.
+        ConfigError: A path exists and `overwrite` is false, or it is a folder.
     """
     folder = next((path for path in paths if path.is_dir()), None)
     if folder is not None:
@@ -151,19 +150,6 @@ def refuse_existing(paths: Sequence[Path], *, overwrite: bool = False) -> None:
     existing = [path for path in paths if path.exists()]
     if existing and not overwrite:
         raise taken(existing[0])
-    for path in paths:
-        _refuse_place(path)
-
-
-def _refuse_place(path: Path) -> None:
-    """Refuses a path below a file, or in a folder that takes no new files."""
-    place = path.absolute().parent
-    while not place.exists():
-        place = place.parent
-    if not place.is_dir():
-        raise ConfigError(f"{path}: expected a place to write, found a file at {place}")
-    if not os.access(place, os.W_OK | os.X_OK):
-        raise ConfigError(f"{path}: expected a place to write, found {place}, where you may not")
 
 
 def check_place(path: str | Path, *, flag: str, is_folder: bool = False) -> None:

@@ -63,7 +63,7 @@ def test_places_that_cannot_be_written_are_refused_before_any_work(verb, text, c
     (tmp_path / "folder").mkdir()
     (tmp_path / "y.png").mkdir()
     cases = {
-        "expected a place to write, found a file at": tmp_path / "file" / "x" / "out.json",
+        "found that .*file is a file": tmp_path / "file" / "x" / "out.json",
         "expected a JSON file, found a folder": tmp_path / "folder",
         "expected a JSON file, found a picture": tmp_path / "x.png",
         "y.png: expected a file to write, or nothing, found a folder": tmp_path / "y.json",
@@ -75,7 +75,7 @@ def test_places_that_cannot_be_written_are_refused_before_any_work(verb, text, c
 
 def test_a_folder_without_permission_is_refused(text, call, tmp_path, monkeypatch):
     monkeypatch.setattr("os.access", lambda path, mode: path != tmp_path)  # root may write anywhere
-    with pytest.raises(ConfigError, match=f"found {tmp_path}, where you may not"):
+    with pytest.raises(ConfigError, match=f"^--output .* found that {tmp_path} cannot be"):
         call("perplexity", "--checkpoint", "a", *text, "--output", tmp_path / "new" / "out.json")
 
 
