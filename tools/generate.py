@@ -33,6 +33,7 @@ def main() -> None:
         sampling_from,
     )
     from megatron_ext.evaluation.completion import complete_all
+    from megatron_ext.evaluation.journal import kept_from_before
     from megatron_ext.evaluation.records import (
         open_journal,
         read_prompts,
@@ -53,7 +54,7 @@ def main() -> None:
         check_place(options.output, flag="--output")
     records = read_prompts(options.input)
     refuse_existing([options.output], overwrite=options.overwrite)
-    with open_generator(options) as (generator, codec):
+    with kept_from_before(options.output), open_generator(options) as (generator, codec):
         requests = requests_of(records, codec, sampling)
         settings: dict[str, Any] = {
             "model": generator.identity,

@@ -21,7 +21,7 @@ from megatron_ext.evaluation.backends import (
 )
 from megatron_ext.evaluation.completion import complete_all
 from megatron_ext.evaluation.followbench_data import KINDS, Checkout, Question
-from megatron_ext.evaluation.journal import Journal
+from megatron_ext.evaluation.journal import Journal, kept_from_before
 from megatron_ext.evaluation.judge import Judge, add_judge_arguments, ask_all, judge_from
 from megatron_ext.evaluation.records import check_name, open_journal, read_records, write_records
 from megatron_ext.exceptions import ConfigError
@@ -81,12 +81,12 @@ def _answer(options: Namespace, questions: Mapping[str, list[Question]]) -> None
     if not wanted:
         return
     sampling = sampling_from(options)
-    with open_generator(options) as (generator, codec):
+    place = options.output_dir / f"followbench-{options.name}"
+    with kept_from_before(place), open_generator(options) as (generator, codec):
         asked = [question for kind in wanted for question in questions[kind]]
         settings: dict[str, Any] = {"model": generator.identity, "sampling": vars(sampling)}
         settings["template"] = codec.template.source
         settings["questions"] = [question.instruction for question in asked]
-        place = options.output_dir / f"followbench-{options.name}"
         with open_journal(generator, place, settings) as journal:
             requests = bench.requests(asked, codec, sampling)
             done = complete_all(generator, codec, requests, journal=journal, title="answers")

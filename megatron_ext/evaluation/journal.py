@@ -20,6 +20,19 @@ logger = logging.getLogger(__name__)
 SUFFIX = ".progress"
 
 
+@contextmanager
+def kept_from_before(output: Path) -> Iterator[None]:
+    """Say, when a run is interrupted before it opens its journal, that there is one of an earlier run."""
+    try:
+        yield
+    except KeyboardInterrupt as stop:
+        path = output.with_name(output.name + SUFFIX)
+        if not str(stop) and path.exists():
+            message = f"{path} is kept, the same command goes on from there"
+            raise KeyboardInterrupt(message) from stop
+        raise
+
+
 class Journal:
     """Results by key, in a file beside the output until that is written.
 

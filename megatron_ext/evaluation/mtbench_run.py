@@ -17,7 +17,7 @@ from megatron_ext.evaluation import mtbench as bench
 from megatron_ext.evaluation import paper
 from megatron_ext.evaluation.backends import add_model_arguments, open_generator
 from megatron_ext.evaluation.completion import Codec, Generator, complete_all
-from megatron_ext.evaluation.journal import Journal
+from megatron_ext.evaluation.journal import Journal, kept_from_before
 from megatron_ext.evaluation.judge import Judge, add_judge_arguments, ask_all, judge_from
 from megatron_ext.evaluation.records import check_name, open_journal, read_records, write_records
 from megatron_ext.evaluation.sampling import Sampling
@@ -93,7 +93,7 @@ def _answer(options: Namespace, questions: Sequence[bench.Question], file: Path)
     sampling = Sampling(
         max_new_tokens=options.max_new_tokens, top_p=options.top_p, seed=options.seed
     )
-    with open_generator(options) as (generator, codec):
+    with kept_from_before(file), open_generator(options) as (generator, codec):
         settings: dict[str, Any] = {"model": generator.identity, "sampling": vars(sampling)}
         settings["template"] = codec.template.source
         settings["questions"] = [[q.id, *q.turns] for q in questions]

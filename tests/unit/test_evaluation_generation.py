@@ -11,7 +11,7 @@ from tokenizers import processors
 from megatron_ext.checkpoint.huggingface import tokenizer_spec
 from megatron_ext.data.tokenizers import TokenizerSpec
 from megatron_ext.evaluation.completion import Codec, complete_all
-from megatron_ext.evaluation.journal import Journal
+from megatron_ext.evaluation.journal import Journal, kept_from_before
 from megatron_ext.evaluation.records import (
     read_prompts,
     read_records,
@@ -140,6 +140,16 @@ def test_an_interrupted_run_goes_on(tmp_path, codec, caplog):
         assert len(journal) == 5
         journal.remove()
     assert not list(tmp_path.iterdir())
+
+
+def test_a_start_that_is_interrupted_says_what_an_earlier_one_left(tmp_path):
+    output = tmp_path / "out"
+    for message in ("^$", r"^.*out\.progress is kept, the same command goes on from there$"):
+        with pytest.raises(KeyboardInterrupt, match=message), kept_from_before(output):
+            raise KeyboardInterrupt
+        (tmp_path / "out.progress").touch()
+    with pytest.raises(KeyboardInterrupt, match=r"^2 of 6$"), kept_from_before(output):
+        raise KeyboardInterrupt("2 of 6")
 
 
 def test_prompts_and_conversations_become_tokens(codec, caplog):
