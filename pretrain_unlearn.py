@@ -13,6 +13,7 @@ import time
 
 _PROGRAM_START = time.time()
 
+import contextlib  # noqa: E402
 import logging  # noqa: E402
 import multiprocessing  # noqa: E402
 import os  # noqa: E402
@@ -137,7 +138,11 @@ def main() -> None:
 
 
 def _leave(code: int) -> NoReturn:
-    """End at once, with all that was started."""
+    """End at once, with all that was started; TensorBoard holds back what two minutes have logged."""
+    state = sys.modules.get("megatron.training.global_vars")
+    if writer := getattr(state, "_GLOBAL_TENSORBOARD_WRITER", None):
+        with contextlib.suppress(OSError):  # a full disk may be why the run ends
+            writer.flush()
     # The process that writes checkpoints would outlive this one, and keep its output open.
     for child in multiprocessing.active_children():
         child.kill()

@@ -8,7 +8,7 @@ import sentencepiece
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
 from megatron_ext.finite import MOST_SKIPPED
-from tests.helpers.entry import ROOT, Launch, Run
+from tests.helpers.entry import ROOT, Launch
 from tests.helpers.poisoned import POISON_STEP
 from tests.helpers.tiny import BATCH, FORGET
 
@@ -36,8 +36,11 @@ def runs(tiny, server, token, runs_directory):
     scaled = ("--fp16", "--initial-loss-scale", 4, "--train-iters", 2 * POISON_STEP + MOST_SKIPPED)
     scaled += ("--save-interval", 100, "--save", runs_directory / "bad_fp16")
     launches.append(Launch(("lasting:", *tiny.unlearn(*scaled)), script=SCRIPT))
-    results = zip(("loss", "gradient", "fp16"), server.results(launches), strict=True)
-    return {name: Run(*result, {}) for name, result in results}
+    names = ("loss", "gradient", "fp16")
+    logs = runs_directory / "tensorboard_finite"
+    return {
+        name: server.run(launch, logs / name) for name, launch in zip(names, launches, strict=True)
+    }
 
 
 def check_end(result, saved):
@@ -82,4 +85,6 @@ def test_a_loss_scale_that_cannot_fall_ends_the_run(runs, runs_directory):
         in error
     )
     assert "its samples: sample " in error
+    # All steps before are logged, though no save had them written.
+    assert max(result.scalars["unlearn loss"]) == at_least + MOST_SKIPPED - 2
     assert not (runs_directory / "bad_fp16").exists()
