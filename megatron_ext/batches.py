@@ -31,7 +31,7 @@ def check_layout(args: Namespace) -> None:
     if micro is None:
         return
     data_parallel = args.world_size // math.prod(sizes.values())
-    if batch is not None:
+    if batch is not None and not args.decrease_batch_size_if_needed:
         check_batch_size(batch, micro=micro, data_parallel=data_parallel)
     evaluated, part = args.eval_global_batch_size, args.eval_micro_batch_size
     if evaluated is None and part is None:
