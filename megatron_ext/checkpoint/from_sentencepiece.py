@@ -18,6 +18,7 @@ from megatron_ext.data.tokenizers import (
     HuggingFaceReference,
     SentencePieceReference,
     TokenizerSpec,
+    record_origin,
 )
 from megatron_ext.exceptions import ConfigError
 
@@ -44,6 +45,7 @@ def write_tokenizer(model: Path, folder: Path) -> None:
     reference = SentencePieceReference(spec)
     _fast(_proto(reference, model), reference).save_pretrained(folder)
     _compare(reference, HuggingFaceReference(tokenizer_spec(folder), flag=_FLAG), model)
+    record_origin(folder, model)
 
 
 def _proto(reference: SentencePieceReference, model: Path) -> Any:

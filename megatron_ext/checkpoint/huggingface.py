@@ -20,7 +20,7 @@ from transformers import PreTrainedConfig
 from megatron_ext.checkpoint.families import FAMILIES
 from megatron_ext.checkpoint.llama import LlamaLike
 from megatron_ext.checkpoint.weights import parts, zero_shapes
-from megatron_ext.data.tokenizers import TokenizerSpec
+from megatron_ext.data.tokenizers import ORIGIN_FILE, TokenizerSpec
 from megatron_ext.exceptions import CheckpointError, ConfigError
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ KEPT = "huggingface"
 CONFIG, GENERATION = "config.json", "generation_config.json"
 TOKENIZER_FILES = (
     *("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json"),
-    *("added_tokens.json", "vocab.json", "merges.txt", "vocab.txt"),
+    *("added_tokens.json", "vocab.json", "merges.txt", "vocab.txt", ORIGIN_FILE),
     *("chat_template.jinja", "chat_template.json", "chat_templates", "additional_chat_templates"),
 )
 TOKENIZER_TYPE = "HuggingFaceTokenizer"

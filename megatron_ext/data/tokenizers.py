@@ -7,6 +7,7 @@ each worker.
 
 import hashlib
 import itertools
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,8 @@ _VOCABULARIES = (
     ("vocab.json", "merges.txt"),
     ("vocab.txt",),
 )
+# Beside a tokenizer that was made of a SentencePiece model: the digests of that and of `tokenizer.json`.
+ORIGIN_FILE, _MADE = "sentencepiece_origin.json", "tokenizer.json"
 # Flat ids `[tokens]` and int64 bounds `[texts + 1]` of each text in them.
 Encoded = tuple[NDArray[Any], NDArray[np.int64]]
 
@@ -155,9 +158,15 @@ def build_reference(spec: TokenizerSpec) -> SentencePieceReference | HuggingFace
 
 
 def tokenizer_digest(spec: TokenizerSpec) -> str:
-    """SHA-256 of a tokenizer's model: its file, or the files of a Hugging Face vocabulary."""
+    """SHA-256 of a tokenizer's model: its file, or the files of a Hugging Face vocabulary.
+
+    A folder that `record_origin` has marked has the digest of the SentencePiece model that it was made of,
+    whose ids it gives: data and models of the one are data and models of the other.
+    """
     if spec.tokenizer_type in SENTENCEPIECE_TYPES:
-        return hashlib.sha256(Path(spec.tokenizer_model).read_bytes()).hexdigest()
+        return _sha256(Path(spec.tokenizer_model))
+    if origin := _origin(Path(spec.tokenizer_model)):
+        return origin
     from transformers.utils import cached_file
 
     digest = hashlib.sha256()
@@ -173,6 +182,25 @@ def tokenizer_digest(spec: TokenizerSpec) -> str:
     raise ConfigError(
         f"--tokenizer-model {spec.tokenizer_model}: no tokenizer.json or vocabulary file"
     )
+
+
+def record_origin(folder: Path, model: Path) -> None:
+    """Note in the folder of a Hugging Face tokenizer which SentencePiece model it was made of."""
+    note = {name: _sha256(path) for name, path in (("of", model), ("is", folder / _MADE))}
+    (folder / ORIGIN_FILE).write_text(json.dumps(note) + "\n")
+
+
+def _origin(folder: Path) -> str | None:
+    """The digest that `record_origin` noted, if the tokenizer is still the same."""
+    try:
+        note = json.loads((folder / ORIGIN_FILE).read_text())
+        return str(note["of"]) if note["is"] == _sha256(folder / _MADE) else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def bounds_of(lengths: Sequence[int]) -> NDArray[np.int64]:

@@ -249,6 +249,27 @@ def test_a_model_with_a_sentencepiece_tokenizer_is_exported_with_one_of_the_same
     assert ids.tolist() == [processor.encode(text)]
     with torch.no_grad():  # by a model that has seen such sums, and uniform guesses cost 6.2 nats
         assert model(ids, labels=ids).loss < 5
+    # Back again, it is trained on the data that it came from.
+    server.tool(
+        "convert_checkpoint", "import", "--source", tmp_path / "new", "--output", tmp_path / "back"
+    )
+    flags = (tmp_path / "back" / "ARGS.txt").read_text().split()
+    launch = Launch(
+        [*flags, "--pretrained-checkpoint", tmp_path / "back", "--data-path", tiny.replay]
+        + [
+            "--split",
+            "100,0,0",
+            "--micro-batch-size",
+            4,
+            "--global-batch-size",
+            4,
+            "--seq-length",
+            64,
+        ]
+        + ["--train-iters", 1, "--lr", 1e-3, "--eval-iters", 0, "--log-interval", 1]
+    )
+    again = succeed(server.run(launch, tmp_path / "tensorboard"))
+    assert again.scalars["lm loss"][1] < 5
     other = subprocess.run(
         [sys.executable, str(ROOT / "tools" / "convert_checkpoint.py"), *map(str, export[1:])]
         + [str(tmp_path / "other"), "--tokenizer", train_sentencepiece(tmp_path / "other.model")],

@@ -1,10 +1,14 @@
 """A SentencePiece model as a Hugging Face tokenizer: the same ids, or a refusal."""
 
+import hashlib
+
 import pytest
 import sentencepiece
 from transformers import AutoTokenizer
 
 from megatron_ext.checkpoint import from_sentencepiece
+from megatron_ext.checkpoint.huggingface import TOKENIZER_FILES, copy_files
+from megatron_ext.data.tokenizers import TokenizerSpec, tokenizer_digest
 from megatron_ext.data.train_tokenizer import TrainTokenizerConfig, train_tokenizer
 from megatron_ext.exceptions import ConfigError
 from tests.helpers.text import make_texts, train_sentencepiece, write_jsonl
@@ -36,6 +40,30 @@ def test_ids_and_text_are_those_of_sentencepiece(model, tmp_path):
     # In text SentencePiece reads no special token; chat templates need it to be one here.
     assert ours("a</s>").input_ids == [*theirs.encode("a"), theirs.eos_id()]
     assert theirs.eos_id() not in theirs.encode("a</s>")
+
+
+def test_data_of_the_one_are_data_of_the_other(model, tmp_path):
+    def digest(kind, path):
+        return tokenizer_digest(TokenizerSpec(tokenizer_type=kind, tokenizer_model=str(path)))
+
+    folder, copied = tmp_path / "made", tmp_path / "copied"
+    for each in (folder, copied):
+        each.mkdir()
+    from_sentencepiece.write_tokenizer(model, folder)
+    copy_files(folder, copied, TOKENIZER_FILES)  # as an import does
+    for each in (folder, copied):
+        assert digest("HuggingFaceTokenizer", each) == digest("SentencePieceTokenizer", model)
+    # Its vocabulary was changed since, or the note was lost or cut short.
+    changed = (copied / "tokenizer.json").read_text() + "\n"
+    (copied / "tokenizer.json").write_text(changed)
+    own = hashlib.sha256(changed.encode()).hexdigest()
+    assert digest("HuggingFaceTokenizer", copied) == own
+    note = copied / "sentencepiece_origin.json"
+    for text in ("", "[]", "{}", "null"):
+        note.write_text(text)
+        assert digest("HuggingFaceTokenizer", copied) == own
+    note.unlink()
+    assert digest("HuggingFaceTokenizer", copied) == own
 
 
 @pytest.mark.parametrize(
