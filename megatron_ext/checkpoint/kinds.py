@@ -12,7 +12,6 @@ logger = logging.getLogger(__name__)
 
 # What the objective is made of; each may change in a run, but not unseen.
 _OBJECTIVE = ("forget_loss", "forget_weight", "replay_weight", "mitigation_weight", "fp32_logits")
-_ELSE = "to train on from its weights, name it with --pretrained-checkpoint, or add --finetune"
 
 
 def check_unlearning(start: Start, composition: dict[str, int]) -> None:
@@ -64,7 +63,8 @@ def check_plain(start: Start, args: Namespace) -> None:
         if mark is not None:
             raise ConfigError(
                 f"--load {start.checkpoint.directory}: expected the checkpoint of plain training to go on "
-                f"with, found one of {kind}; {_ELSE}"
+                f"with, found one of {kind}; to train on from its weights, name it with "
+                "--pretrained-checkpoint, or add --finetune"
             )
 
 

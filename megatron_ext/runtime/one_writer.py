@@ -15,8 +15,9 @@ class OneWriter:
     A lock would need a file system that keeps one over nodes, and would outlive a run that was killed.
 
     torchrun starts a run again that has failed. It would then find the checkpoints of the other run, and
-    go on from them until its next save; a note with the name of its rendezvous, which no other run has, says
-    that it has ended for good. ``examples/slurm/job.sh`` looks for it too.
+    go on from them until its next save. In a job of Slurm's a note with the job's number says that it has
+    ended for good, which ``examples/slurm/job.sh`` looks for too; elsewhere runs have no name of their own
+    (many are started with one and the same ``--rdzv-id``).
     """
 
     def __init__(self) -> None:
@@ -59,6 +60,6 @@ def _folders(directory: str | Path) -> set[str]:
 
 
 def _note(directory: str | Path) -> Path | None:
-    """Where a run notes that another one saves there; `None` unless torchrun has a name of its own for it."""
-    name = os.environ.get("TORCHELASTIC_RUN_ID", "none").replace("/", "_")
-    return None if name == "none" else Path(directory) / f"ended_for_another_run.{name}"
+    """Where a job notes that another one saves there; `None` without Slurm."""
+    job = os.environ.get("SLURM_JOB_ID")
+    return Path(directory) / f"ended_for_another_run.{job}" if job else None

@@ -1,4 +1,4 @@
-"""Triton's interpreter at several times its speed, and with the sums of a GPU.
+"""Triton's interpreter at three times its speed, and with the sums of a GPU.
 
 It runs a reduction with a function of its own (`tl.reduce`) one number after the other, in Python. Here a
 block is folded in halves, each a single call on arrays: 8 calls for 256 numbers instead of 255, and in the

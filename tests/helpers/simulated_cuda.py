@@ -278,19 +278,17 @@ def _patch_distributed() -> None:
 
 def _patch_triton() -> None:
     """A quicker interpreter, and no host's tensor for a kernel; the interpreter would read it."""
-    from triton.runtime.interpreter import GridExecutor
-
     from tests.helpers import interpreter
 
     interpreter.speed_up()
-    launch = GridExecutor.__call__
+    launch = interpreter.interpreter.GridExecutor.__call__
 
     def launch_on_device(self: Any, *args: Any, **kwargs: Any) -> Any:
         if not all(on_device(a) for a in (*args, *kwargs.values()) if isinstance(a, Tensor)):
             raise ValueError("Pointer argument cannot be accessed from Triton (cpu tensor?)")
         return launch(self, *args, **kwargs)
 
-    GridExecutor.__call__ = launch_on_device
+    interpreter.interpreter.GridExecutor.__call__ = launch_on_device
 
 
 if __name__ == "__main__":

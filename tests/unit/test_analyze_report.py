@@ -65,8 +65,8 @@ def tokens_file():
     curve = {"documents": 10, "tokens": 20, "density": [0.1] * 8, "data": data}
     overuse = {"structural_share": 0.1, "baseline_structural_share": 0.001, "tokens": [token]}
     report = {"verb": "tokens", "baseline": "real", "grid": list(range(8)), "drawn_bandwidth": 1.0}
-    report["settings"] = {"bandwidth": 1.0}
-    return report | {"sets": {"real": curve, "qa": curve}, "overuse": {"qa": overuse}}
+    report |= {"settings": {"bandwidth": 1.0}, "sets": {"real": curve, "qa": curve}}
+    return report | {"overuse": {"qa": overuse}}
 
 
 def embeddings_file(model):
@@ -81,14 +81,13 @@ def files(tmp_path_factory):
     folder = tmp_path_factory.mktemp("report")
     perplexity = perplexity_file()
     task = {"acc,none": 0.5, "acc_stderr,none": 0.01}
+    after = {"mmlu": task | {"acc,none": 0.52}, "gsm8k": {"exact_match,strict": 0.114}}
     contents = {
         "perplexity": perplexity,
         "tokens": tokens_file(),
         "embeddings": embeddings_file(perplexity["models"]["runs/base"]),
         "before": {"results": {"mmlu": task, "gsm8k": {"exact_match,strict": 0.166}}},
-        "after": {
-            "results": {"mmlu": task | {"acc,none": 0.52}, "gsm8k": {"exact_match,strict": 0.114}}
-        },
+        "after": {"results": after},
     }
     for name, content in contents.items():
         (folder / f"{name}.json").write_text(json.dumps(content))

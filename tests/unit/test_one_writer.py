@@ -57,7 +57,7 @@ def test_the_run_that_comes_second_ends_before_it_saves(tmp_path, monkeypatch, f
 
 def test_a_run_that_has_ended_for_another_is_not_brought_back_by_torchrun(tmp_path, monkeypatch):
     def start(*, restarts: int, name: str = "17") -> OneWriter:
-        monkeypatch.setenv("TORCHELASTIC_RUN_ID", name)
+        monkeypatch.setenv("SLURM_JOB_ID", name)
         monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", str(restarts))
         writer = OneWriter()
         writer.begin(tmp_path)
@@ -77,7 +77,8 @@ def test_a_run_that_has_ended_for_another_is_not_brought_back_by_torchrun(tmp_pa
 
 
 def test_without_a_name_of_its_own_a_run_leaves_no_note(tmp_path, monkeypatch):
-    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")  # torchrun's, for any run
+    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "100")  # as other runs may have it too
     writer = OneWriter()
     writer.begin(tmp_path)
     (tmp_path / "iter_0000002").mkdir()
