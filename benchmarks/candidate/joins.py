@@ -12,13 +12,14 @@ import triton.language as tl
 
 _INF = tl.constexpr(float("inf"))
 _LARGEST = tl.constexpr(3.4028234663852886e38)  # of fp32
+_ALL = tl.constexpr(tl.PropagateNan.ALL)  # else a GPU drops one NaN of two numbers
 
 
 @triton.jit
 def _logaddexp(a, b):
     """ln(e^a + e^b); -inf if both are."""
-    high = tl.maximum(a, b)
-    total = high + tl.log(1.0 + tl.exp(tl.minimum(a, b) - high))
+    high = tl.maximum(a, b, _ALL)
+    total = high + tl.log(1.0 + tl.exp(tl.minimum(a, b, _ALL) - high))
     return tl.where(high == -_INF, -_INF, total)
 
 
@@ -27,7 +28,7 @@ def _share(lse_z, lse_t, kl, total_z, total_t):
     """What a set of columns adds to the KL of all: P (KL + ln P/Q), 0 without mass."""
     log_p = lse_t - total_t
     mass = tl.exp(log_p)
-    return tl.where(mass > 0.0, mass * (kl + (log_p - (lse_z - total_z))), 0.0)
+    return tl.where(mass == 0.0, 0.0, mass * (kl + (log_p - (lse_z - total_z))))
 
 
 @triton.jit
@@ -93,7 +94,7 @@ def combine_kernel(
     lse_t = tl.full([BLOCK], -_INF, tl.float64)
     for shard in range(tp):
         field = gathered_ptr + shard * FIELDS * tokens + rows
-        z_label = tl.maximum(z_label, tl.load(field, mask=mask, other=0.0))
+        z_label = tl.maximum(z_label, tl.load(field, mask=mask, other=0.0), _ALL)
         lse_rest = _logaddexp(lse_rest, tl.load(field + tokens, mask=mask, other=0.0))
         if FIELDS == 5:
             lse_z = _logaddexp(lse_z, tl.load(field + 2 * tokens, mask=mask, other=0.0))
@@ -101,6 +102,7 @@ def combine_kernel(
     # Held to the range of fp32, which only logits at the very ends of that range can leave.
     margin = z_label - lse_rest
     margin = tl.where(margin > _LARGEST, _LARGEST, tl.where(margin < -_LARGEST, -_LARGEST, margin))
+    margin = tl.where(z_label == _INF, float("nan"), margin)  # a logit that overflowed
     tl.store(margin_ptr + rows, margin.to(tl.float32), mask=mask)
     tl.store(lse_ptr + rows, lse_rest, mask=mask)
     kl = tl.zeros([BLOCK], tl.float64)

@@ -105,7 +105,7 @@ def unlearning_head(
         budget, block = memory_budget_bytes, None
         if budget is None:
             needed = (tokens + references) * columns * element
-            budget = memory_budget(weight.device, needed=needed)
+            budget = memory_budget(weight.device, needed=needed, kept=torch.is_grad_enabled())
             block = None if weight.is_cuda else CPU_BLOCK
         return plan_blocks(
             tokens, columns, references, element_size=element, budget=budget, block=block

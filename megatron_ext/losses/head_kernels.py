@@ -13,6 +13,9 @@ the memory traffic. So that a student near its reference keeps its digits, every
 t - z, which is exact where the two are near, and `delta` from e^(t-z) - 1, never from the two
 log-sum-exps. What is kept of a row is fp64; a log-sum-exp is taken away in two fp32 parts, so that
 an offset of the logits costs no digits.
+
+A NaN or +inf among the logits makes all that depends on it NaN, here and in `vocab_parallel`. A maximum
+on a GPU drops a NaN unless it is told not to: that of logits may, for their sum keeps it; others must not.
 """
 
 # Triton reads the signatures itself; annotations other than constexpr mean something else to it.
@@ -28,6 +31,7 @@ _EMPTY = tl.constexpr(-3.38e38)
 _NEAR = tl.constexpr(0.25)
 # Offsets between z and t beyond this are taken away from each before they are subtracted.
 _APART = tl.constexpr(64.0)
+_ALL = tl.constexpr(tl.PropagateNan.ALL)
 
 
 @triton.jit
@@ -78,7 +82,8 @@ def _merge(z_max, z_sum, anchor, delta, kl, z_max_b, z_sum_b, anchor_b, delta_b,
     log_a = (z_max - z_new) + tl.log(z_sum) - log_total
     log_b = (z_max_b - z_new) + tl.log(z_sum_b) - log_total
     apart = ((anchor_b - anchor) + (delta_b - delta).to(tl.float64)).to(tl.float32)
-    apart = tl.minimum(tl.maximum(apart, _EMPTY), -_EMPTY)  # no inf, so no inf - inf
+    # No inf, so no inf - inf.
+    apart = tl.minimum(tl.maximum(apart, _EMPTY, _ALL), -_EMPTY, _ALL)
     # Seen from the set with the larger mass under z.
     swap = b > a
     apart = tl.where(swap, -apart, apart)
@@ -116,7 +121,7 @@ def _sums(a0, b0, c0, d0, a1, b1, c1, d1):
 def _store_lse(out, largest, total):
     """Maximum and sum to a log-sum-exp in fp64; -inf for an empty set."""
     lse = largest.to(tl.float64) + tl.log(total.to(tl.float64))
-    tl.store(out, tl.where(total > 0.0, lse, float("-inf")))
+    tl.store(out, tl.where(total == 0.0, float("-inf"), lse))
 
 
 @triton.jit
@@ -206,12 +211,13 @@ def divergence_kernel(
         change = tl.where(small, _log1p_series(growth), tl.log(t_sum_b) - tl.log(z_sum_b))
         kl_b = mean_b / tl.where(t_sum_b > 0.0, t_sum_b, 1.0) - change
         anchor_b = t_max_b.to(tl.float64) - z_max_b.to(tl.float64)
-        kl_b = tl.maximum(kl_b, 0.0)
+        kl_b = tl.maximum(kl_b, 0.0, _ALL)
         z_max, z_sum, anchor, delta, kl = _merge(
             z_max, z_sum, anchor, delta, kl, z_max_b, z_sum_b, anchor_b, change, kl_b
         )
     z_label = tl.load(z_row + label, mask=present, other=_EMPTY).to(tl.float32)
     t_label = tl.load(t_row + label, mask=present, other=_EMPTY).to(tl.float32)
+    t_label = tl.where(t_label == float("inf"), float("nan"), t_label)
     tl.store(out_ptr + row, tl.where(present, z_label.to(tl.float64), float("-inf")))
     _store_lse(out_ptr + out_stride + row, z_max, z_sum)
     one = tl.where(present, 1.0, 0.0)
@@ -221,9 +227,10 @@ def divergence_kernel(
     )
     lse_z = z_max.to(tl.float64) + tl.log(z_sum.to(tl.float64))
     # Within fp32, which only logits at the very ends of its range can leave.
-    lse_t = tl.minimum(tl.maximum(lse_z + (anchor + delta.to(tl.float64)), -3.4e38), 3.4e38)
-    lse_z = tl.where(z_sum > 0.0, lse_z, float("-inf"))
-    lse_t = tl.where(z_sum > 0.0, lse_t, float("-inf"))
+    lse_t = lse_z + (anchor + delta.to(tl.float64))
+    lse_t = tl.minimum(tl.maximum(lse_t, -3.4e38, _ALL), 3.4e38, _ALL)
+    lse_z = tl.where(z_sum == 0.0, float("-inf"), lse_z)
+    lse_t = tl.where(z_sum == 0.0, float("-inf"), lse_t)
     tl.store(out_ptr + 2 * out_stride + row, lse_z)
     tl.store(out_ptr + 3 * out_stride + row, lse_t)
     tl.store(out_ptr + 4 * out_stride + row, kl.to(tl.float64))
@@ -280,7 +287,7 @@ def gradient_kernel(
         x = tl.where(apart, log_p - _subtract_lse(z, lse_z), _subtract_lse(t - z, delta))
         # q - p = -q (e^x - 1): near x = 0 the plain difference has no correct digits left.
         near = tl.abs(x) < _NEAR
-        p = tl.exp(tl.minimum(log_p, 0.0))
+        p = tl.exp(tl.minimum(log_p, 0.0, _ALL))
         difference = tl.where(near, -q * _expm1_series(x), q - p)
         gradient += tl.load(grad_kl_ptr + row) * difference
     gradient = tl.where(inside, gradient, 0.0)

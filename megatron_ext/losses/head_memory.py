@@ -43,14 +43,23 @@ class Blocks(NamedTuple):
     whole: bool
 
 
-def memory_budget(device: torch.device, *, needed: int) -> int:
+def memory_budget(device: torch.device, *, needed: int, kept: bool = True) -> int:
     """Bytes that the logits may take on `device`; asks no further once `needed` is sure to fit.
 
     The driver's answer takes longer than the launches of a small head; after the first step, what
     the allocator holds and does not use is mostly enough.
+
+    Args:
+        device: where they are.
+        needed: bytes of all of them.
+        kept: a backward pass follows. Without one, blocks cost no product more, and little is taken: the
+            call may come in the middle of a training step.
     """
     if device.type != "cuda":
         return head_chunks.CPU_BUDGET
+    if not kept:
+        total = torch.cuda.get_device_properties(device).total_memory
+        needed = min(needed, int(head_chunks.GPU_SHARE * total))
     stats = torch.cuda.memory_stats_as_nested_dict(device)
     held, used = (
         stats[name]["all"]["current"] if stats else 0
@@ -59,7 +68,7 @@ def memory_budget(device: torch.device, *, needed: int) -> int:
     if DEVICE_SHARE * (held - used) >= needed:
         return needed
     free, _ = torch.cuda.mem_get_info(device)
-    return int(DEVICE_SHARE * (free + held - used))
+    return min(needed, int(DEVICE_SHARE * (free + held - used)))
 
 
 def plan_blocks(

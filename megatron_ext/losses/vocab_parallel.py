@@ -15,8 +15,7 @@ the divergence of the distributions conditional on it,
 
     KL = sum_r P_t^r (KL^r + ln P_t^r - ln P_z^r)
 
-Therefore one gather of a few numbers a token serves margin and KL; no maximum has to be agreed on
-first.
+Therefore one gather of a few numbers a token serves margin and KL; no maximum has to be agreed on first.
 
 Precision. A margin needs fp32 only: `exp(z - max)` has a relative error of 1e-6 at most where it
 matters. A divergence, and its gradient `p_z - p_t`, subtract numbers that are nearly equal when the
@@ -24,9 +23,9 @@ student is near the reference; with a reference the arithmetic is fp64, block by
 neither cancels. On one thread of a CPU, margin and KL, forward and backward, so take 5.5 ns a logit
 where autograd through fp32 `log_softmax` takes 16; an fp64 exponential takes 0.5 ns, an fp32 one 0.2.
 
-What is kept for each row is always fp64: it is a few numbers a token, and `z - lse` then loses
-nothing to an offset of the logits up to 1e10. Beyond, the log of the sum drowns in the maximum:
-results stay finite, but a tie of such logits is not resolved.
+What is kept for each row is always fp64: it is a few numbers a token, and `z - lse` then loses nothing
+to an offset of the logits up to 1e10. Beyond, the log of the sum drowns in the maximum: results stay
+finite, but a tie of such logits is not resolved. A NaN or +inf makes all that depends on it NaN.
 """
 
 import math
@@ -52,8 +51,8 @@ class RowStatistics:
     """What the whole vocabulary says of each token; identical on all ranks of the group.
 
     Attributes:
-        margin: `[N]` fp32, finite. Without labels it means nothing.
-        kl: `[N]` fp32, non-negative and finite; zeros without a reference.
+        margin: `[N]` fp32, finite for finite logits. Without labels it means nothing.
+        kl: `[N]` fp32, as finite, non-negative; zeros without a reference.
         lse_rest: `[N]` fp64, over all columns but the label's (all columns without labels).
         lse_z: `[N]` fp64, over all columns; None without a reference.
         lse_t: `[N]` fp64, of the reference; None without a reference.
@@ -208,7 +207,7 @@ def join_statistics(parts: Tensor) -> Tensor:
     mass_t = (parts[:, 3] - lse_t).exp()
     # A part of padding has no mass on either side: its ratio is inf - inf, its share is 0.
     log_ratio = (parts[:, 3] - lse_t) - (parts[:, 2] - lse_z)
-    joined[4] = torch.where(mass_t > 0, mass_t * (parts[:, 4] + log_ratio), 0.0).sum(0)
+    joined[4] = torch.where(mass_t == 0, 0.0, mass_t * (parts[:, 4] + log_ratio)).sum(0)
     return joined
 
 
@@ -225,6 +224,7 @@ def combine_statistics(gathered: Tensor) -> RowStatistics:
     largest = torch.finfo(torch.float32).max
     z_y, lse_rest, *with_reference = join_statistics(gathered)
     margin = (z_y - lse_rest).clamp(-largest, largest).float()
+    margin.masked_fill_(z_y == math.inf, math.nan)  # it overflowed, and is not certain
     if not with_reference:
         return RowStatistics(margin, torch.zeros_like(margin), lse_rest, None, None)
     lse_z, lse_t, kl = with_reference

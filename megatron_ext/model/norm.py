@@ -23,7 +23,8 @@ class TorchNorm(nn.Module):
 
     Statistics are fp32 whatever the input is (torch's kernels accumulate there), and the output has
     the parameters' dtype: with `fp32_residual_connection` the input is fp32 and the matrix products
-    that follow still run in the parameters' precision.
+    that follow still run in the parameters' precision. A zero-centred scale is applied in fp32, as
+    Transformer Engine does; what is kept for the backward pass is then fp32 as well.
 
     Args:
         config: Model config; read are `normalization`, `layernorm_zero_centered_gamma`,
@@ -66,6 +67,8 @@ class TorchNorm(nn.Module):
         weight: Tensor = self.weight
         bias: Tensor | None = self.bias
         dtype = weight.dtype
+        if self.zero_centered:  # 1 + weight in bf16 would have 7 bits behind the point
+            x = x.float()
         if x.dtype != dtype:
             weight = weight.to(x.dtype)
             bias = None if bias is None else bias.to(x.dtype)

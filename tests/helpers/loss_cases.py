@@ -1,6 +1,8 @@
 """Inputs that the losses, and whatever else computes them, are judged on."""
 
-from dataclasses import dataclass
+import itertools
+import math
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -86,3 +88,25 @@ def hostile_cases() -> list[Case]:
         reference[:, vocab_size:] = -3e38
         cases.append(Case(name, logits, labels, reference, vocab_size))
     return cases
+
+
+# Of a bad logit: whose it is, whether it is the label's, and what it is.
+POISONS = tuple(
+    itertools.product(("student", "reference"), ("label", "other"), (math.nan, math.inf))
+)
+
+
+def poisoned(case: Case) -> Case:
+    """The case with one bad logit in each of its first rows, one row for each of `POISONS`."""
+    logits, reference = case.logits.clone(), case.reference.clone()
+    for row, (whose, column, value) in enumerate(POISONS):
+        label = int(case.labels[row])
+        at = label if column == "label" else (label + 5) % case.vocab_size
+        (logits if whose == "student" else reference)[row, at] = value
+    return replace(case, logits=logits, reference=reference)
+
+
+def spoilt(rows: int, whose: str = "", column: str = "") -> Tensor:
+    """`[rows]`: where `poisoned` put a bad logit, or only those of one side or column."""
+    found = [whose in poison[0] and column in poison[1] for poison in POISONS]
+    return torch.tensor(found + [False] * (rows - len(POISONS)))

@@ -1,11 +1,13 @@
 """How much of the logits the fused head holds at a time, and what it makes twice."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from megatron_ext.losses import head_memory, head_plan
 from megatron_ext.losses.head import unlearning_head
-from megatron_ext.losses.head_memory import REFERENCE_CHUNK, plan_blocks
+from megatron_ext.losses.head_memory import REFERENCE_CHUNK, memory_budget, plan_blocks
 from tests.unit.test_head import ROLES, T, V, actual, assert_same, expected, inputs
 
 
@@ -85,3 +87,20 @@ def test_backward_keeps_the_last_block_of_forward(options, made, monkeypatch):
     assert sizes(calls) == [*made[1:], made[0]]
     out.margin.sum().backward()
     assert sizes(calls)[len(made) :] == made[1:]
+
+
+def test_little_memory_is_taken_where_nothing_is_kept(monkeypatch):
+    gib = 2**30
+    allocator = {f"{name}_bytes": {"all": {"current": 0}} for name in ("reserved", "allocated")}
+    monkeypatch.setattr(torch.cuda, "memory_stats_as_nested_dict", lambda device: allocator)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (40 * gib, 80 * gib))
+    properties = SimpleNamespace(total_memory=80 * gib)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+
+    def budget(needed, *, kept):
+        return memory_budget(torch.device("cuda"), needed=needed * gib, kept=kept) / gib
+
+    assert budget(20, kept=True) == 20
+    assert budget(30, kept=True) == pytest.approx(24)  # 60% of what is free
+    assert budget(20, kept=False) == 5
+    assert budget(2, kept=False) == 2

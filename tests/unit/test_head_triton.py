@@ -12,7 +12,13 @@ import sys
 import pytest
 import torch
 
-from tests.helpers.loss_cases import MARGINS, accuracy_case, hostile_cases
+from tests.helpers.loss_cases import (
+    MARGINS,
+    accuracy_case,
+    hostile_cases,
+    poisoned,
+    spoilt,
+)
 from tests.helpers.naive import (
     TRUTH_NOISE,
     assert_gradient,
@@ -86,7 +92,9 @@ def evaluate(case, tp=1):
     ]
     alone = [kernels.shard_statistics(zs, labels, **columns) for zs, _, columns in parts]
     for with_reference, without in zip(stats, alone, strict=True):
-        torch.testing.assert_close(with_reference[:2], without, rtol=2e-6, atol=2e-6)
+        torch.testing.assert_close(
+            with_reference[:2], without, rtol=2e-6, atol=2e-6, equal_nan=True
+        )
     rows = kernels.combine_statistics(torch.stack(stats))
     ones = torch.ones(len(labels), device=DEVICE)
     gradients = []
@@ -106,7 +114,7 @@ def evaluate(case, tp=1):
             )
             found.append(out)
         gradients.append(torch.cat(found, 1).cpu())
-    assert torch.equal(z, before)
+    torch.testing.assert_close(z, before, rtol=0, atol=0, equal_nan=True)
     return rows, gradients
 
 
@@ -155,6 +163,25 @@ def test_hostile(case):
     rows, gradients = evaluate(case, tp=4)
     for tensor in (rows.margin, rows.kl, *gradients):
         assert tensor.isfinite().all()
+
+
+@runs
+@quiet
+@pytest.mark.parametrize(("vocab_size", "tp"), [(1000, 1), (11, 4)])
+def test_bad_logits_spoil_their_rows_alone(vocab_size, tp):
+    case = accuracy_case(vocab_size, torch.float32, margins=MARGINS[8:18])
+    count = len(case.labels)
+    _, clean_gradients = evaluate(case, tp)
+    rows, (margin, *with_kl) = evaluate(poisoned(case), tp)
+    assert torch.equal(rows.margin.isnan().cpu(), spoilt(count, "student"))
+    assert torch.equal(rows.kl.isnan().cpu(), spoilt(count))
+    # A bad label reaches the margin's gradient by the loss alone, whose derivative is NaN.
+    assert torch.equal(margin.isnan().any(1), spoilt(count, "student", "other"))
+    for gradient in with_kl:
+        assert torch.equal(gradient.isnan().any(1), spoilt(count))
+    good = ~spoilt(count)
+    for gradient, clean in zip((margin, *with_kl), clean_gradients, strict=True):
+        assert torch.equal(gradient[good], clean[good])
 
 
 @runs

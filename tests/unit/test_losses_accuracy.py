@@ -9,7 +9,14 @@ from torch import Tensor
 
 from megatron_ext import losses
 from tests.helpers import naive
-from tests.helpers.loss_cases import Case, accuracy_case, accuracy_cases, hostile_cases
+from tests.helpers.loss_cases import (
+    Case,
+    accuracy_case,
+    accuracy_cases,
+    hostile_cases,
+    poisoned,
+    spoilt,
+)
 
 CASES = {case.name: case for case in [*accuracy_cases(), *hostile_cases()]}
 DEVICES = [
@@ -207,3 +214,25 @@ def test_clamp_gives_memorised_tokens_no_gradient() -> None:
     )
     assert (clamped == 0).all()
     torch.testing.assert_close(bounded.abs().sum(-1), torch.full((3,), 2.0))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_bad_logits_spoil_their_rows_alone(dtype: torch.dtype, device: str) -> None:
+    case = poisoned(accuracy_case(11, dtype))
+    logits = case.logits.to(device).requires_grad_()
+    margin, kl = losses.unlearning_terms(
+        logits,
+        case.labels.to(device),
+        reference_logits=case.reference.to(device),
+        vocab_size=case.vocab_size,
+    )
+    of_student, of_either = spoilt(len(logits), "student"), spoilt(len(logits))
+    for loss, bad in (
+        (losses.cross_entropy(margin), of_student),
+        (losses.bounded_forgetting(margin), of_student),
+        (kl, of_either),
+    ):
+        assert torch.equal(loss.isnan().cpu(), bad)
+        (gradient,) = torch.autograd.grad(loss.sum(), logits, retain_graph=True)
+        assert torch.equal(gradient.isnan().any(1).cpu(), bad)
