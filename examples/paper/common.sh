@@ -24,8 +24,7 @@ begin() {
     done
     SIZE=${SIZE:-$RECIPES/sizes/paper.sh}
     [[ -f $SIZE ]] || fail "SIZE: expected a file of sizes, found nothing at $SIZE"
-    # shellcheck source=sizes/paper.sh
-    source "$SIZE"
+    read_sizes
     PYTHON=${PYTHON:-python}
     # A container's Python cannot be looked for from outside.
     [[ -n ${CONTAINER_IMAGE:-} ]] || command -v "$PYTHON" >/dev/null || fail "PYTHON: $PYTHON cannot be run"
@@ -35,7 +34,23 @@ begin() {
     # A Hugging Face tokenizer may be a name instead of a path.
     [[ -e $TOKENIZER || $TOKENIZER_TYPE == HuggingFaceTokenizer ]] ||
         fail "TOKENIZER: nothing at $TOKENIZER"
-    need_integers TP PP MICRO_BATCH GPUS_PER_NODE "${GLOBAL_BATCH:+GLOBAL_BATCH}"
+    need_integers TP PP MICRO_BATCH GPUS_PER_NODE \
+        "${GLOBAL_BATCH:+GLOBAL_BATCH}" "${FORGET_BATCH:+FORGET_BATCH}"
+}
+
+# read_sizes: reads $SIZE; the context and the budgets of the environment win over it.
+read_sizes() {
+    local name given=()
+    for name in SEQ_LENGTH BASE_TOKENS CONTINUE_TOKENS ABLATION_TOKENS FORGET_TOKENS; do
+        [[ -n ${!name:-} ]] || continue
+        need_integers "$name"
+        given+=("$name=${!name}")
+    done
+    # shellcheck source=sizes/paper.sh
+    source "$SIZE"
+    for name in "${given[@]}"; do
+        printf -v "${name%%=*}" %s "${name#*=}"
+    done
 }
 
 # need VARIABLE MEANING: refuses an unset or empty variable.
@@ -113,25 +128,50 @@ iterations() {
     echo $((($1 + $2 - 1) / $2))
 }
 
-# pretrain TOKENS FLAG...: plain training on BLEND.
+# keep_budget BUDGET: refuses flags behind the recipe by which a run would read more or less than its budget,
+# for the iterations were counted without them.
+keep_budget() {
+    local word variable
+    for word in "${EXTRA[@]}"; do
+        case ${word%%=*} in
+            --train-iters | --train-samples) variable=$1 ;;
+            --global-batch-size) variable=GLOBAL_BATCH ;;
+            --forget-batch-size)
+                # Plain training refuses the flag itself.
+                [[ $1 == FORGET_TOKENS ]] || continue
+                variable=FORGET_BATCH
+                ;;
+            --seq-length) variable=SEQ_LENGTH ;;
+            *) continue ;;
+        esac
+        fail "${word%%=*}: expected the variable $variable in its place, from which the iterations follow," \
+            "found the flag behind the recipe"
+    done
+}
+
+# pretrain BUDGET FLAG...: plain training on BLEND for as many tokens as the variable says.
 pretrain() {
-    local tokens=$1 batch=${GLOBAL_BATCH:-$LEARN_BATCH}
+    local tokens=${!1} batch=${GLOBAL_BATCH:-$LEARN_BATCH}
+    keep_budget "$1"
     shift
     launch --global-batch-size "$batch" --data-path "${BLEND[@]}" --split "$SPLIT" \
         --train-iters "$(iterations "$tokens" $((batch * SEQ_LENGTH)))" \
         --save-interval "${SAVE_INTERVAL:-$LEARN_SAVE_INTERVAL}" "${EVALUATION[@]}" "$@"
 }
 
-# continue_on TOKENS: plain training from START at the constant rate of the paper.
+# continue_on BUDGET: plain training from START at the constant rate of the paper.
 continue_on() {
     pretrain "$1" --lr "$CONTINUE_LR" --lr-decay-style constant
 }
 
-# unlearn VARIABLE FLAG...: forgets the variable's datasets, half of every batch, and replays BLEND.
+# unlearn VARIABLE FLAG...: forgets the variable's datasets, FORGET_BATCH samples of a batch, and replays BLEND.
 unlearn() {
     local replay=("${BLEND[@]}") batch=${GLOBAL_BATCH:-$UNLEARN_BATCH} forget
-    forget=$((batch / 2))
-    ((forget > 0)) || fail "GLOBAL_BATCH: expected at least 2, half of them to forget, found $batch"
+    ((batch > 1)) || fail "GLOBAL_BATCH: expected at least 2, one to forget and one to replay, found $batch"
+    forget=${FORGET_BATCH:-$((batch / 2))}
+    ((forget < batch)) ||
+        fail "FORGET_BATCH: expected fewer than the $batch samples of a batch, found $forget"
+    keep_budget FORGET_TOKENS
     blend 1 "$1"
     shift
     launch --global-batch-size "$batch" --forget-batch-size "$forget" --split "$SPLIT" \

@@ -10,7 +10,8 @@ HEADS=32
 SEQ_LENGTH=4096
 VOCAB_DIVISIBLE_BY=128
 
-# Token budgets. FORGET_TOKENS counts forgotten tokens alone; as many are replayed beside them.
+# Token budgets. FORGET_TOKENS counts forgotten tokens alone; as many are replayed beside them, unless FORGET_BATCH
+# is set.
 BASE_TOKENS=1000000000000
 CONTINUE_TOKENS=300000000000
 ABLATION_TOKENS=40000000000
