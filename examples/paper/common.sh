@@ -18,6 +18,7 @@ begin() {
     DRY_RUN=${DRY_RUN:-0}
     EXTRA=()
     START=()
+    ARCHITECTURE=()
     local word
     for word; do
         if [[ $word == --dry-run ]]; then DRY_RUN=1; else EXTRA+=("$word"); fi
@@ -38,7 +39,7 @@ begin() {
         "${GLOBAL_BATCH:+GLOBAL_BATCH}" "${FORGET_BATCH:+FORGET_BATCH}"
 }
 
-# read_sizes: reads $SIZE; the context and the budgets of the environment win over it.
+# read_sizes: reads $SIZE, and the file of an imported model; the environment's context and budgets win over both.
 read_sizes() {
     local name given=()
     for name in SEQ_LENGTH BASE_TOKENS CONTINUE_TOKENS ABLATION_TOKENS FORGET_TOKENS; do
@@ -48,9 +49,33 @@ read_sizes() {
     done
     # shellcheck source=sizes/paper.sh
     source "$SIZE"
+    [[ -z ${MODEL_ARGS:-} ]] || read_model
     for name in "${given[@]}"; do
         printf -v "${name%%=*}" %s "${name#*=}"
     done
+}
+
+# read_model: sets ARCHITECTURE and SEQ_LENGTH from the file that the import of a model wrote; TOKENIZER and
+# TOKENIZER_TYPE as well, unless they are set.
+read_model() {
+    [[ -f $MODEL_ARGS ]] || fail "MODEL_ARGS: expected the ARGS.txt of an imported model, found no file $MODEL_ARGS"
+    local words i length='' tokenizer='' kind=''
+    read -r -d '' -a words <"$MODEL_ARGS" || true
+    for ((i = 0; i < ${#words[@]}; i++)); do
+        case ${words[i]} in
+            --seq-length) length=${words[++i]:-} ;;
+            --tokenizer-model) tokenizer=${words[++i]:-} ;;
+            --tokenizer-type) kind=${words[++i]:-} ;;
+            *) ARCHITECTURE+=("${words[i]}") ;;
+        esac
+    done
+    [[ " ${ARCHITECTURE[*]} " == *" --num-layers "* && $length =~ ^[1-9][0-9]*$ ]] ||
+        fail "MODEL_ARGS: expected flags of a model, with --num-layers and --seq-length, found others in $MODEL_ARGS"
+    SEQ_LENGTH=$length
+    [[ -n ${TOKENIZER:-} || $tokenizer != /* || -e $tokenizer ]] ||
+        fail "TOKENIZER: expected it to be set, for $MODEL_ARGS names $tokenizer, found nothing there"
+    TOKENIZER=${TOKENIZER:-$tokenizer}
+    TOKENIZER_TYPE=${TOKENIZER_TYPE:-$kind}
 }
 
 # need VARIABLE MEANING: refuses an unset or empty variable.
@@ -203,12 +228,15 @@ tune_chat() {
 
 # launch FLAG...: starts the entry point with the flags of all recipes and these, or prints the plan.
 launch() {
-    local flags=(
+    ((${#ARCHITECTURE[@]})) || ARCHITECTURE=(
         --num-layers "$LAYERS" --hidden-size "$HIDDEN" --ffn-hidden-size "$FFN"
-        --num-attention-heads "$HEADS" --seq-length "$SEQ_LENGTH" --max-position-embeddings "$SEQ_LENGTH"
+        --num-attention-heads "$HEADS" --max-position-embeddings "$SEQ_LENGTH"
         --position-embedding-type rope --normalization RMSNorm --swiglu --disable-bias-linear
         --untie-embeddings-and-output-weights --hidden-dropout 0 --attention-dropout 0
         --make-vocab-size-divisible-by "$VOCAB_DIVISIBLE_BY"
+    )
+    local flags=(
+        "${ARCHITECTURE[@]}" --seq-length "$SEQ_LENGTH"
         --tokenizer-type "$TOKENIZER_TYPE" --tokenizer-model "$TOKENIZER"
         --tensor-model-parallel-size "$TP" --pipeline-model-parallel-size "$PP"
         --micro-batch-size "$MICRO_BATCH" --seed "${SEED:-1234}"

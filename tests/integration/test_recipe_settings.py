@@ -73,3 +73,51 @@ def test_chat_tuning_counts_its_own_iterations(world):
 def test_wrong_settings_are_refused(world, changes, start):
     line = world.refusal("unlearn_lm", "--dry-run", **changes)
     assert line.startswith(f"unlearn_lm.sh: error: {start}"), line
+
+
+@pytest.fixture
+def model_args(tmp_path):
+    """What the import writes of a small model with tied embeddings; its tokenizer is a name."""
+    file = tmp_path / "ARGS.txt"
+    lines = ("--num-layers 2", "--hidden-size 8", "--seq-length 512", "--bf16")
+    tokenizer = ("--tokenizer-type HuggingFaceTokenizer", "--tokenizer-model some/name")
+    file.write_text("".join(f"{line}\n" for line in (*lines, *tokenizer)))
+    return file
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({}, {"--seq-length": "512", "--tokenizer-model": "some/name", "--train-iters": "15259"}),
+        ({"SEQ_LENGTH": "256"}, {"--seq-length": "256", "--train-iters": "30518"}),
+        ({"TOKENIZER": "other/name"}, {"--tokenizer-model": "other/name"}),
+    ],
+)
+def test_an_imported_model_brings_context_and_tokenizer(world, model_args, changes, expected):
+    settings = {"PYTHON": str(world.directory / "echo-words"), "MODEL_ARGS": str(model_args)}
+    without = "" if "TOKENIZER" in changes else "TOKENIZER"
+    result = world.run("unlearn_lm", **settings, **changes, without=without)
+    words = result.stdout.splitlines()
+    assert {flag: after(words, flag)[0] for flag in expected} == expected, result.stderr
+    assert after(words, "--tokenizer-type") == ["HuggingFaceTokenizer"]
+    assert {"--untie-embeddings-and-output-weights", "--ffn-hidden-size"}.isdisjoint(words)
+
+
+@pytest.mark.parametrize(
+    ("line", "start"),
+    [
+        (None, "MODEL_ARGS: expected the ARGS.txt of an imported model, found no file /"),
+        ("--seq-length 512", "MODEL_ARGS: expected flags of a model, with --num-layers"),
+        ("--num-layers 2", "MODEL_ARGS: expected flags of a model, with --num-layers"),
+        (
+            "--num-layers 2 --seq-length 512 --tokenizer-model /moved",
+            "TOKENIZER: expected it to be set, for ",
+        ),
+    ],
+)
+def test_a_file_of_no_imported_model_is_refused(world, tmp_path, line, start):
+    file = tmp_path / "ARGS.txt"
+    if line is not None:
+        file.write_text(line)
+    found = world.refusal("chat", "--dry-run", MODEL_ARGS=str(file), without="TOKENIZER")
+    assert found.startswith(f"chat.sh: error: {start}"), found

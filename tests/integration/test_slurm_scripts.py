@@ -56,6 +56,17 @@ def test_preflight_takes_the_settings_of_a_run(programs):
     ]
 
 
+def test_preflight_takes_the_tokenizer_of_an_imported_model(programs, tmp_path):
+    lines = ("--num-layers 2", "--tokenizer-type HuggingFaceTokenizer", "--tokenizer-model a/b")
+    (tmp_path / "ARGS.txt").write_text("\n".join(lines))
+    result = preflight(programs, OUT="/ckpt", MODEL_ARGS=str(tmp_path / "ARGS.txt"))
+    words = result.stdout.splitlines()
+    assert words[words.index("tools/preflight.py") + 1 :] == [
+        *("--shared", "/ckpt", "--tokenizer-type", "HuggingFaceTokenizer"),
+        *("--tokenizer-model", "a/b"),
+    ]
+
+
 def test_the_names_of_many_nodes_are_read_to_their_end(programs, tmp_path):
     """Slurm's program was ended by SIGPIPE, and the job with it."""
     executable(tmp_path / "scontrol", "seq -f node%06g 7 20000")

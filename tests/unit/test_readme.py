@@ -6,6 +6,7 @@ import subprocess
 import sys
 from types import SimpleNamespace
 
+import pytest
 import torch
 from torch import nn
 from torch.nn import functional
@@ -73,12 +74,9 @@ def test_every_command_of_make_is_what_it_says():
     assert commands["test"][-1].startswith(".venv/bin/python -m pytest --numprocesses auto ")
 
 
-def test_the_run_of_a_hugging_face_model_is_planned_and_fits(tmp_path):
-    """It asked for 228 GiB of each GPU."""
-    text = (ROOT / "README.md").read_text()
-    [commands] = re.findall(
-        r"```\n(python tools/convert_checkpoint\.py import.*?)```", text, re.DOTALL
-    )
+@pytest.fixture
+def commands(tmp_path):
+    """Runs a block of the README; of its commands the plan alone is real."""
     for folder, file in (("ckpt/start", "ARGS.txt"), ("tools", "plan_run.py")):
         (tmp_path / folder).mkdir(parents=True)
         (tmp_path / folder / file).write_text(LLAMA_3_8B)
@@ -88,13 +86,26 @@ def test_the_run_of_a_hugging_face_model_is_planned_and_fits(tmp_path):
     plan = f'exec {sys.executable} {ROOT}/"$@"'
     executable(tmp_path / "python", f'case $1 in *plan_run.py) {plan} ;; esac; echo "$1 $2"')
     executable(tmp_path / "torchrun", 'printf "%s\\n" started "$@"')
-    done = subprocess.run(
-        ["bash", "-euc", commands],
-        env={"PATH": f"{tmp_path}:{os.environ['PATH']}"},
-        **{"cwd": tmp_path, "text": True, "capture_output": True},
+
+    def run(block: str, more: str = "") -> str:
+        done = subprocess.run(
+            ["bash", "-euc", block + more],
+            env={"PATH": f"{tmp_path}:{os.environ['PATH']}"},
+            **{"cwd": tmp_path, "text": True, "capture_output": True},
+        )
+        assert (done.returncode, done.stderr) == (0, "")
+        return done.stdout
+
+    return run
+
+
+def test_the_run_of_a_hugging_face_model_is_planned_and_fits(commands):
+    """It asked for 228 GiB of each GPU."""
+    text = (ROOT / "README.md").read_text()
+    [block] = re.findall(
+        r"```\n(python tools/convert_checkpoint\.py import.*?)```", text, re.DOTALL
     )
-    assert (done.returncode, done.stderr) == (0, "")
-    plan, _, run = done.stdout.partition("started\n")
+    plan, _, run = commands(block).partition("started\n")
     assert "8,030,261,248" in plan
     assert "83% of H100's 80 GB" in plan
     assert "1 of them 112.42 GB" in plan
@@ -105,3 +116,13 @@ def test_the_run_of_a_hugging_face_model_is_planned_and_fits(tmp_path):
     assert words[-2:] == ["--use-distributed-optimizer", "tools/convert_checkpoint.py export"]
     assert "61.7 GiB of each H100's 74.5, and a checkpoint 112 GB" in text
     assert "  61.70\n" in plan
+
+
+def test_the_chat_tuning_of_a_hugging_face_model_fits(commands):
+    """The command was not written out."""
+    [block] = re.findall(r"```\n(tune=.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    out = commands(block, '\npython tools/plan_run.py --gpus 8 -- "${tune[@]}"')
+    words, plan = out[: out.index("parameters ")].splitlines(), out[out.index("parameters ") :]
+    assert after(words, "--pretrained-checkpoint") == ["ckpt/unlearn"]
+    assert "2 epochs, 262,144 tokens a step" in plan
+    assert "WARNING" not in plan
