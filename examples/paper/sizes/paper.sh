@@ -30,7 +30,8 @@ CHAT_LR=2e-5
 BASE_MIN_LR=1e-5
 BASE_WARMUP_ITERATIONS=2000
 
-# Samples of a step: chat's is the paper's, the others are ours.
+# Samples of a step: chat's number is the paper's, but ours are packed with several conversations each (README.md,
+# "What is ours"); the others are ours.
 LEARN_BATCH=1024
 UNLEARN_BATCH=256
 CHAT_BATCH=64
