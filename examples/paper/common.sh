@@ -18,14 +18,14 @@ begin() {
     DRY_RUN=${DRY_RUN:-0}
     EXTRA=()
     START=()
+    ARCHITECTURE=()
     local word
     for word; do
         if [[ $word == --dry-run ]]; then DRY_RUN=1; else EXTRA+=("$word"); fi
     done
     SIZE=${SIZE:-$RECIPES/sizes/paper.sh}
     [[ -f $SIZE ]] || fail "SIZE: expected a file of sizes, found nothing at $SIZE"
-    # shellcheck source=sizes/paper.sh
-    source "$SIZE"
+    read_sizes
     PYTHON=${PYTHON:-python}
     # A container's Python cannot be looked for from outside.
     [[ -n ${CONTAINER_IMAGE:-} ]] || command -v "$PYTHON" >/dev/null || fail "PYTHON: $PYTHON cannot be run"
@@ -35,7 +35,47 @@ begin() {
     # A Hugging Face tokenizer may be a name instead of a path.
     [[ -e $TOKENIZER || $TOKENIZER_TYPE == HuggingFaceTokenizer ]] ||
         fail "TOKENIZER: nothing at $TOKENIZER"
-    need_integers TP PP MICRO_BATCH GPUS_PER_NODE "${GLOBAL_BATCH:+GLOBAL_BATCH}"
+    need_integers TP PP MICRO_BATCH GPUS_PER_NODE \
+        "${GLOBAL_BATCH:+GLOBAL_BATCH}" "${FORGET_BATCH:+FORGET_BATCH}"
+}
+
+# read_sizes: reads $SIZE, and the file of an imported model; the environment's context and budgets win over both.
+read_sizes() {
+    local name given=()
+    for name in SEQ_LENGTH BASE_TOKENS CONTINUE_TOKENS ABLATION_TOKENS FORGET_TOKENS; do
+        [[ -n ${!name:-} ]] || continue
+        need_integers "$name"
+        given+=("$name=${!name}")
+    done
+    # shellcheck source=sizes/paper.sh
+    source "$SIZE"
+    [[ -z ${MODEL_ARGS:-} ]] || read_model
+    for name in "${given[@]}"; do
+        printf -v "${name%%=*}" %s "${name#*=}"
+    done
+}
+
+# read_model: sets ARCHITECTURE and SEQ_LENGTH from the file that the import of a model wrote; TOKENIZER and
+# TOKENIZER_TYPE as well, unless they are set.
+read_model() {
+    [[ -f $MODEL_ARGS ]] || fail "MODEL_ARGS: expected the ARGS.txt of an imported model, found no file $MODEL_ARGS"
+    local words i length='' tokenizer='' kind=''
+    read -r -d '' -a words <"$MODEL_ARGS" || true
+    for ((i = 0; i < ${#words[@]}; i++)); do
+        case ${words[i]} in
+            --seq-length) length=${words[++i]:-} ;;
+            --tokenizer-model) tokenizer=${words[++i]:-} ;;
+            --tokenizer-type) kind=${words[++i]:-} ;;
+            *) ARCHITECTURE+=("${words[i]}") ;;
+        esac
+    done
+    [[ " ${ARCHITECTURE[*]} " == *" --num-layers "* && $length =~ ^[1-9][0-9]*$ ]] ||
+        fail "MODEL_ARGS: expected flags of a model, with --num-layers and --seq-length, found others in $MODEL_ARGS"
+    SEQ_LENGTH=$length
+    [[ -n ${TOKENIZER:-} || $tokenizer != /* || -e $tokenizer ]] ||
+        fail "TOKENIZER: expected it to be set, for $MODEL_ARGS names $tokenizer, found nothing there"
+    TOKENIZER=${TOKENIZER:-$tokenizer}
+    TOKENIZER_TYPE=${TOKENIZER_TYPE:-$kind}
 }
 
 # need VARIABLE MEANING: refuses an unset or empty variable.
@@ -113,25 +153,50 @@ iterations() {
     echo $((($1 + $2 - 1) / $2))
 }
 
-# pretrain TOKENS FLAG...: plain training on BLEND.
+# keep_budget BUDGET: refuses flags behind the recipe by which a run would read more or less than its budget,
+# for the iterations were counted without them.
+keep_budget() {
+    local word variable
+    for word in "${EXTRA[@]}"; do
+        case ${word%%=*} in
+            --train-iters | --train-samples) variable=$1 ;;
+            --global-batch-size) variable=GLOBAL_BATCH ;;
+            --forget-batch-size)
+                # Plain training refuses the flag itself.
+                [[ $1 == FORGET_TOKENS ]] || continue
+                variable=FORGET_BATCH
+                ;;
+            --seq-length) variable=SEQ_LENGTH ;;
+            *) continue ;;
+        esac
+        fail "${word%%=*}: expected the variable $variable in its place, from which the iterations follow," \
+            "found the flag behind the recipe"
+    done
+}
+
+# pretrain BUDGET FLAG...: plain training on BLEND for as many tokens as the variable says.
 pretrain() {
-    local tokens=$1 batch=${GLOBAL_BATCH:-$LEARN_BATCH}
+    local tokens=${!1} batch=${GLOBAL_BATCH:-$LEARN_BATCH}
+    keep_budget "$1"
     shift
     launch --global-batch-size "$batch" --data-path "${BLEND[@]}" --split "$SPLIT" \
         --train-iters "$(iterations "$tokens" $((batch * SEQ_LENGTH)))" \
         --save-interval "${SAVE_INTERVAL:-$LEARN_SAVE_INTERVAL}" "${EVALUATION[@]}" "$@"
 }
 
-# continue_on TOKENS: plain training from START at the constant rate of the paper.
+# continue_on BUDGET: plain training from START at the constant rate of the paper.
 continue_on() {
     pretrain "$1" --lr "$CONTINUE_LR" --lr-decay-style constant
 }
 
-# unlearn VARIABLE FLAG...: forgets the variable's datasets, half of every batch, and replays BLEND.
+# unlearn VARIABLE FLAG...: forgets the variable's datasets, FORGET_BATCH samples of a batch, and replays BLEND.
 unlearn() {
     local replay=("${BLEND[@]}") batch=${GLOBAL_BATCH:-$UNLEARN_BATCH} forget
-    forget=$((batch / 2))
-    ((forget > 0)) || fail "GLOBAL_BATCH: expected at least 2, half of them to forget, found $batch"
+    ((batch > 1)) || fail "GLOBAL_BATCH: expected at least 2, one to forget and one to replay, found $batch"
+    forget=${FORGET_BATCH:-$((batch / 2))}
+    ((forget < batch)) ||
+        fail "FORGET_BATCH: expected fewer than the $batch samples of a batch, found $forget"
+    keep_budget FORGET_TOKENS
     blend 1 "$1"
     shift
     launch --global-batch-size "$batch" --forget-batch-size "$forget" --split "$SPLIT" \
@@ -163,12 +228,15 @@ tune_chat() {
 
 # launch FLAG...: starts the entry point with the flags of all recipes and these, or prints the plan.
 launch() {
-    local flags=(
+    ((${#ARCHITECTURE[@]})) || ARCHITECTURE=(
         --num-layers "$LAYERS" --hidden-size "$HIDDEN" --ffn-hidden-size "$FFN"
-        --num-attention-heads "$HEADS" --seq-length "$SEQ_LENGTH" --max-position-embeddings "$SEQ_LENGTH"
+        --num-attention-heads "$HEADS" --max-position-embeddings "$SEQ_LENGTH"
         --position-embedding-type rope --normalization RMSNorm --swiglu --disable-bias-linear
         --untie-embeddings-and-output-weights --hidden-dropout 0 --attention-dropout 0
         --make-vocab-size-divisible-by "$VOCAB_DIVISIBLE_BY"
+    )
+    local flags=(
+        "${ARCHITECTURE[@]}" --seq-length "$SEQ_LENGTH"
         --tokenizer-type "$TOKENIZER_TYPE" --tokenizer-model "$TOKENIZER"
         --tensor-model-parallel-size "$TP" --pipeline-model-parallel-size "$PP"
         --micro-batch-size "$MICRO_BATCH" --seed "${SEED:-1234}"

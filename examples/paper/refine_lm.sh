@@ -8,4 +8,4 @@ begin "$@"
 start_from SYNTH_LM "the checkpoint directory of SynthLM"
 need_data REAL "weights and prefixes of real text, e.g. '0.7 /data/web_text_document 0.3 /data/code_text_document'"
 blend 1 REAL
-continue_on "$CONTINUE_TOKENS"
+continue_on CONTINUE_TOKENS

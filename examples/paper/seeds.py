@@ -1,10 +1,15 @@
-"""The miniature study over several seeds, as one page: each effect in each seed, its mean and its spread.
+"""A study over several seeds: each effect or score in each seed, its mean and its spread.
+
+Of the miniature a page with a picture. Every number comes from the files of the runs, and so does every
+verdict: an effect appears in a seed if its 95% interval lies on the expected side of no change.
 
     for seed in 1 2 3; do make study-mini SEED=$seed; done
     python examples/paper/seeds.py --study runs/study-mini --output-dir docs
 
-Every number of the page comes from the files of the runs, and so does every verdict: an effect appears in a
-seed if its 95% interval lies on the expected side of no change.
+Of any other study the scores, as Markdown on standard output, from a folder a seed with files of
+`tools/evaluate.py`:
+
+    python examples/paper/seeds.py --folders scores/seed-1 scores/seed-2 scores/seed-3 --before synth
 """
 
 from __future__ import annotations
@@ -17,7 +22,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import fmean
 from typing import TYPE_CHECKING
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -25,11 +30,18 @@ sys.path.insert(0, str(ROOT))
 
 import numpy as np  # noqa: E402
 
+from examples.paper.seed_scores import (  # noqa: E402
+    read_folder,
+    read_folders,
+    score_page,
+    score_rows,
+    spread,
+)
 from megatron_ext.analysis.figures import colour, marker, render  # noqa: E402
 from megatron_ext.analysis.perplexity_report import compare  # noqa: E402
-from megatron_ext.analysis.scores import Score, read_scores  # noqa: E402
+from megatron_ext.analysis.scores import Score  # noqa: E402
 from megatron_ext.data.atomic import AtomicFiles  # noqa: E402
-from megatron_ext.exceptions import DataError  # noqa: E402
+from megatron_ext.exceptions import ConfigError, DataError  # noqa: E402
 from tools.common import run_tool  # noqa: E402
 
 if TYPE_CHECKING:
@@ -177,18 +189,8 @@ def read_seed(directory: Path) -> Seed:
         model["label"]: {name: np.array(found["loss"]) for name, found in model["sets"].items()}
         for model in report["models"].values()
     }
-    scores = {
-        path.stem.removeprefix("scores_"): read_scores(json.loads(path.read_text()), name=str(path))
-        for path in sorted(directory.glob("scores_*.json"))
-    }
+    scores = read_folder(directory).scores
     return Seed(int(directory.name.removeprefix("seed-")), losses, scores)
-
-
-def spread(values: Sequence[float], form: str) -> str:
-    """Mean and standard deviation over seeds."""
-    if len(values) < 2:
-        return f"{values[0]:{form}}"
-    return f"{fmean(values):{form}} ± {stdev(values):{form.lstrip('+')}}"
 
 
 def perplexity_rows(seeds: Sequence[Seed]) -> list[str]:
@@ -201,21 +203,6 @@ def perplexity_rows(seeds: Sequence[Seed]) -> list[str]:
             values = [seed.losses[model][name] for seed in seeds]
             cells.append(spread([float(v.mean()) for v in values], ".2f"))
             cells.append(spread([float(v.var(ddof=1)) for v in values], ".2f"))
-        rows.append(f"| {model} | {' | '.join(cells)} |")
-    return rows
-
-
-def score_rows(seeds: Sequence[Seed]) -> list[str]:
-    """A table of scores in percent, a row a model, chat models last."""
-    rows = [f"| model | {' | '.join(TASKS.values())} |", "|---" * (len(TASKS) + 1) + "|"]
-    for model in sorted(seeds[0].scores, key=lambda name: (name.endswith("_chat"), name)):
-        known = seeds[0].scores[model]
-        cells = [
-            spread([seed.scores[model][task].value for seed in seeds], ".1f")
-            if task in known
-            else ""
-            for task in TASKS
-        ]
         rows.append(f"| {model} | {' | '.join(cells)} |")
     return rows
 
@@ -245,7 +232,7 @@ def page(seeds: Sequence[Seed]) -> str:
         lines += [*(effect.row(seeds) for effect in effects), ""]
     lines += ["## Log-perplexity", "", "Nats a token, over samples; ± over seeds.", ""]
     lines += [*perplexity_rows(seeds), "", "## Scores", "", "Percent right; ± over seeds.", ""]
-    return "\n".join([*lines, *score_rows(seeds), ""])
+    return "\n".join([*lines, *score_rows([seed.scores for seed in seeds], TASKS), ""])
 
 
 def panel(axis: Axes, seeds: Sequence[Seed], name: str) -> None:
@@ -276,14 +263,25 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--study", type=Path, required=True, help="folder with seed-1, seed-2, ...")
+    inputs = parser.add_mutually_exclusive_group(required=True)
+    inputs.add_argument("--study", type=Path, help="folder with seed-1, seed-2, ... of study-mini")
+    inputs.add_argument("--folders", type=Path, nargs="+", help="with scores, one a seed")
     parser.add_argument(
         "--output-dir",
         type=Path,
-        required=True,
-        help="for miniature.md and miniature.png; overwritten",
+        help="with --study, for miniature.md and miniature.png; overwritten",
     )
+    parser.add_argument("--before", help="with --folders: list the changes from this model")
     options = parser.parse_args()
+    name = "output_dir" if options.folders else "before"
+    if getattr(options, name) is not None:
+        beside = "--study" if options.folders else "--folders"
+        raise ConfigError(f"--{name.replace('_', '-')}: expected it beside {beside} alone")
+    if options.folders:
+        print(score_page(read_folders(options.folders), options.before), end="")
+        return
+    if options.output_dir is None:
+        raise ConfigError("--output-dir: expected a folder beside --study, found none")
     seeds = [read_seed(directory) for directory in sorted(options.study.glob("seed-*"))]
     if not seeds:
         raise DataError(f"{options.study}: expected folders seed-1, seed-2, ..., found none")

@@ -9,4 +9,4 @@ start_from BASE_LM "the checkpoint directory of BaseLM"
 need_data REAL "weights and prefixes of real text, e.g. '0.7 /data/web_text_document 0.3 /data/code_text_document'"
 need_data SYNTHETIC "weights and prefixes of synthetic question-answer text"
 blend "$(real_share)" REAL "$SYNTHETIC_SHARE" SYNTHETIC
-continue_on "$CONTINUE_TOKENS"
+continue_on CONTINUE_TOKENS

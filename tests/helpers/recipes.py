@@ -7,7 +7,10 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+import sentencepiece
+
 from tests.helpers.entry import ROOT
+from tests.unit.test_plan import write_index
 
 RECIPES = ROOT / "examples" / "paper"
 MINI = RECIPES / "sizes" / "mini.sh"
@@ -80,6 +83,33 @@ class World:
         result = self.run(name, "--dry-run", **more)
         assert result.returncode == 0, result.stderr
         return shlex.split(result.stdout.splitlines()[0])
+
+
+def build(directory: Path) -> World:
+    """Make what the recipes need; nothing of it can be trained on."""
+    (directory / "text").write_text("\n".join(f"word{i} and number {i * i}" for i in range(400)))
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(directory / "text"),
+        model_prefix=str(directory / "tokenizer"),
+        vocab_size=300,
+        minloglevel=2,
+    )
+    checkpoint = directory / "trained"
+    checkpoint.mkdir()
+    (checkpoint / "latest_checkpointed_iteration.txt").write_text("10")
+    (directory / "chat.jsonl").write_text("{}\n")
+    # In argv's order, one a line, with the environment that ranks inherit.
+    executable(directory / "echo-words", 'printf "%s\\n" "OMP=$OMP_NUM_THREADS" "$@"')
+    settings = {
+        "OUT": str(directory / "out"),
+        "TOKENIZER": str(directory / "tokenizer.model"),
+        "REAL": f"3 {write_index(directory / 'web', 10**9)} 1 {write_index(directory / 'code', 10**8)}",
+        "SYNTHETIC": write_index(directory / "qa", 10**7, 1000),
+        "U33B": write_index(directory / "u33b", 10**7),
+        "CHAT_DATA": str(directory / "chat.jsonl"),
+    }
+    starts = {recipe.start for recipe in TABLE.values() if recipe.start}
+    return World(directory, settings | dict.fromkeys(starts, str(checkpoint)))
 
 
 def executable(path: Path, text: str) -> Path:

@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from tests.helpers import llama
 from tests.helpers.distributed import run_ranks
 from tests.helpers.entry import ROOT, Launch, run, succeed
+from tests.helpers.recipes import after, build
 from tests.helpers.text import train_sentencepiece
 from tests.helpers.tiny import VOCAB, tool
 
@@ -92,6 +93,25 @@ def test_logits_are_those_of_transformers(converted, name):
     found = found[..., : expected.shape[-1]]
     assert expected.std() > 0.5  # a model that says nothing would agree with any
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
+
+
+def test_recipes_train_the_architecture_of_an_import(converted, tmp_path):
+    """They had the paper's, untied."""
+    start = converted[0] / "qwen2_tied" / "bfloat16" / "megatron"
+    settings = {"MODEL_ARGS": f"{start}/ARGS.txt", "FORGET_TOKENS": str(2**20)}
+    weights = load_file(start.parent / "source" / "model.safetensors").values()
+    count = sum(tensor.numel() for tensor in weights) + (512 - llama.TOKENS) * 32
+    world = build(tmp_path)
+    # One plan, which takes 5 s of imports, is enough.
+    for recipe, python in (("unlearn_lm", sys.executable), ("chat", f"{tmp_path}/echo-words")):
+        result = world.run(recipe, "--dry-run", **settings, PYTHON=python, without="TOKENIZER")
+        words = result.stdout.splitlines()[0].split()
+        for flag, *values in map(str.split, (start / "ARGS.txt").read_text().splitlines()):
+            assert flag == "--bf16" or after(words, flag) == values
+        assert "--untie-embeddings-and-output-weights" not in words
+        assert recipe == "chat" or f"parameters    {count:,} (" in result.stdout, result.stderr
+        # 128 forgotten samples of 256 tokens, the model's longest text.
+        assert recipe == "chat" or after(words, "--train-iters") == ["32"]
 
 
 @pytest.mark.parametrize("kind", ["float32", "bfloat16"])

@@ -8,39 +8,14 @@ import sys
 from pathlib import Path
 
 import pytest
-import sentencepiece
 
 from tests.helpers.entry import ROOT
-from tests.helpers.recipes import MINI, RECIPES, TABLE, World, after, executable
-from tests.unit.test_plan import write_index
+from tests.helpers.recipes import MINI, RECIPES, TABLE, World, after, build, executable
 
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory) -> World:
-    directory = tmp_path_factory.mktemp("recipes")
-    (directory / "text").write_text("\n".join(f"word{i} and number {i * i}" for i in range(400)))
-    sentencepiece.SentencePieceTrainer.train(
-        input=str(directory / "text"),
-        model_prefix=str(directory / "tokenizer"),
-        vocab_size=300,
-        minloglevel=2,
-    )
-    checkpoint = directory / "trained"
-    checkpoint.mkdir()
-    (checkpoint / "latest_checkpointed_iteration.txt").write_text("10")
-    (directory / "chat.jsonl").write_text("{}\n")
-    # In argv's order, one a line, with the environment that ranks inherit.
-    executable(directory / "echo-words", 'printf "%s\\n" "OMP=$OMP_NUM_THREADS" "$@"')
-    settings = {
-        "OUT": str(directory / "out"),
-        "TOKENIZER": str(directory / "tokenizer.model"),
-        "REAL": f"3 {write_index(directory / 'web', 10**9)} 1 {write_index(directory / 'code', 10**8)}",
-        "SYNTHETIC": write_index(directory / "qa", 10**7, 1000),
-        "U33B": write_index(directory / "u33b", 10**7),
-        "CHAT_DATA": str(directory / "chat.jsonl"),
-    }
-    starts = {recipe.start for recipe in TABLE.values() if recipe.start}
-    return World(directory, settings | dict.fromkeys(starts, str(checkpoint)))
+    return build(tmp_path_factory.mktemp("recipes"))
 
 
 # One node for chat's batch of 64, and two for the others.

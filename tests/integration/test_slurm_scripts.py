@@ -1,14 +1,16 @@
 """What the job scripts of examples/slurm would start, with stand-ins for Slurm; see `make slurm-test`."""
 
 import os
+import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from tests.helpers.entry import ROOT
-from tests.helpers.recipes import after, executable
+from tests.helpers.recipes import after, build, executable
 
 SLURM = ROOT / "examples" / "slurm"
 JOB = {
@@ -53,6 +55,17 @@ def test_preflight_takes_the_settings_of_a_run(programs):
         *("--shared", "/ckpt", "--tokenizer-type", "SentencePieceTokenizer"),
         *("--tokenizer-model", "/data/tok", "--data", "/data/web", "/data/code", "/data/qa"),
         *("--timeout", "60"),
+    ]
+
+
+def test_preflight_takes_the_tokenizer_of_an_imported_model(programs, tmp_path):
+    lines = ("--num-layers 2", "--tokenizer-type HuggingFaceTokenizer", "--tokenizer-model a/b")
+    (tmp_path / "ARGS.txt").write_text("\n".join(lines))
+    result = preflight(programs, OUT="/ckpt", MODEL_ARGS=str(tmp_path / "ARGS.txt"))
+    words = result.stdout.splitlines()
+    assert words[words.index("tools/preflight.py") + 1 :] == [
+        *("--shared", "/ckpt", "--tokenizer-type", "HuggingFaceTokenizer"),
+        *("--tokenizer-model", "a/b"),
     ]
 
 
@@ -172,6 +185,65 @@ def test_a_job_is_requeued_when_it_has_more_to_do(tmp_path, ending, requeued):
     calls = called.read_text().splitlines() if called.exists() else []
     assert ("scontrol requeue 30123" in calls) == requeued
     assert ("scancel --signal=TERM 30123" in calls) == ("USR1" in ending)
+
+
+@pytest.fixture
+def sweep(tmp_path) -> list[str]:
+    """The README's two blocks about a sweep, in a world of stand-ins."""
+    section = (SLURM / "README.md").read_text().partition("## Weights and seeds")[2]
+    blocks = re.findall(r"^```\n(.*?)^```", section, re.DOTALL | re.MULTILINE)[:2]
+    build(tmp_path)
+    for name in ("web_text_document", "code_text_document", "qa_text_document", "tok.model"):
+        for suffix in (".idx", ".bin", ""):
+            (tmp_path / f"{name}{suffix}").touch()
+    return [
+        block.replace("/data/", f"{tmp_path}/").replace("/ckpt/", f"{tmp_path}/")
+        for block in blocks
+    ]
+
+
+def bash(script: str, **variables: str) -> str:
+    result = subprocess.run(
+        ["bash", "-euc", script],
+        **{"cwd": ROOT, "env": variables, "text": True, "capture_output": True},
+    )
+    assert (result.returncode, result.stderr) == (0, "")
+    return result.stdout
+
+
+def test_the_readme_s_sweep_starts_a_run_for_each_weight_and_seed(sweep, tmp_path):
+    # Starts the recipe without Slurm, as a dry run without a plan.
+    script = 'while case $1 in *.sbatch) false ;; esac; do shift; done; exec bash "$@"'
+    executable(tmp_path / "sbatch", script)
+    variables = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_SUBMIT_DIR": str(ROOT)}
+    out = bash(sweep[0], **variables, DRY_RUN="1", PYTHON=str(tmp_path / "echo-words"))
+    # The stand-in for Python prints the words of the plan again, one a line.
+    runs = [line.split() for line in out.splitlines() if " --forget-data-path " in line]
+    # The recipe gives the paper's weight, and what is behind it wins.
+    found = {
+        (words[-3], after(words, "--seed")[0], after(words, "--save")[0])
+        for words in runs
+        if words[-4:-3] + words[-2:] == ["--forget-weight", "--save-retain-interval", "2000"]
+    }
+    assert len(runs) == 9
+    assert found == {
+        (weight, seed, f"{tmp_path}/sweep/w{weight}/seed-{seed}")
+        for weight in ("0.003", "0.01", "0.03")
+        for seed in "123"
+    }
+    assert {after(words, "--data-cache-path")[0] for words in runs} == {f"{tmp_path}/data-cache"}
+
+
+def test_the_readme_s_scores_of_a_sweep_are_joined(sweep, tmp_path):
+    content = '{"results": {"mmlu": {"acc,none": 0.4}}, "settings": {"name": "%s"}}'
+    write = f'printf \'{content}\' "$name" >"$output"'
+    read = "while [ $# -gt 1 ]; do case $1 in --name) name=$2 ;; --output) output=$2 ;; esac; shift; done"
+    real = f'*seeds.py) shift; exec {sys.executable} {ROOT}/examples/paper/seeds.py "$@" ;;'
+    executable(tmp_path / "python", f"case $1 in {real} esac; {read}; {write}")
+    path = f"{tmp_path}:{os.environ['PATH']}"
+    out = bash(f"cd {tmp_path}; {sweep[1]}", PATH=path)
+    assert "| unlearn-w0.03 | 40.0 ± 0.0 |" in out
+    assert "| unlearn-w0.003 - synth, MMLU | +0.0 | +0.0 | +0.0 |" in out
 
 
 def test_shellcheck_finds_nothing():

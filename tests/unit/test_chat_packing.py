@@ -1,5 +1,6 @@
 """Packed conversations: nothing is lost, nothing is twice, and an index has one content."""
 
+import re
 from typing import ClassVar
 
 import numpy as np
@@ -9,6 +10,7 @@ from megatron_ext.data.chat_dataset import ChatDataset, Packing, pack
 from megatron_ext.data.chat_tokens import ChatTokens, load_tokens
 from megatron_ext.exceptions import DataError
 from tests.helpers.conversations import conversations, write_jsonl
+from tests.helpers.entry import ROOT
 
 LENGTH = 20
 EOD = 9999
@@ -177,3 +179,16 @@ def test_all_bad_records_are_counted_and_the_first_are_named(tmp_path):
         f"8 of 11 conversations are bad: {path}:4: expected no forbidden text; {path}:5: expected a JSON"
     )
     assert str(error.value).endswith("; and 3 more")
+
+
+def test_the_recipes_readme_counts_the_steps_of_packed_conversations():
+    """It says how many conversations a step has, and how many steps that makes."""
+    text = (ROOT / "examples/paper/README.md").read_text()
+    lengths = np.random.default_rng(1).lognormal(np.log(556) - 0.8**2 / 2, 0.8, 30_000)
+    lengths = np.clip(lengths.astype(np.int64), 8, 4097)
+    each = len(lengths) / len(pack(lengths, np.arange(len(lengths)), capacity=4097))
+    rows = re.findall(r"^\|.*\| (\d+) \| about (\d+) \| about ([\d,]+) \|$", text, re.MULTILINE)
+    assert [int(batch) for batch, _, _ in rows] == [64, 9, 8]
+    for batch, held, steps in rows:
+        assert int(held) == pytest.approx(int(batch) * each, rel=0.02)
+        assert int(steps.replace(",", "")) == pytest.approx(2e6 / int(batch) / each, rel=0.02)

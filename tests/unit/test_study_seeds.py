@@ -7,6 +7,10 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pytest
+
+from examples.paper.seed_scores import read_folders, score_page
+from megatron_ext.exceptions import ConfigError, DataError
 
 SCRIPT = Path(__file__).parents[2] / "examples/paper/seeds.py"
 MODELS = (
@@ -102,3 +106,72 @@ def test_no_runs(tmp_path):
     done = run(tmp_path / "nothing", tmp_path)
     assert done.returncode == 2
     assert "expected folders seed-1" in done.stderr
+
+
+def write_scores(folder, percent, rating, judge="J"):
+    """Files of the three verbs for two models, and one of `analyze.py`."""
+    folder.mkdir(parents=True)
+    for model, more in (("synth", 0), ("unlearn", 10)):
+        files = {
+            f"harness-{model}": {
+                "results": {"mmlu": task(percent + more)},
+                "settings": {"name": model},
+            },
+            f"followbench-{model}": {
+                "summary": {
+                    "ssr": {"mean": percent + more},
+                    "hsr": {"mean": percent - more},
+                    "unparsable": 2 if more else 0,
+                },
+            },
+            f"mt-bench-{model}": {"scores": {"all": {"mean": rating, "unparsable": 0}}},
+        }
+        for name, content in files.items():
+            if not name.startswith("harness"):
+                kind = {"benchmark": name.removesuffix(f"-{model}"), "model": model}
+                content |= kind | {"judge": {"model": judge}}
+            (folder / f"{name}.json").write_text(json.dumps(content))
+    (folder / "perplexity.json").write_text('{"verb": "perplexity", "models": {}}')
+
+
+def test_scores_of_any_study_are_joined_over_its_seeds(tmp_path):
+    folders = [tmp_path / f"seed-{number}" for number in (1, 2, 3)]
+    for folder, percent, rating in zip(folders, (40, 42, 44), (5.0, 5.5, 6.0), strict=True):
+        write_scores(folder, percent, rating)
+    (folders[2] / "harness-unlearn.json").unlink()
+    text = score_page(read_folders(folders), "synth")
+    [heads] = [line for line in text.splitlines() if line.startswith("| model ")]
+    assert heads == "| model | FollowBench SSR | FollowBench HSR | MMLU | MT-Bench |"
+    expected = ["42.0 ± 2.0", "42.0 ± 2.0", "42.0 ± 2.0", "5.50 ± 0.50"]
+    assert cells(text, "synth") == expected
+    # One seed lacks a score: said, and not taken for nothing.
+    expected = ["52.0 ± 2.0", "32.0 ± 2.0", "51.0 ± 1.4 (2 of 3)", "5.50 ± 0.50"]
+    assert cells(text, "unlearn") == expected
+    change = cells(text, "unlearn - synth, FollowBench HSR")
+    assert change == ["-10.0"] * 3 + ["-10.0 ± 0.0", "0 of 3"]
+    change = cells(text, "unlearn - synth, MMLU")
+    assert change == ["+10.0", "+10.0", "", "+10.0 ± 0.0 (2 of 3)", "2 of 2"]
+    assert "seed-1, unlearn, FollowBench SSR: 2 verdicts could not be read" in text
+
+
+def test_folders_that_are_no_seeds_of_a_study_are_refused(tmp_path):
+    one, two = tmp_path / "seed-1", tmp_path / "seed-2"
+    write_scores(one, 40, 5.0)
+    write_scores(two, 40, 5.0, judge="K")
+    message = "seed-2: expected J as the judge of FollowBench SSR, as in the other folders, found K"
+    with pytest.raises(DataError, match=message):
+        read_folders([one, two])
+    with pytest.raises(ConfigError, match="--folders: expected a folder a seed, found one twice"):
+        read_folders([one, one])
+    with pytest.raises(DataError, match=r"none: expected files of `evaluate.py`"):
+        read_folders([one, tmp_path / "none"])
+    with pytest.raises(ConfigError, match="--before: expected one of synth, unlearn, found sinth"):
+        score_page(read_folders([one]), "sinth")
+    (one / "again.json").write_text((one / "harness-synth.json").read_text())
+    with pytest.raises(
+        DataError, match=r"harness-synth.json: expected benchmarks without a score yet"
+    ):
+        read_folders([one])
+    (one / "again.json").write_text("{")
+    with pytest.raises(DataError, match=r"again.json: expected a JSON file"):
+        read_folders([one])

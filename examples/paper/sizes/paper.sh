@@ -10,7 +10,8 @@ HEADS=32
 SEQ_LENGTH=4096
 VOCAB_DIVISIBLE_BY=128
 
-# Token budgets. FORGET_TOKENS counts forgotten tokens alone; as many are replayed beside them.
+# Token budgets. FORGET_TOKENS counts forgotten tokens alone; as many are replayed beside them, unless FORGET_BATCH
+# is set.
 BASE_TOKENS=1000000000000
 CONTINUE_TOKENS=300000000000
 ABLATION_TOKENS=40000000000
@@ -29,7 +30,8 @@ CHAT_LR=2e-5
 BASE_MIN_LR=1e-5
 BASE_WARMUP_ITERATIONS=2000
 
-# Samples of a step: chat's is the paper's, the others are ours.
+# Samples of a step: chat's number is the paper's, but ours are packed with several conversations each (README.md,
+# "What is ours"); the others are ours.
 LEARN_BATCH=1024
 UNLEARN_BATCH=256
 CHAT_BATCH=64
