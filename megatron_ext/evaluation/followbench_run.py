@@ -13,6 +13,13 @@ from megatron_ext.data.atomic import check_place, write_atomically
 from megatron_ext.data.chat import Message
 from megatron_ext.evaluation import followbench as bench
 from megatron_ext.evaluation import paper
+from megatron_ext.evaluation.answers import (
+    check_reused,
+    common_settings,
+    digest,
+    model_settings,
+    write_answers,
+)
 from megatron_ext.evaluation.backends import (
     add_model_arguments,
     add_sampling_arguments,
@@ -53,7 +60,7 @@ def run(options: Namespace) -> None:
     """Answer if a model is named, judge if a judge is named.
 
     Raises:
-        ConfigError: neither is named.
+        ConfigError: neither is named; or there are answers that were made with other settings.
         DataError: a file is missing or of another form.
     """
     check_name(options.name)
@@ -73,20 +80,27 @@ def run(options: Namespace) -> None:
 
 
 def _answer(options: Namespace, questions: Mapping[str, list[Question]]) -> None:
-    """Write the answers that are not there."""
+    """Write the answers of this run that are not there."""
     files = {kind: bench.answer_file(options.output_dir, options.name, kind) for kind in questions}
     wanted = [kind for kind in questions if options.overwrite or not files[kind].exists()]
-    for kind in questions.keys() - set(wanted):
-        logger.info("%s is there and used; --overwrite answers again", files[kind])
-    if not wanted:
-        return
     sampling = sampling_from(options)
+    of_kind = {
+        kind: vars(sampling) | {"followbench": digest([q.instruction for q in questions[kind]])}
+        for kind in questions
+    }
+    reused = [kind for kind in questions if kind not in wanted]
+    for kind in reused:
+        check_reused(files[kind], of_kind[kind])
     place = options.output_dir / f"followbench-{options.name}"
     with kept_from_before(place), open_generator(options) as (generator, codec):
+        of_model = model_settings(generator, codec)
+        for kind in reused:
+            check_reused(files[kind], of_kind[kind] | of_model)
+            logger.info("%s is there and used; --overwrite answers again", files[kind])
+        if not wanted:
+            return
         asked = [question for kind in wanted for question in questions[kind]]
-        settings: dict[str, Any] = {"model": generator.identity, "sampling": vars(sampling)}
-        settings["template"] = codec.template.source
-        settings["questions"] = [question.instruction for question in asked]
+        settings = of_model | {kind: of_kind[kind] for kind in wanted}
         with open_journal(generator, place, settings) as journal:
             requests = bench.requests(asked, codec, sampling)
             done = complete_all(generator, codec, requests, journal=journal, title="answers")
@@ -94,7 +108,7 @@ def _answer(options: Namespace, questions: Mapping[str, list[Question]]) -> None
                 return
             for kind in wanted:
                 lines = [bench.record(q.instruction, done[q.key].text) for q in questions[kind]]
-                write_records(files[kind], lines, overwrite=True)
+                write_answers(files[kind], lines, of_kind[kind] | of_model, options)
             journal.remove()
 
 
@@ -106,10 +120,9 @@ def _judge(
 ) -> None:
     """Ask for the verdicts that are not there, and score."""
     output, name = options.output_dir, options.name
-    answers = {
-        kind: bench.read_answers(bench.answer_file(output, name, kind), questions[kind])
-        for kind in questions
-    }
+    files = {kind: bench.answer_file(output, name, kind) for kind in questions}
+    answers = {kind: bench.read_answers(files[kind], questions[kind]) for kind in questions}
+    made_with = common_settings(list(files.values()), questions="followbench")
     prompts = {
         kind: bench.judge_prompts(checkout, questions[kind], answers[kind]) for kind in questions
     }
@@ -122,6 +135,7 @@ def _judge(
         "benchmark": "followbench",
         "model": name,
         "language": options.language,
+        "answers": made_with,
         "judge": {"url": judge.url, "model": judge.model},
         "constraint_types": kinds,
         "summary": bench.summarise(kinds),

@@ -33,7 +33,7 @@ TEMPERATURES = {
     "stem": 0.1,
     "humanities": 0.1,
 }
-_OTHER_TEMPERATURE = 0.7
+OTHER_TEMPERATURE = 0.7
 LOWEST, HIGHEST = 1, 10
 _RATINGS = (re.compile(r"\[\[(\d+\.?\d*)\]\]"), re.compile(r"\[(\d+\.?\d*)\]"))
 # Names of the project's judge prompts, by turn.
@@ -139,7 +139,7 @@ def requests(
             messages.append({"role": "user", "content": codec.clean(text)})
             if turn < len(answers):
                 messages.append({"role": "assistant", "content": codec.clean(answers[turn])})
-        temperature = TEMPERATURES.get(question.category, _OTHER_TEMPERATURE)
+        temperature = TEMPERATURES.get(question.category, OTHER_TEMPERATURE)
         sampling = replace(base, temperature=temperature)
         found.append(codec.chat(question.key(len(answers)), messages, sampling))
     return found
