@@ -27,7 +27,8 @@ from megatron_ext.evaluation.backends import (
     sampling_from,
 )
 from megatron_ext.evaluation.completion import complete_all
-from megatron_ext.evaluation.followbench_data import KINDS, Checkout, Question
+from megatron_ext.evaluation.errors import aligned, with_error
+from megatron_ext.evaluation.followbench_data import KINDS, LEVELS, Checkout, Question
 from megatron_ext.evaluation.journal import Journal, kept_from_before
 from megatron_ext.evaluation.judge import Judge, add_judge_arguments, ask_all, judge_from
 from megatron_ext.evaluation.records import check_name, open_journal, read_records, write_records
@@ -186,19 +187,13 @@ def _verdict_texts(
 
 def report(results: Mapping[str, Any]) -> str:
     """The scores as text: levels of each constraint type, then the table beside the paper's."""
-    lines = [
-        f"{'constraints':<12}{'':<5}{'1':>7}{'2':>7}{'3':>7}{'4':>7}{'5':>7}{'mean':>8}   bounds"
-    ]
-    for kind, scores in results["constraint_types"].items():
-        for rate in ("hsr", "ssr"):
-            cells = "".join(f"{_number(value):>7}" for value in scores[rate]["levels"])
-            low, high = scores[rate]["bounds"]
-            bounds = f"{low:.1f} to {high:.1f}" if scores["unparsable"] else ""
-            mean = _number(scores[rate]["mean"])
-            lines.append(f"{kind:<12}{rate.upper():<5}{cells}{mean:>8}   {bounds}")
-        low, high = scores["csl_bounds"]
-        bounds = f"   {low:.2f} to {high:.2f}" if scores["unparsable"] else ""
-        lines.append(f"{'':<12}CSL  {'':<35}{_number(scores['csl'], digits=2):>8}{bounds}")
+    rows = [row for part in results["constraint_types"].items() for row in _rows(*part)]
+    means = aligned(["mean", *(mean for _, mean, _ in rows)])
+    head = f"{'constraints':<12}{'':<5}" + "".join(f"{level:>7}" for level in range(1, LEVELS + 1))
+    lines = [f"{head}  {means[0]}   bounds"]
+    for (levels, _, bounds), mean in zip(rows, means[1:], strict=True):
+        lines.append(f"{levels}  {mean}   {bounds}".rstrip())
+    lines.append("±: standard error over examples, whose levels are one observation each")
     summary = results["summary"]
     unparsable = f"unparsable verdicts: {summary['unparsable']} of {summary['verdicts']}"
     if summary["unparsable"]:
@@ -211,9 +206,25 @@ def report(results: Mapping[str, Any]) -> str:
     lines.append(f"{unparsable}\n")
     ours = {results["model"]: (summary["ssr"]["mean"], summary["hsr"]["mean"], summary["csl"])}
     theirs = {model: (ssr, hsr, None) for model, (ssr, hsr, _) in paper.CHAT.items()}
-    lines.append(paper.table(_COLUMNS, ours, theirs))
+    errors = (summary["ssr"]["error"], summary["hsr"]["error"], summary["csl_error"])
+    lines.append(paper.table(_COLUMNS, ours, theirs, errors={results["model"]: errors}))
     return "\n".join(lines)
 
 
-def _number(value: float | None, *, digits: int = 1) -> str:
-    return "-" if value is None else f"{value:.{digits}f}"
+def _rows(kind: str, scores: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+    """Of a constraint type the name and the levels, the mean, and the bounds, of each score."""
+    rows = []
+    for rate in ("hsr", "ssr"):
+        levels = (with_error(value, None, digits=1) for value in scores[rate]["levels"])
+        low, high = scores[rate]["bounds"]
+        rows.append(
+            (
+                f"{kind:<12}{rate.upper():<5}" + "".join(f"{value:>7}" for value in levels),
+                with_error(scores[rate]["mean"], scores[rate]["error"], digits=1),
+                f"{low:.1f} to {high:.1f}" if scores["unparsable"] else "",
+            )
+        )
+    low, high = scores["csl_bounds"]
+    bounds = f"{low:.2f} to {high:.2f}" if scores["unparsable"] else ""
+    mean = with_error(scores["csl"], scores["csl_error"])
+    return [*rows, (f"{'':<12}{'CSL':<5}{'':<{7 * LEVELS}}", mean, bounds)]

@@ -25,6 +25,7 @@ from megatron_ext.evaluation.answers import (
 )
 from megatron_ext.evaluation.backends import add_model_arguments, open_generator
 from megatron_ext.evaluation.completion import Codec, Generator, complete_all
+from megatron_ext.evaluation.errors import aligned, with_error
 from megatron_ext.evaluation.journal import Journal, kept_from_before
 from megatron_ext.evaluation.judge import Judge, add_judge_arguments, ask_all, judge_from
 from megatron_ext.evaluation.records import check_name, open_journal, read_records, write_records
@@ -236,18 +237,20 @@ def report(results: Mapping[str, Any]) -> str:
     rows |= {f"turn {turn}": value for turn, value in scores["turns"].items()}
     rows |= scores["categories"]
     lines = []
-    for name, part in rows.items():
-        mean = "-" if part["mean"] is None else f"{part['mean']:.2f}"
-        line = f"{name:<14}{mean:>6}"
+    means = aligned([with_error(part["mean"], part["error"]) for part in rows.values()])
+    for (name, part), mean in zip(rows.items(), means, strict=True):
+        line = f"{name:<14}{mean}"
         if part["unparsable"]:
             low, high = part["bounds"]
             line += (
                 f"   {part['unparsable']} of {part['verdicts']} verdicts unparsable: between {low:.2f} "
                 f"and {high:.2f}"
             )
-        lines.append(line)
+        lines.append(line.rstrip())
     total = scores["all"]
+    lines.append("±: standard error over questions, whose turns are one observation each")
     lines.append(f"unparsable verdicts: {total['unparsable']} of {total['verdicts']}\n")
     theirs = {model: (value,) for model, (_, _, value) in paper.CHAT.items()}
-    lines.append(paper.table(("MT-Bench",), {results["model"]: (total["mean"],)}, theirs))
+    ours, errors = {results["model"]: (total["mean"],)}, {results["model"]: (total["error"],)}
+    lines.append(paper.table(("MT-Bench",), ours, theirs, errors=errors))
     return "\n".join(lines)

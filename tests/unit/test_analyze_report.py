@@ -10,7 +10,8 @@ from torch.utils.tensorboard import SummaryWriter
 
 from megatron_ext.analysis.embedding_report import measure_embeddings
 from megatron_ext.analysis.perplexity_report import add_shifts
-from megatron_ext.analysis.scores import Score, read_scores, with_average
+from megatron_ext.analysis.scores import KNOWLEDGE, Score, read_scores, with_average
+from megatron_ext.analysis.verdict import Roles, score_findings
 from megatron_ext.exceptions import DataError, MegatronExtError
 from tools.analyze import main
 
@@ -178,7 +179,8 @@ def test_what_got_worse_and_what_did_not(page):
     ((kind, text),) = findings(page, "MMLU")
     assert (kind, "within the noise of ±2.77" in text) == ("note", True)
     ((kind, text),) = findings(page, "GSM8K")
-    assert (kind, "16.60 before, 11.40 after (-5.20)" in text) == ("worse", True)
+    # Without errors nobody can say whether that is a change.
+    assert (kind, "16.60 before, 11.40 after (-5.20); the noise" in text) == ("note", True)
     # Worse stands first.
     kinds = [kind for kind, _ in page.findings]
     assert kinds == sorted(kinds, key=["worse", "better", "note"].index)
@@ -238,6 +240,9 @@ def test_scores():
     }
     found = with_average(read_scores({"results": results}, name="x"))
     assert found["average"].value == pytest.approx(45.0)
+    assert found["average"].error is None  # of five nothing is known
+    known = {name: Score(50.0, 3.0) for name in KNOWLEDGE}
+    assert with_average(known)["average"].error == pytest.approx(3 / 6**0.5)
     assert (found["HumanEval"].value, found["HumanEval"].error) == pytest.approx((60, 2))
     assert found["GSM8K"].value == pytest.approx(60)
     assert found["my task"] == Score(25.0)
@@ -268,6 +273,22 @@ def test_scores_of_a_judge():
     rated = {"all": {"mean": 5.85, "unparsable": 0}}
     found = read_scores({"benchmark": "mt-bench", "scores": rated}, name="x")
     assert found == {"MT-Bench": Score(5.85)}
+
+
+def test_a_judge_tells_models_apart_beyond_the_noise_of_its_questions():
+    def kind(before, after, error):
+        rated = ({"all": {"mean": m, "error": error, "unparsable": 0}} for m in (before, after))
+        files = ({"benchmark": "mt-bench", "scores": scores} for scores in rated)
+        found = [read_scores(file, name="x") for file in files]
+        scores = dict(zip(("synth", "unlearn"), found, strict=True))
+        ((finding),) = score_findings(scores, Roles("synth", ["unlearn"]))
+        return finding.kind
+
+    assert kind(5.43, 5.44, None) == "note"
+    assert kind(5.43, 5.44, 0.2) == "note"
+    assert kind(5.43, 6.10, 0.2) == "better"
+    assert kind(5.43, 4.80, 0.2) == "worse"
+    assert kind(5.43, 5.90, 0.2) == "note"  # beyond one score's noise, not beyond both
 
 
 def test_bad_inputs(files, tmp_path, monkeypatch):
