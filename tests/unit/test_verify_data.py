@@ -12,7 +12,9 @@ import numpy as np
 import pytest
 
 from megatron_ext.config import UnlearnConfig
+from megatron_ext.data import contamination
 from megatron_ext.data import verify as verify_module
+from megatron_ext.data.contamination import RUN, shares_in
 from megatron_ext.data.manifest import manifest_path, read_manifest, write_manifest
 from megatron_ext.data.overlap import check_overlap, find_shared, shared_content
 from megatron_ext.data.preprocess import PreprocessConfig, preprocess
@@ -230,7 +232,32 @@ def test_many_data_sets_are_compared_as_each_pair_is(made, tmp_path):
     assert 0 < found < 5
 
 
-def test_the_tool_checks_all_and_says_which_are_bad(made, copy):
+def test_shares_of_texts_are_those_of_a_search_token_by_token(made, monkeypatch):
+    monkeypatch.setattr(contamination, "_BLOCK", 50)  # runs cross the ends of blocks
+    rng = np.random.default_rng(4)
+    data = np.fromfile(f"{made['all']}.bin", np.uint16).astype(np.int64)
+    texts = [data[:0], data[: RUN - 1], data[len(data) - RUN :]]
+    for start in rng.integers(0, len(data) - 100, 60):
+        text = data[start : start + rng.integers(RUN, 60)].copy()
+        for place in rng.integers(0, len(text), rng.integers(0, 5)):
+            text[place] = rng.integers(0, 400)  # most of these break a run
+        texts.append(text)
+    # One that is nowhere although all its tokens, and their sum in any order, are.
+    texts.append(data[RUN - 1 :: -1].copy())
+    runs = {tuple(data[i : i + RUN]) for i in range(len(data) - RUN + 1)}
+    found = shares_in(made["all"], texts, vocab_size=400)
+    for text, share in zip(texts, found, strict=True):
+        seen = np.zeros(len(text), dtype=bool)
+        for i in range(len(text) - RUN + 1):
+            seen[i : i + RUN] |= tuple(text[i : i + RUN]) in runs
+        assert np.isnan(share) if len(text) < RUN else share == seen.mean()
+    assert np.isnan(found[:2]).all()
+    assert found[2] == 1
+    assert found[-1] == 0
+    assert len(np.unique(found[3:])) > 10
+
+
+def test_the_tool_checks_all_and_says_which_are_bad(made, copy, tmp_path):
     change(f"{copy}.bin", 0, np.uint16(60000).tobytes())
     command = [sys.executable, str(ROOT / "tools" / "verify_data.py")]
 
@@ -247,5 +274,29 @@ def test_the_tool_checks_all_and_says_which_are_bad(made, copy):
     assert result.returncode == 2
     assert f"BAD {made['all']}: 20 documents (20 distinct) are in {made['first']}" in result.stdout
     assert f"ok  {made['last']} shares no document with {made['first']}" in result.stdout
+    # Questions: some stand in the data, cut out of their documents, some do not.
+    inside = [" ".join(text.split(" ")[3:40]) for text in TEXTS[:3]]
+    questions = [*inside, "short", " ".join(TEXTS[30].split(" ")[3:40])]
+    lines = [{"question": text, "answer": TEXTS[0]} for text in questions]
+    file = write_jsonl(tmp_path / "test.jsonl", lines)
+    model = str(Path(made["first"]).with_name("t.model"))
+    spec = ("--tokenizer-type", "SentencePieceTokenizer", "--tokenizer-model", model)
+    result = tool(made["first"], made["last"], "--benchmark", file, *spec)
+    assert result.returncode == 2
+    for line, name, known in zip(
+        result.stdout.splitlines()[2:],
+        ("first", "last"),
+        ("3 (1, 2, 3 among them)", "1 (5 among them)"),
+        strict=True,
+    ):
+        assert line.startswith(f"BAD {file}: of 5 texts {known} stand in {made[name]} by 80% of")
+        assert line.endswith("; 1 are too short to tell")
+    for words, message in (
+        ((), "--benchmark: expected --tokenizer-type and --tokenizer-model beside it"),
+        ((*spec, "--benchmark-keys", "text"), f"--benchmark {file}:1: no key 'text'"),
+    ):
+        result = tool(made["first"], "--benchmark", file, *words)
+        assert result.returncode == 2
+        assert f"error: {message}" in result.stderr
     # As a shell completes them.
     assert tool(f"{made['first']}.idx", "--against", f"{made['last']}.bin").returncode == 0
