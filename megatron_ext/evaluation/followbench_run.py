@@ -97,7 +97,8 @@ def _answer(options: Namespace, questions: Mapping[str, list[Question]]) -> None
         of_model = model_settings(generator, codec)
         for kind in reused:
             check_reused(files[kind], of_kind[kind] | of_model)
-            logger.info("%s is there and used; --overwrite answers again", files[kind])
+            if generator.is_writer:
+                logger.info("%s is there and used; --overwrite answers again", files[kind])
         if not wanted:
             return
         asked = [question for kind in wanted for question in questions[kind]]

@@ -111,7 +111,8 @@ def _answer(options: Namespace, questions: Sequence[bench.Question], file: Path)
         settings |= model_settings(generator, codec)
         if is_reused:
             check_reused(file, settings)
-            logger.info("%s is there and used; --overwrite answers again", file)
+            if generator.is_writer:
+                logger.info("%s is there and used; --overwrite answers again", file)
             return
         with open_journal(generator, file, settings) as journal:
             answers = _two_turns(generator, codec, questions, sampling, journal)
