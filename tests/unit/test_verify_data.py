@@ -12,9 +12,7 @@ import numpy as np
 import pytest
 
 from megatron_ext.config import UnlearnConfig
-from megatron_ext.data import contamination
 from megatron_ext.data import verify as verify_module
-from megatron_ext.data.contamination import RUN, shares_in
 from megatron_ext.data.manifest import manifest_path, read_manifest, write_manifest
 from megatron_ext.data.overlap import check_overlap, find_shared, shared_content
 from megatron_ext.data.preprocess import PreprocessConfig, preprocess
@@ -230,31 +228,6 @@ def test_many_data_sets_are_compared_as_each_pair_is(made, tmp_path):
         assert find_shared(forgotten, replayed) == expected
         found += expected is not None
     assert 0 < found < 5
-
-
-def test_shares_of_texts_are_those_of_a_search_token_by_token(made, monkeypatch):
-    monkeypatch.setattr(contamination, "_BLOCK", 50)  # runs cross the ends of blocks
-    rng = np.random.default_rng(4)
-    data = np.fromfile(f"{made['all']}.bin", np.uint16).astype(np.int64)
-    texts = [data[:0], data[: RUN - 1], data[len(data) - RUN :]]
-    for start in rng.integers(0, len(data) - 100, 60):
-        text = data[start : start + rng.integers(RUN, 60)].copy()
-        for place in rng.integers(0, len(text), rng.integers(0, 5)):
-            text[place] = rng.integers(0, 400)  # most of these break a run
-        texts.append(text)
-    # One that is nowhere although all its tokens, and their sum in any order, are.
-    texts.append(data[RUN - 1 :: -1].copy())
-    runs = {tuple(data[i : i + RUN]) for i in range(len(data) - RUN + 1)}
-    found = shares_in(made["all"], texts, vocab_size=400)
-    for text, share in zip(texts, found, strict=True):
-        seen = np.zeros(len(text), dtype=bool)
-        for i in range(len(text) - RUN + 1):
-            seen[i : i + RUN] |= tuple(text[i : i + RUN]) in runs
-        assert np.isnan(share) if len(text) < RUN else share == seen.mean()
-    assert np.isnan(found[:2]).all()
-    assert found[2] == 1
-    assert found[-1] == 0
-    assert len(np.unique(found[3:])) > 10
 
 
 def test_the_tool_checks_all_and_says_which_are_bad(made, copy, tmp_path):
