@@ -4,11 +4,14 @@ r"""Check tokenised data sets in full; training itself checks only what is cheap
     python tools/verify_data.py data/web_text_document data/qa_text_document \
         --tokenizer-type SentencePieceTokenizer --tokenizer-model tok.model
     python tools/verify_data.py data/qa_text_document --against data/web_text_document
+    python tools/verify_data.py data/qa_text_document --benchmark openai/gsm8k/main/test.jsonl \
+        --tokenizer-type SentencePieceTokenizer --tokenizer-model tok.model
 
 Reads every token: the index against the tokens, every id against the vocabulary, counts and the digest of
 the content against the manifest. With --against, finds documents, of 16 tokens or more, that the data sets
 share with others, whether or not an end-of-document id ends them; of sets without manifests the tokenizer
-tells it. The exit code is 0 if nothing is wrong.
+tells it. With --benchmark, finds questions most of whose tokens lie in runs of 11 that the data hold as well.
+The exit code is 0 if nothing is wrong.
 """
 
 from __future__ import annotations
@@ -18,11 +21,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from megatron_ext.data.blend import bare_prefix
+from megatron_ext.data.contamination import KNOWN, RUN, encode_texts, read_texts, shares_in
 from megatron_ext.data.indexed import bin_path
 from megatron_ext.data.tokenizers import (
     TOKENIZER_TYPES,
@@ -45,7 +50,24 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--tokenizer-model", help="without it, ids are held against the manifest")
     parser.add_argument("--against", **data, default=[], metavar="PREFIX", help="other data sets")
     parser.add_argument("--max-memory", type=float, default=1.0, metavar="GB", help="for digests")
+    parser.add_argument(
+        "--benchmark",
+        nargs="+",
+        type=Path,
+        default=[],
+        metavar="FILE",
+        help="JSON lines or Parquet whose questions should not be in the data; needs a tokenizer",
+    )
+    parser.add_argument(
+        "--benchmark-keys",
+        nargs="+",
+        default=["question"],
+        metavar="KEY",
+        help="fields of these files that are looked for (default: question)",
+    )
     args = parser.parse_args()
+    if args.benchmark and args.tokenizer_model is None:
+        raise ConfigError("--benchmark: expected --tokenizer-type and --tokenizer-model beside it")
     if (args.tokenizer_type is None) != (args.tokenizer_model is None):
         raise ConfigError(
             "--tokenizer-type, --tokenizer-model: expected both or neither, found one"
@@ -120,13 +142,43 @@ def check_overlaps(args: argparse.Namespace, tokenizer: Tokenizer | None) -> int
     return bad
 
 
+def check_benchmarks(args: argparse.Namespace, tokenizer: Tokenizer, texts: list[list[str]]) -> int:
+    """Look for questions in each data set; the number of pairs of a set and a file that has known ones.
+
+    Args:
+        args: the command line.
+        tokenizer: of the data.
+        texts: of each file of --benchmark.
+    """
+    ids = encode_texts([text for part in texts for text in part], tokenizer)
+    ends = np.cumsum([len(part) for part in texts])
+    bad = 0
+    for prefix in args.prefix:
+        with _bar(prefix, "looking for questions") as bar:
+            shares = shares_in(prefix, ids, vocab_size=tokenizer.vocab_size, advance=bar.update)
+        for path, found in zip(args.benchmark, np.split(shares, ends[:-1]), strict=True):
+            known = np.flatnonzero(found >= KNOWN)
+            bad += bool(len(known))
+            named = f" ({', '.join(map(str, known[:5] + 1))} among them)" if len(known) else ""
+            touched, short = int((found > 0).sum()), int(np.isnan(found).sum())
+            print(
+                f"{'BAD' if len(known) else 'ok '} {path}: of {len(found):,} texts {len(known):,}{named} "
+                f"stand in {prefix} by {KNOWN:.0%} of their tokens or more, {touched:,} by {RUN} in a row; "
+                f"{short:,} are too short to tell"
+            )
+    return bad
+
+
 def main() -> None:
-    """Run both checks."""
+    """Run all checks."""
     args = parse_args()
     tokenizer = None if args.tokenizer_model is None else build_reference(_spec(args))
+    texts = [read_texts(path, args.benchmark_keys) for path in args.benchmark]
     bad = check_sets(args, tokenizer)
     if not bad:  # documents of a broken index are none
         bad = check_overlaps(args, tokenizer)
+        if texts and tokenizer is not None:
+            bad += check_benchmarks(args, tokenizer, texts)
     if bad:
         raise DataError(f"{bad} checks failed, see above")
 

@@ -14,6 +14,7 @@ from megatron_ext.analysis.scores import (
     paper_scores,
     with_average,
 )
+from megatron_ext.evaluation.errors import with_error
 
 
 def score_section(own: Mapping[str, Mapping[str, Score]]) -> str:
@@ -64,8 +65,8 @@ def _cells(scores: Mapping[str, Score], benchmarks: Sequence[str]) -> list[str]:
 
 
 def _cell(score: Score) -> str:
-    error = "" if score.error is None else f" ± {score.error:.2f}"
-    return f"{score.value:.2f}{error}" + (f" ({score.unparsable})" if score.unparsable else "")
+    unparsable = f" ({score.unparsable})" if score.unparsable else ""
+    return with_error(score.value, score.error) + unparsable
 
 
 def run_section(

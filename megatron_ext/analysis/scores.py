@@ -9,6 +9,7 @@ from statistics import fmean
 from typing import Any
 
 from megatron_ext.evaluation import paper
+from megatron_ext.evaluation.errors import error_of_mean
 from megatron_ext.exceptions import DataError
 
 KNOWLEDGE = tuple(paper.BENCHMARKS)
@@ -64,13 +65,12 @@ def _read(content: Any) -> dict[str, Score]:
     benchmark = content.get("benchmark")
     if benchmark == "followbench":
         summary = content["summary"]
-        found = {
-            f"FollowBench {rate.upper()}": (summary[rate]["mean"], summary["unparsable"])
-            for rate in ("ssr", "hsr")
-        }
+        unparsable = summary["unparsable"]
+        found = {f"FollowBench {rate.upper()}": summary[rate] for rate in ("ssr", "hsr")}
     elif benchmark == "mt-bench":
         total = content["scores"]["all"]
-        found = {"MT-Bench": (total["mean"], total["unparsable"])}
+        unparsable = total["unparsable"]
+        found = {"MT-Bench": total}
     else:
         tasks = content["results"]
         parts = _parts(tasks, content.get("group_subtasks"))
@@ -80,10 +80,10 @@ def _read(content: Any) -> dict[str, Score]:
             if task not in parts
         }
         return {task: score for task, score in scores.items() if score is not None}
-    return {
-        column: Score(mean, unparsable=unparsable)
-        for column, (mean, unparsable) in found.items()
-        if mean is not None
+    return {  # files that were written before errors were have none
+        column: Score(rated["mean"], rated.get("error"), unparsable)
+        for column, rated in found.items()
+        if rated["mean"] is not None
     }
 
 
@@ -116,11 +116,12 @@ def _is_number(value: Any) -> bool:
 
 
 def with_average(scores: Mapping[str, Score]) -> dict[str, Score]:
-    """The scores, with the mean of the paper's six benchmarks if all six are there."""
-    values = [scores[benchmark].value for benchmark in KNOWLEDGE if benchmark in scores]
-    if len(values) < len(KNOWLEDGE):
+    """The scores, with the mean of the paper's six benchmarks if all six are there; they are independent."""
+    found = [scores[benchmark] for benchmark in KNOWLEDGE if benchmark in scores]
+    if len(found) < len(KNOWLEDGE):
         return dict(scores)
-    return {**scores, AVERAGE: Score(fmean(values))}
+    average = Score(fmean(s.value for s in found), error_of_mean(s.error for s in found))
+    return {**scores, AVERAGE: average}
 
 
 def paper_scores() -> dict[str, dict[str, Score]]:

@@ -1,7 +1,7 @@
 """What was measured, in sentences: what shifted, what unlearning took back, and what got worse.
 
-A sentence claims a change only if its 95% interval leaves no change out, or says that the noise of the score
-is not known. It says nothing that was not measured, and nothing about other data than the samples that were
+A sentence claims a change only if its 95% interval leaves no change out, and none of a score whose noise is
+not known. It says nothing that was not measured, and nothing about other data than the samples that were
 scored.
 """
 
@@ -171,7 +171,11 @@ def _percent(nats: float) -> str:
 
 
 def score_findings(scores: Mapping[str, Mapping[str, Score]], roles: Roles) -> list[Finding]:
-    """Which benchmarks rose or fell from the model before to each model after."""
+    """Which benchmarks rose or fell from the model before to each model after.
+
+    The noise of a change is ``1.96 sqrt(error_before^2 + error_after^2)``, as of independent scores: too much
+    rather than too little, as both models answer the same questions.
+    """
     before = scores.get(roles.before or "", {})
     found = []
     for after in roles.after:
@@ -189,15 +193,11 @@ def _score_finding(benchmark: str, before: Score, after: Score, name: str) -> Fi
     unread = before.unparsable + after.unparsable
     if unread:
         text += f", without {unread} verdicts of the judge that could not be read"
-    if before.error is not None and after.error is not None:
-        half = 1.96 * math.hypot(before.error, after.error)
-        if abs(change) <= half:
-            return Finding("note", "no change", f"{text}, within the noise of ±{half:.2f}.")
-        text += f", beyond the noise of ±{half:.2f}"
-    else:
-        text += "; the noise of this score is not known"
-    if change == 0:
-        return Finding("note", "no change", f"{text}.")
-    return Finding(
-        "better" if change > 0 else "worse", "got better" if change > 0 else "got worse", f"{text}."
-    )
+    if before.error is None or after.error is None:
+        unknown = "the noise of this score is not known, so neither is what the change says"
+        return Finding("note", "noise not known", f"{text}; {unknown}.")
+    half = 1.96 * math.hypot(before.error, after.error)
+    if abs(change) <= half:
+        return Finding("note", "no change", f"{text}, within the noise of ±{half:.2f}.")
+    kind = "better" if change > 0 else "worse"
+    return Finding(kind, f"got {kind}", f"{text}, beyond the noise of ±{half:.2f}.")

@@ -14,7 +14,12 @@ from tqdm import tqdm
 
 from megatron_ext.data.chat import Message
 from megatron_ext.data.chat_template import BUILT_IN, ChatTemplate, load_template
-from megatron_ext.data.tokenizers import SentencePieceReference, TokenizerSpec, build_reference
+from megatron_ext.data.tokenizers import (
+    SentencePieceReference,
+    TokenizerSpec,
+    build_reference,
+    tokenizer_digest,
+)
 from megatron_ext.evaluation.journal import Journal
 from megatron_ext.evaluation.sampling import Request, Sampling, Scored
 from megatron_ext.exceptions import ConfigError
@@ -80,6 +85,11 @@ class Codec:
         if self._tokenizer.eod_id is None:
             raise ConfigError("--tokenizer-model: expected an end-of-document token, found none")
         self.eod = self._tokenizer.eod_id
+
+    @cached_property
+    def digest(self) -> str:
+        """Changes with the tokenizer's vocabulary."""
+        return tokenizer_digest(self._spec)
 
     @cached_property
     def template(self) -> ChatTemplate:

@@ -6,6 +6,9 @@
 
 A verdict that cannot be parsed takes no part in a rate and is counted beside it, with the lowest and the
 highest value that the rate would have had. The project itself scores it as -1.
+
+Standard errors are over examples: the levels of one, which ask the same with one more constraint each, are
+one observation. Examples of different constraint types are taken for independent.
 """
 
 from __future__ import annotations
@@ -19,6 +22,7 @@ from typing import Any
 
 from megatron_ext.data.chat import Message
 from megatron_ext.evaluation.completion import Codec
+from megatron_ext.evaluation.errors import clustered_error, error_of_mean
 from megatron_ext.evaluation.followbench_data import LEVELS, Checkout, Question
 from megatron_ext.evaluation.records import Record, read_records
 from megatron_ext.evaluation.sampling import Request, Sampling
@@ -147,23 +151,28 @@ def score(found: Sequence[Verdict]) -> dict[str, Any]:
     """The scores of one constraint type, in percent; CSL in levels.
 
     Returns:
-        ``hsr`` and ``ssr`` with a rate for each level, their mean, the mean weighted by level (of which
-        the project's repository has a script) and bounds for what could not be parsed; ``csl`` and
-        ``csl_bounds``; ``unparsable`` and ``verdicts``, counts.
+        ``hsr`` and ``ssr`` with a rate for each level, their mean, its standard ``error`` by
+        `clustered_error` over examples, the mean weighted by level (of which the project's repository has a
+        script) and bounds for what could not be parsed; ``csl``, ``csl_error`` and ``csl_bounds``;
+        ``unparsable`` and ``verdicts``, counts.
     """
-    levels = [[v for v in found if v.question.level == level] for level in range(1, LEVELS + 1)]
+    examples: dict[int, list[Verdict]] = {}
+    for v in found:
+        examples.setdefault(v.question.example, []).append(v)
 
     def rates(soft: bool) -> dict[str, Any]:
+        levels = _levels(found)
         by_level = [_rate(verdicts, soft=soft) for verdicts in levels]
         known = [(level, rate) for level, rate in enumerate(by_level, 1) if rate is not None]
-        if not known:
-            return {"levels": by_level, "mean": None, "weighted": None, "bounds": [0.0, 100.0]}
         total = sum(level for level, _ in known)
         bounds = [fmean(_bound(verdicts, soft, value) for verdicts in levels) for value in (0, 1)]
         return {
             "levels": by_level,
-            "mean": fmean(rate for _, rate in known),
-            "weighted": sum(level * rate for level, rate in known) / total,
+            "mean": _mean_rate(found, soft=soft),
+            "error": clustered_error(
+                list(examples.values()), lambda part: _mean_rate(part, soft=soft)
+            ),
+            "weighted": sum(level * rate for level, rate in known) / total if known else None,
             "bounds": bounds,
         }
 
@@ -172,6 +181,7 @@ def score(found: Sequence[Verdict]) -> dict[str, Any]:
         "hsr": rates(soft=False),
         "ssr": rates(soft=True),
         "csl": _consistent_levels(rows),
+        "csl_error": clustered_error([[row] for row in rows], _consistent_levels),
         "csl_bounds": [fmean(_in_a_row(row, unknown) for row in rows) for unknown in (False, True)],
         "unparsable": sum(v.satisfied is None for v in found),
         "verdicts": len(found),
@@ -179,7 +189,7 @@ def score(found: Sequence[Verdict]) -> dict[str, Any]:
 
 
 def summarise(kinds: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """Means over constraint types, each of the same weight, and the counts of all."""
+    """Means over constraint types, each of the same weight, their errors, and the counts of all."""
 
     def mean(values: Sequence[float | None]) -> float | None:
         known = [value for value in values if value is not None]
@@ -193,8 +203,13 @@ def summarise(kinds: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
         for rate in ("hsr", "ssr")
     }
     for rate in ("hsr", "ssr"):
+        known = [kind[rate] for kind in kinds.values() if kind[rate]["mean"] is not None]
+        summary[rate]["error"] = error_of_mean(scores["error"] for scores in known)
         summary[rate]["bounds"] = _mean_bounds([kind[rate]["bounds"] for kind in kinds.values()])
     summary["csl"] = mean([kind["csl"] for kind in kinds.values()])
+    summary["csl_error"] = error_of_mean(
+        kind["csl_error"] for kind in kinds.values() if kind["csl"] is not None
+    )
     summary["csl_bounds"] = _mean_bounds([kind["csl_bounds"] for kind in kinds.values()])
     for count in ("unparsable", "verdicts"):
         summary[count] = sum(kind[count] for kind in kinds.values())
@@ -209,6 +224,17 @@ def _value(verdict: Verdict, soft: bool) -> float:
 def _rate(found: Sequence[Verdict], *, soft: bool) -> float | None:
     known = [_value(v, soft) for v in found if v.satisfied is not None]
     return 100 * fmean(known) if known else None
+
+
+def _levels(found: Sequence[Verdict]) -> list[list[Verdict]]:
+    return [[v for v in found if v.question.level == level] for level in range(1, LEVELS + 1)]
+
+
+def _mean_rate(found: Sequence[Verdict], *, soft: bool) -> float | None:
+    """Mean of the rates of the levels of which a verdict is known, in percent."""
+    rates = [_rate(verdicts, soft=soft) for verdicts in _levels(found)]
+    known = [rate for rate in rates if rate is not None]
+    return fmean(known) if known else None
 
 
 def _bound(found: Sequence[Verdict], soft: bool, unknown: float) -> float:

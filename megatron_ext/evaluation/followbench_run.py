@@ -13,6 +13,13 @@ from megatron_ext.data.atomic import check_place, write_atomically
 from megatron_ext.data.chat import Message
 from megatron_ext.evaluation import followbench as bench
 from megatron_ext.evaluation import paper
+from megatron_ext.evaluation.answers import (
+    check_reused,
+    common_settings,
+    digest,
+    model_settings,
+    write_answers,
+)
 from megatron_ext.evaluation.backends import (
     add_model_arguments,
     add_sampling_arguments,
@@ -20,7 +27,8 @@ from megatron_ext.evaluation.backends import (
     sampling_from,
 )
 from megatron_ext.evaluation.completion import complete_all
-from megatron_ext.evaluation.followbench_data import KINDS, Checkout, Question
+from megatron_ext.evaluation.errors import aligned, with_error
+from megatron_ext.evaluation.followbench_data import KINDS, LEVELS, Checkout, Question
 from megatron_ext.evaluation.journal import Journal, kept_from_before
 from megatron_ext.evaluation.judge import Judge, add_judge_arguments, ask_all, judge_from
 from megatron_ext.evaluation.records import check_name, open_journal, read_records, write_records
@@ -53,7 +61,7 @@ def run(options: Namespace) -> None:
     """Answer if a model is named, judge if a judge is named.
 
     Raises:
-        ConfigError: neither is named.
+        ConfigError: neither is named; or there are answers that were made with other settings.
         DataError: a file is missing or of another form.
     """
     check_name(options.name)
@@ -73,20 +81,28 @@ def run(options: Namespace) -> None:
 
 
 def _answer(options: Namespace, questions: Mapping[str, list[Question]]) -> None:
-    """Write the answers that are not there."""
+    """Write the answers of this run that are not there."""
     files = {kind: bench.answer_file(options.output_dir, options.name, kind) for kind in questions}
     wanted = [kind for kind in questions if options.overwrite or not files[kind].exists()]
-    for kind in questions.keys() - set(wanted):
-        logger.info("%s is there and used; --overwrite answers again", files[kind])
-    if not wanted:
-        return
     sampling = sampling_from(options)
+    of_kind = {
+        kind: vars(sampling) | {"followbench": digest([q.instruction for q in questions[kind]])}
+        for kind in questions
+    }
+    reused = [kind for kind in questions if kind not in wanted]
+    for kind in reused:
+        check_reused(files[kind], of_kind[kind])
     place = options.output_dir / f"followbench-{options.name}"
     with kept_from_before(place), open_generator(options) as (generator, codec):
+        of_model = model_settings(generator, codec)
+        for kind in reused:
+            check_reused(files[kind], of_kind[kind] | of_model)
+            if generator.is_writer:
+                logger.info("%s is there and used; --overwrite answers again", files[kind])
+        if not wanted:
+            return
         asked = [question for kind in wanted for question in questions[kind]]
-        settings: dict[str, Any] = {"model": generator.identity, "sampling": vars(sampling)}
-        settings["template"] = codec.template.source
-        settings["questions"] = [question.instruction for question in asked]
+        settings = of_model | {kind: of_kind[kind] for kind in wanted}
         with open_journal(generator, place, settings) as journal:
             requests = bench.requests(asked, codec, sampling)
             done = complete_all(generator, codec, requests, journal=journal, title="answers")
@@ -94,7 +110,7 @@ def _answer(options: Namespace, questions: Mapping[str, list[Question]]) -> None
                 return
             for kind in wanted:
                 lines = [bench.record(q.instruction, done[q.key].text) for q in questions[kind]]
-                write_records(files[kind], lines, overwrite=True)
+                write_answers(files[kind], lines, of_kind[kind] | of_model, options)
             journal.remove()
 
 
@@ -106,10 +122,9 @@ def _judge(
 ) -> None:
     """Ask for the verdicts that are not there, and score."""
     output, name = options.output_dir, options.name
-    answers = {
-        kind: bench.read_answers(bench.answer_file(output, name, kind), questions[kind])
-        for kind in questions
-    }
+    files = {kind: bench.answer_file(output, name, kind) for kind in questions}
+    answers = {kind: bench.read_answers(files[kind], questions[kind]) for kind in questions}
+    made_with = common_settings(list(files.values()), questions="followbench")
     prompts = {
         kind: bench.judge_prompts(checkout, questions[kind], answers[kind]) for kind in questions
     }
@@ -122,6 +137,7 @@ def _judge(
         "benchmark": "followbench",
         "model": name,
         "language": options.language,
+        "answers": made_with,
         "judge": {"url": judge.url, "model": judge.model},
         "constraint_types": kinds,
         "summary": bench.summarise(kinds),
@@ -172,19 +188,13 @@ def _verdict_texts(
 
 def report(results: Mapping[str, Any]) -> str:
     """The scores as text: levels of each constraint type, then the table beside the paper's."""
-    lines = [
-        f"{'constraints':<12}{'':<5}{'1':>7}{'2':>7}{'3':>7}{'4':>7}{'5':>7}{'mean':>8}   bounds"
-    ]
-    for kind, scores in results["constraint_types"].items():
-        for rate in ("hsr", "ssr"):
-            cells = "".join(f"{_number(value):>7}" for value in scores[rate]["levels"])
-            low, high = scores[rate]["bounds"]
-            bounds = f"{low:.1f} to {high:.1f}" if scores["unparsable"] else ""
-            mean = _number(scores[rate]["mean"])
-            lines.append(f"{kind:<12}{rate.upper():<5}{cells}{mean:>8}   {bounds}")
-        low, high = scores["csl_bounds"]
-        bounds = f"   {low:.2f} to {high:.2f}" if scores["unparsable"] else ""
-        lines.append(f"{'':<12}CSL  {'':<35}{_number(scores['csl'], digits=2):>8}{bounds}")
+    rows = [row for part in results["constraint_types"].items() for row in _rows(*part)]
+    means = aligned(["mean", *(mean for _, mean, _ in rows)])
+    head = f"{'constraints':<12}{'':<5}" + "".join(f"{level:>7}" for level in range(1, LEVELS + 1))
+    lines = [f"{head}  {means[0]}   bounds"]
+    for (levels, _, bounds), mean in zip(rows, means[1:], strict=True):
+        lines.append(f"{levels}  {mean}   {bounds}".rstrip())
+    lines.append("±: standard error over examples, whose levels are one observation each")
     summary = results["summary"]
     unparsable = f"unparsable verdicts: {summary['unparsable']} of {summary['verdicts']}"
     if summary["unparsable"]:
@@ -197,9 +207,25 @@ def report(results: Mapping[str, Any]) -> str:
     lines.append(f"{unparsable}\n")
     ours = {results["model"]: (summary["ssr"]["mean"], summary["hsr"]["mean"], summary["csl"])}
     theirs = {model: (ssr, hsr, None) for model, (ssr, hsr, _) in paper.CHAT.items()}
-    lines.append(paper.table(_COLUMNS, ours, theirs))
+    errors = (summary["ssr"]["error"], summary["hsr"]["error"], summary["csl_error"])
+    lines.append(paper.table(_COLUMNS, ours, theirs, errors={results["model"]: errors}))
     return "\n".join(lines)
 
 
-def _number(value: float | None, *, digits: int = 1) -> str:
-    return "-" if value is None else f"{value:.{digits}f}"
+def _rows(kind: str, scores: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+    """Of a constraint type the name and the levels, the mean, and the bounds, of each score."""
+    rows = []
+    for rate in ("hsr", "ssr"):
+        levels = (with_error(value, None, digits=1) for value in scores[rate]["levels"])
+        low, high = scores[rate]["bounds"]
+        rows.append(
+            (
+                f"{kind:<12}{rate.upper():<5}" + "".join(f"{value:>7}" for value in levels),
+                with_error(scores[rate]["mean"], scores[rate]["error"], digits=1),
+                f"{low:.1f} to {high:.1f}" if scores["unparsable"] else "",
+            )
+        )
+    low, high = scores["csl_bounds"]
+    bounds = f"{low:.2f} to {high:.2f}" if scores["unparsable"] else ""
+    mean = with_error(scores["csl"], scores["csl_error"])
+    return [*rows, (f"{'':<12}{'CSL':<5}{'':<{7 * LEVELS}}", mean, bounds)]

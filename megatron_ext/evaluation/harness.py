@@ -7,6 +7,7 @@ import importlib.metadata
 import importlib.util
 import json
 import logging
+import math
 from argparse import ArgumentParser, Namespace
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -17,6 +18,7 @@ from unittest import mock
 from megatron_ext.data.atomic import check_place, refuse_existing, write_atomically
 from megatron_ext.evaluation import code_execution, paper
 from megatron_ext.evaluation.backends import add_model_arguments, open_generator
+from megatron_ext.evaluation.errors import error_of_mean, with_error
 from megatron_ext.evaluation.local_data import offline
 from megatron_ext.exceptions import ConfigError
 
@@ -146,13 +148,18 @@ def _code_execution(allowed: bool) -> Iterator[None]:
 
 
 def report(name: str, results: Mapping[str, Any]) -> str:
-    """The table beside the paper's, and every score of the other tasks."""
+    """The table beside the paper's, and every score of the other tasks; ± is a standard error.
+
+    That of the average takes the benchmarks, whose questions are different ones, for independent.
+    """
     scores: Mapping[str, Mapping[str, Any]] = results["results"]
     limit = results["settings"]["limit"]
-    values = []
+    values: list[float | None] = []
+    errors: list[float | None] = []
     for task, metric in paper.BENCHMARKS.values():
-        value = scores.get(task, {}).get(metric)
-        values.append(100 * value if isinstance(value, int | float) else None)
+        value, error = _number(scores.get(task, {}), metric), _error(scores.get(task, {}), metric)
+        values.append(None if value is None else 100 * value)
+        errors.append(None if error is None else 100 * error)
     known = [value for value in values if value is not None]
     lines = []
     if limit:
@@ -160,15 +167,28 @@ def report(name: str, results: Mapping[str, Any]) -> str:
     if known:
         average = fmean(known) if len(known) == len(values) else None
         theirs = {model: (*numbers, fmean(numbers)) for model, numbers in paper.BASE.items()}
-        table = paper.table((*paper.BENCHMARKS, "average"), {name: (*values, average)}, theirs)
-        lines.append(f"{table}\n")
+        ours = {name: (*values, average)}
+        beside = {name: (*errors, error_of_mean(errors))}
+        columns = (*paper.BENCHMARKS, "average")
+        lines.append(f"{paper.table(columns, ours, theirs, errors=beside)}\n")
     for task, metrics in scores.items():
-        shown = {
-            metric.removesuffix(",none"): value
+        text = "  ".join(
+            f"{metric.removesuffix(',none')} {with_error(value, _error(metrics, metric), digits=4)}"
             for metric, value in metrics.items()
-            if isinstance(value, float) and "stderr" not in metric
-        }
-        text = "  ".join(f"{metric} {value:.4f}" for metric, value in shown.items())
+            if isinstance(value, float) and "_stderr," not in metric
+        )
         if text:
             lines.append(f"{task:<24} {text}")
     return "\n".join(lines)
+
+
+def _error(metrics: Mapping[str, Any], metric: str) -> float | None:
+    """The harness's standard error of a metric such as ``acc,none``, if it has one."""
+    name, _, variant = metric.partition(",")
+    return _number(metrics, f"{name}_stderr,{variant}")
+
+
+def _number(metrics: Mapping[str, Any], key: str) -> float | None:
+    """What the harness has under a name; where it could not compute an error it says so in words."""
+    value = metrics.get(key)
+    return value if isinstance(value, int | float) and math.isfinite(value) else None

@@ -4,7 +4,8 @@ arXiv 2306.05685. Questions, reference answers and judge prompts are read from t
 (FastChat, `fastchat/llm_judge/data`); answers and judgments are written in its formats.
 
 A verdict that cannot be parsed takes no part in a mean and is counted beside it, with the lowest and the
-highest value that the mean would have had.
+highest value that the mean would have had. Standard errors are over questions: both turns of one are one
+observation.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from typing import Any
 
 from megatron_ext.data.chat import Message
 from megatron_ext.evaluation.completion import Codec
+from megatron_ext.evaluation.errors import clustered_error
 from megatron_ext.evaluation.records import Record, read_records
 from megatron_ext.evaluation.sampling import Request, Sampling
 from megatron_ext.exceptions import DataError
@@ -33,7 +35,7 @@ TEMPERATURES = {
     "stem": 0.1,
     "humanities": 0.1,
 }
-_OTHER_TEMPERATURE = 0.7
+OTHER_TEMPERATURE = 0.7
 LOWEST, HIGHEST = 1, 10
 _RATINGS = (re.compile(r"\[\[(\d+\.?\d*)\]\]"), re.compile(r"\[(\d+\.?\d*)\]"))
 # Names of the project's judge prompts, by turn.
@@ -139,7 +141,7 @@ def requests(
             messages.append({"role": "user", "content": codec.clean(text)})
             if turn < len(answers):
                 messages.append({"role": "assistant", "content": codec.clean(answers[turn])})
-        temperature = TEMPERATURES.get(question.category, _OTHER_TEMPERATURE)
+        temperature = TEMPERATURES.get(question.category, OTHER_TEMPERATURE)
         sampling = replace(base, temperature=temperature)
         found.append(codec.chat(question.key(len(answers)), messages, sampling))
     return found
@@ -207,7 +209,8 @@ def score(found: Sequence[Verdict]) -> dict[str, Any]:
     """Means over verdicts: of all, of each turn, and of each category.
 
     Returns:
-        For each a ``mean``, ``bounds``, and the counts ``unparsable`` and ``verdicts``.
+        For each a ``mean``, its standard ``error`` by `clustered_error` over questions (``None`` for fewer
+        than two), ``bounds``, and the counts ``unparsable`` and ``verdicts``.
     """
     categories = dict.fromkeys(v.question.category for v in found)
     return {
@@ -221,13 +224,18 @@ def score(found: Sequence[Verdict]) -> dict[str, Any]:
 
 def _mean(found: Sequence[Verdict]) -> dict[str, Any]:
     ratings = [v.rating for v in found]
-    known = [rating for rating in ratings if rating is not None]
     bounds = [
         fmean(end if rating is None else rating for rating in ratings) if ratings else None
         for end in (LOWEST, HIGHEST)
     ]
+    questions: dict[int, list[float]] = {}
+    for v in found:
+        if v.rating is not None:
+            questions.setdefault(v.question.id, []).append(v.rating)
+    known = [rating for rating in ratings if rating is not None]
     return {
         "mean": fmean(known) if known else None,
+        "error": clustered_error(list(questions.values()), fmean),
         "bounds": bounds,
         "unparsable": len(ratings) - len(known),
         "verdicts": len(ratings),

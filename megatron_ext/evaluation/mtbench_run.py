@@ -15,8 +15,17 @@ from megatron_ext.data.atomic import check_place, write_atomically
 from megatron_ext.data.chat import Message
 from megatron_ext.evaluation import mtbench as bench
 from megatron_ext.evaluation import paper
+from megatron_ext.evaluation.answers import (
+    Settings,
+    check_reused,
+    common_settings,
+    digest,
+    model_settings,
+    write_answers,
+)
 from megatron_ext.evaluation.backends import add_model_arguments, open_generator
 from megatron_ext.evaluation.completion import Codec, Generator, complete_all
+from megatron_ext.evaluation.errors import aligned, with_error
 from megatron_ext.evaluation.journal import Journal, kept_from_before
 from megatron_ext.evaluation.judge import Judge, add_judge_arguments, ask_all, judge_from
 from megatron_ext.evaluation.records import check_name, open_journal, read_records, write_records
@@ -48,7 +57,8 @@ def run(options: Namespace) -> None:
     """Answer if a model is named, judge if a judge is named.
 
     Raises:
-        ConfigError: neither is named, or a file that judging needs is not.
+        ConfigError: neither is named, or a file that judging needs is not; or there are answers that were
+            made with other settings.
         DataError: a file is missing or of another form.
     """
     check_name(options.name)
@@ -78,31 +88,38 @@ def run(options: Namespace) -> None:
             references = bench.read_answers(options.reference_answers, referenced)
     answers = options.output_dir / "model_answer" / f"{options.name}.jsonl"
     if options.model is not None:
-        if answers.exists() and not options.overwrite:
-            logger.info("%s is there and used; --overwrite answers again", answers)
-        else:
-            _answer(options, questions, answers)
+        _answer(options, questions, answers)
     if judge is not None and options.is_writer:
         found = bench.read_answers(answers, questions)
-        _judge(
-            options, judge, questions, bench.judge_prompts(questions, found, references, prompts)
-        )
+        asked = bench.judge_prompts(questions, found, references, prompts)
+        _judge(options, judge, questions, asked, common_settings([answers], questions="questions"))
 
 
 def _answer(options: Namespace, questions: Sequence[bench.Question], file: Path) -> None:
+    """Write the answers, if those of this run are not there."""
     sampling = Sampling(
         max_new_tokens=options.max_new_tokens, top_p=options.top_p, seed=options.seed
     )
+    settings: Settings = vars(sampling) | {
+        "temperature": bench.TEMPERATURES | {"others": bench.OTHER_TEMPERATURE},
+        "questions": digest([[q.id, *q.turns] for q in questions]),
+    }
+    is_reused = file.exists() and not options.overwrite
+    if is_reused:
+        check_reused(file, settings)
     with kept_from_before(file), open_generator(options) as (generator, codec):
-        settings: dict[str, Any] = {"model": generator.identity, "sampling": vars(sampling)}
-        settings["template"] = codec.template.source
-        settings["questions"] = [[q.id, *q.turns] for q in questions]
+        settings |= model_settings(generator, codec)
+        if is_reused:
+            check_reused(file, settings)
+            if generator.is_writer:
+                logger.info("%s is there and used; --overwrite answers again", file)
+            return
         with open_journal(generator, file, settings) as journal:
             answers = _two_turns(generator, codec, questions, sampling, journal)
             if journal is None:
                 return
             lines = [_line(options, q, answers[q.id], generator.identity) for q in questions]
-            write_records(file, lines, overwrite=True)
+            write_answers(file, lines, settings, options)
             journal.remove()
 
 
@@ -143,6 +160,7 @@ def _judge(
     judge: Judge,
     questions: Sequence[bench.Question],
     prompts: Mapping[str, list[Message]],
+    made_with: Settings | None,
 ) -> None:
     """Ask for the verdicts that are not there, and score."""
     label = judge.model.replace("/", "_")
@@ -171,6 +189,7 @@ def _judge(
     results = {
         "benchmark": "mt-bench",
         "model": options.name,
+        "answers": made_with,
         "judge": {"url": judge.url, "model": judge.model},
         "scores": bench.score(found),
     }
@@ -219,18 +238,20 @@ def report(results: Mapping[str, Any]) -> str:
     rows |= {f"turn {turn}": value for turn, value in scores["turns"].items()}
     rows |= scores["categories"]
     lines = []
-    for name, part in rows.items():
-        mean = "-" if part["mean"] is None else f"{part['mean']:.2f}"
-        line = f"{name:<14}{mean:>6}"
+    means = aligned([with_error(part["mean"], part["error"]) for part in rows.values()])
+    for (name, part), mean in zip(rows.items(), means, strict=True):
+        line = f"{name:<14}{mean}"
         if part["unparsable"]:
             low, high = part["bounds"]
             line += (
                 f"   {part['unparsable']} of {part['verdicts']} verdicts unparsable: between {low:.2f} "
                 f"and {high:.2f}"
             )
-        lines.append(line)
+        lines.append(line.rstrip())
     total = scores["all"]
+    lines.append("±: standard error over questions, whose turns are one observation each")
     lines.append(f"unparsable verdicts: {total['unparsable']} of {total['verdicts']}\n")
     theirs = {model: (value,) for model, (_, _, value) in paper.CHAT.items()}
-    lines.append(paper.table(("MT-Bench",), {results["model"]: (total["mean"],)}, theirs))
+    ours, errors = {results["model"]: (total["mean"],)}, {results["model"]: (total["error"],)}
+    lines.append(paper.table(("MT-Bench",), ours, theirs, errors=errors))
     return "\n".join(lines)

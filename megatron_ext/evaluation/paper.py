@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from megatron_ext.evaluation.errors import aligned, with_error
+
 # For each column of the paper's table the task of lm-evaluation-harness and its score. Averages of the
 # paper are over these six.
 BENCHMARKS = {
@@ -39,6 +41,8 @@ def table(
     columns: Sequence[str],
     ours: Mapping[str, Sequence[float | None]],
     paper: Mapping[str, Sequence[float | None]],
+    *,
+    errors: Mapping[str, Sequence[float | None]],
 ) -> str:
     """A Markdown table of one's own models, then the paper's.
 
@@ -46,12 +50,20 @@ def table(
         columns: what the numbers are.
         ours: numbers by model; ``None`` was not measured.
         paper: the same of the paper.
+        errors: standard errors of one's own numbers; ``None`` is not known.
     """
     lines = [["model", "source", *columns]]
     for source, models in ((_OURS, ours), (_PAPER, paper)):
         for model, values in models.items():
-            numbers = ["" if value is None else f"{value:.2f}" for value in values]
+            known = errors[model] if source == _OURS else [None] * len(values)
+            numbers = [
+                "" if value is None else with_error(value, error)
+                for value, error in zip(values, known, strict=True)
+            ]
             lines.append([model, source, *numbers])
+    for i in range(2, len(lines[0])):
+        for line, cell in zip(lines[1:], aligned([line[i] for line in lines[1:]]), strict=True):
+            line[i] = cell
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
 
     def row(cells: Sequence[str]) -> str:

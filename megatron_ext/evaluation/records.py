@@ -108,7 +108,11 @@ def open_journal(
     return Journal(output, settings=settings) if generator.is_writer else nullcontext()
 
 
+def json_lines(records: Sequence[Record]) -> bytes:
+    """JSON lines."""
+    return "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records).encode()
+
+
 def write_records(path: Path, records: Sequence[Record], *, overwrite: bool) -> None:
     """Write JSON lines, all or none."""
-    lines = (json.dumps(record, ensure_ascii=False) + "\n" for record in records)
-    write_atomically(path, "".join(lines).encode(), overwrite=overwrite)
+    write_atomically(path, json_lines(records), overwrite=overwrite)

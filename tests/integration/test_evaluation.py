@@ -171,12 +171,14 @@ def test_followbench(world, tmp_path, capsys):
     assert formats["csl"] == 0.5
     assert example["hsr"]["mean"] == example["csl"] == 0
     assert results["summary"]["hsr"]["mean"] == pytest.approx((80 + 40 + 0) / 3)
+    assert results["summary"]["hsr"]["error"] is None  # one type has one example
+    assert results["answers"]["max_new_tokens"] == 5
     shown = capsys.readouterr().out
     # Of three types, one has bounds apart.
     assert "unparsable verdicts: 1 of 25; the means lie within SSR " in shown
     assert re.search(r"HSR 36\.67 to 40\.00, CSL 0\.83 to 1\.50", shown)
     assert re.search(r"\| mine +\| this run \|", shown)
-    assert re.search(r"\| UnlearnLM-Chat +\| paper +\| +42\.00 \| +27\.87 \|", shown)
+    assert re.search(r"\| UnlearnLM-Chat +\| paper +\| 42\.00 +\| 27\.87 +\|", shown)
 
 
 def test_mt_bench(world, tmp_path, capsys):
@@ -217,6 +219,8 @@ def test_mt_bench(world, tmp_path, capsys):
     scores = json.loads((tmp_path / "mt-bench-mine.json").read_text())["scores"]
     assert scores["all"] == {
         "mean": pytest.approx(20.5 / 3),
+        # Without one of the questions, 4 and 8.25.
+        "error": pytest.approx((8.25 - 4) / 2),
         "bounds": [pytest.approx(21.5 / 4), pytest.approx(30.5 / 4)],
         "unparsable": 1,
         "verdicts": 4,

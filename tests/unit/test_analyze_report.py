@@ -10,8 +10,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from megatron_ext.analysis.embedding_report import measure_embeddings
 from megatron_ext.analysis.perplexity_report import add_shifts
-from megatron_ext.analysis.scores import Score, read_scores, with_average
-from megatron_ext.exceptions import DataError, MegatronExtError
+from megatron_ext.exceptions import MegatronExtError
 from tools.analyze import main
 
 N = 200
@@ -178,7 +177,8 @@ def test_what_got_worse_and_what_did_not(page):
     ((kind, text),) = findings(page, "MMLU")
     assert (kind, "within the noise of ±2.77" in text) == ("note", True)
     ((kind, text),) = findings(page, "GSM8K")
-    assert (kind, "16.60 before, 11.40 after (-5.20)" in text) == ("worse", True)
+    # Without errors nobody can say whether that is a change.
+    assert (kind, "16.60 before, 11.40 after (-5.20); the noise" in text) == ("note", True)
     # Worse stands first.
     kinds = [kind for kind, _ in page.findings]
     assert kinds == sorted(kinds, key=["worse", "better", "note"].index)
@@ -223,51 +223,6 @@ def test_report_without_unlearning(files, tmp_path, monkeypatch):
     page = Page(output.read_text())
     assert {kind for kind, _ in page.findings} == {"note"}
     assert len(page.findings) == 6  # two models against the base on three sets
-
-
-def test_scores():
-    results = {
-        "ceval-valid": {"alias": "ceval-valid", "acc,none": 0.3, "acc_norm,none": 0.9},
-        "cmmlu": {"acc,none": 0.3},
-        "mmlu": {"acc,none": 0.3},
-        "mmlu_anatomy": {"acc,none": 0.9},
-        "humaneval": {"pass@1,create_test": 0.6, "pass@1_stderr,create_test": 0.02},
-        "mbpp": {"pass_at_1,none": 0.6},
-        "gsm8k": {"exact_match,strict-match": 0.6, "exact_match,flexible-extract": 0.7},
-        "my task": {"alias": "x", "followed,none": 0.25, "case,none": 0.5},
-    }
-    found = with_average(read_scores({"results": results}, name="x"))
-    assert found["average"].value == pytest.approx(45.0)
-    assert (found["HumanEval"].value, found["HumanEval"].error) == pytest.approx((60, 2))
-    assert found["GSM8K"].value == pytest.approx(60)
-    assert found["my task"] == Score(25.0)
-    assert "mmlu_anatomy" not in found
-    results["mmlu_pro"] = {"exact_match,custom-extract": 0.1}
-    results |= {"mmlu_pro_law": {"exact_match,custom-extract": 0.2}, "loose": {"alias": "loose"}}
-    parts = {"mmlu": ["mmlu_anatomy"], "mmlu_pro": ["mmlu_pro_law"], "loose": ["gsm8k"]}
-    more = read_scores({"results": results, "group_subtasks": parts}, name="x")
-    assert more.keys() - found.keys() == {"mmlu_pro"}
-    assert found.keys() - more.keys() == {"average"}
-    for wrong in (
-        [],
-        {},
-        {"results": {}},
-        {"results": {"x": {"alias": "y"}}},
-        {"results": {"x": 1}},
-    ):
-        with pytest.raises(DataError, match=r"x\.json: expected"):
-            read_scores(wrong, name="x.json")
-
-
-def test_scores_of_a_judge():
-    summary = {"ssr": {"mean": 42.5}, "hsr": {"mean": None}, "csl": 1.5, "unparsable": 3}
-    found = read_scores({"benchmark": "followbench", "summary": summary}, name="x")
-    assert found == {
-        "FollowBench SSR": Score(42.5, unparsable=3)
-    }  # no verdict on HSR could be read
-    rated = {"all": {"mean": 5.85, "unparsable": 0}}
-    found = read_scores({"benchmark": "mt-bench", "scores": rated}, name="x")
-    assert found == {"MT-Bench": Score(5.85)}
 
 
 def test_bad_inputs(files, tmp_path, monkeypatch):

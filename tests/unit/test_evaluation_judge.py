@@ -148,6 +148,7 @@ def test_scores_by_hand():
     assert both["hsr"]["mean"] == pytest.approx(85)
     assert both["hsr"]["bounds"] == pytest.approx([80, 85])
     assert (both["csl"], both["csl_bounds"]) == (3.5, [3.25, 3.75])
+    assert both["hsr"]["error"] is None  # one example has none
     assert (both["unparsable"], both["verdicts"]) == (1, 15)
 
 
@@ -172,6 +173,7 @@ def test_nothing_understood_is_no_score():
     assert result["hsr"] == {
         "levels": [None] * 5,
         "mean": None,
+        "error": None,
         "weighted": None,
         "bounds": [0, 100],
     }

@@ -230,7 +230,7 @@ def test_many_data_sets_are_compared_as_each_pair_is(made, tmp_path):
     assert 0 < found < 5
 
 
-def test_the_tool_checks_all_and_says_which_are_bad(made, copy):
+def test_the_tool_checks_all_and_says_which_are_bad(made, copy, tmp_path):
     change(f"{copy}.bin", 0, np.uint16(60000).tobytes())
     command = [sys.executable, str(ROOT / "tools" / "verify_data.py")]
 
@@ -247,5 +247,29 @@ def test_the_tool_checks_all_and_says_which_are_bad(made, copy):
     assert result.returncode == 2
     assert f"BAD {made['all']}: 20 documents (20 distinct) are in {made['first']}" in result.stdout
     assert f"ok  {made['last']} shares no document with {made['first']}" in result.stdout
+    # Questions: some stand in the data, cut out of their documents, some do not.
+    inside = [" ".join(text.split(" ")[3:40]) for text in TEXTS[:3]]
+    questions = [*inside, "short", " ".join(TEXTS[30].split(" ")[3:40])]
+    lines = [{"question": text, "answer": TEXTS[0]} for text in questions]
+    file = write_jsonl(tmp_path / "test.jsonl", lines)
+    model = str(Path(made["first"]).with_name("t.model"))
+    spec = ("--tokenizer-type", "SentencePieceTokenizer", "--tokenizer-model", model)
+    result = tool(made["first"], made["last"], "--benchmark", file, *spec)
+    assert result.returncode == 2
+    for line, name, known in zip(
+        result.stdout.splitlines()[2:],
+        ("first", "last"),
+        ("3 (1, 2, 3 among them)", "1 (5 among them)"),
+        strict=True,
+    ):
+        assert line.startswith(f"BAD {file}: of 5 texts {known} stand in {made[name]} by 80% of")
+        assert line.endswith("; 1 are too short to tell")
+    for words, message in (
+        ((), "--benchmark: expected --tokenizer-type and --tokenizer-model beside it"),
+        ((*spec, "--benchmark-keys", "text"), f"--benchmark {file}:1: no key 'text'"),
+    ):
+        result = tool(made["first"], "--benchmark", file, *words)
+        assert result.returncode == 2
+        assert f"error: {message}" in result.stderr
     # As a shell completes them.
     assert tool(f"{made['first']}.idx", "--against", f"{made['last']}.bin").returncode == 0
