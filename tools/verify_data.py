@@ -8,7 +8,8 @@ r"""Check tokenised data sets in full; training itself checks only what is cheap
 Reads every token: the index against the tokens, every id against the vocabulary, counts and the digest of
 the content against the manifest. With --against, finds documents, of 16 tokens or more, that the data sets
 share with others, whether or not an end-of-document id ends them; of sets without manifests the tokenizer
-tells it. The exit code is 0 if nothing is wrong.
+tells it. The others are read once for all data sets, or once for each part of them that fits --max-memory;
+documents take 36 bytes each. The exit code is 0 if nothing is wrong.
 """
 
 from __future__ import annotations
@@ -24,6 +25,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from megatron_ext.data.blend import bare_prefix
 from megatron_ext.data.indexed import bin_path
+from megatron_ext.data.read_digests import check_tokenizers, comparable
+from megatron_ext.data.shared_documents import find_overlaps
 from megatron_ext.data.tokenizers import (
     TOKENIZER_TYPES,
     Tokenizer,
@@ -31,9 +34,9 @@ from megatron_ext.data.tokenizers import (
     build_reference,
     tokenizer_digest,
 )
-from megatron_ext.data.verify import find_overlap, verify
+from megatron_ext.data.verify import verify
 from megatron_ext.exceptions import ConfigError, DataError
-from tools.common import ToolParser, run_tool
+from tools.common import ToolParser, run_tool, usable_cores
 
 
 def parse_args() -> argparse.Namespace:
@@ -44,7 +47,10 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--tokenizer-type", choices=TOKENIZER_TYPES)
     parser.add_argument("--tokenizer-model", help="without it, ids are held against the manifest")
     parser.add_argument("--against", **data, default=[], metavar="PREFIX", help="other data sets")
-    parser.add_argument("--max-memory", type=float, default=1.0, metavar="GB", help="for digests")
+    parser.add_argument("--max-memory", type=float, default=1.0, metavar="GB", help="of digests")
+    parser.add_argument(
+        "--workers", type=int, default=usable_cores(), help="processes that compare documents"
+    )
     args = parser.parse_args()
     if (args.tokenizer_type is None) != (args.tokenizer_model is None):
         raise ConfigError(
@@ -52,6 +58,8 @@ def parse_args() -> argparse.Namespace:
         )
     if not args.max_memory > 0:
         raise ConfigError(f"--max-memory: expected more than 0, found {args.max_memory}")
+    if args.workers < 1:
+        raise ConfigError(f"--workers: expected at least 1, found {args.workers}")
     return args
 
 
@@ -59,10 +67,13 @@ def _spec(args: argparse.Namespace) -> TokenizerSpec:
     return TokenizerSpec(tokenizer_type=args.tokenizer_type, tokenizer_model=args.tokenizer_model)
 
 
-def _bar(prefix: str, label: str) -> tqdm:
+def _bar(label: str, total: int | None = None) -> tqdm:
+    return tqdm(total=total, unit="B", unit_scale=True, desc=label, disable=None)
+
+
+def _size(prefix: str) -> int:
     path = bin_path(prefix)
-    size = path.stat().st_size if path.is_file() else 0
-    return tqdm(total=size, unit="B", unit_scale=True, desc=label, disable=None)
+    return path.stat().st_size if path.is_file() else 0
 
 
 def check_sets(args: argparse.Namespace, tokenizer: Tokenizer | None) -> int:
@@ -73,7 +84,7 @@ def check_sets(args: argparse.Namespace, tokenizer: Tokenizer | None) -> int:
     bad = 0
     for prefix in args.prefix:
         try:
-            with _bar(prefix, "verifying") as bar:
+            with _bar("verifying", _size(prefix)) as bar:
                 found = verify(
                     prefix, vocab_size=vocab_size, tokenizer_digest=digest, advance=bar.update
                 )
@@ -93,26 +104,17 @@ def check_sets(args: argparse.Namespace, tokenizer: Tokenizer | None) -> int:
 
 
 def check_overlaps(args: argparse.Namespace, tokenizer: Tokenizer | None) -> int:
-    """Compare each data set with each of the others; the number of pairs that share documents."""
-    eod_id = None if tokenizer is None else tokenizer.eod_id
-    max_bytes = int(args.max_memory * 1e9)
+    """Compare the data sets with the others; the number of pairs that share documents."""
+    with _bar("comparing") as bar:
+        found = find_overlaps(args.prefix, args.against, **_comparison(args, tokenizer, bar))
     bad = 0
-    for prefix in args.prefix:
-        for other in args.against:
-            try:
-                with _bar(other, "comparing") as bar:
-                    found = find_overlap(
-                        prefix, other, max_bytes=max_bytes, eod_id=eod_id, advance=bar.update
-                    )
-            except DataError as error:
+    for prefix, overlaps in zip(args.prefix, found, strict=True):
+        for other, overlap in zip(args.against, overlaps, strict=True):
+            if overlap.documents:
                 bad += 1
-                print(f"BAD {error}")
-                continue
-            if found.documents:
-                bad += 1
-                numbers = ", ".join(map(str, found.examples))
+                numbers = ", ".join(map(str, overlap.examples))
                 print(
-                    f"BAD {other}: {found.documents:,} documents ({found.distinct:,} distinct) are in "
+                    f"BAD {other}: {overlap.documents:,} documents ({overlap.distinct:,} distinct) are in "
                     f"{prefix} too, numbers {numbers} among them"
                 )
             else:
@@ -120,12 +122,30 @@ def check_overlaps(args: argparse.Namespace, tokenizer: Tokenizer | None) -> int
     return bad
 
 
+def _comparison(args: argparse.Namespace, tokenizer: Tokenizer | None, bar: tqdm) -> dict[str, Any]:
+    """What comparisons of documents are told."""
+
+    def progress(read: int, total: int) -> None:
+        bar.total = total
+        bar.update(read)
+
+    return {
+        "max_bytes": int(args.max_memory * 1e9),
+        "eod_id": None if tokenizer is None else tokenizer.eod_id,
+        "workers": args.workers,
+        "progress": progress,
+    }
+
+
 def main() -> None:
-    """Run both checks."""
+    """Run the checks."""
     args = parse_args()
+    if args.against:  # before hours of reading
+        check_tokenizers([*args.prefix, *args.against])
+        comparable(args.against, eod_id=None)
     tokenizer = None if args.tokenizer_model is None else build_reference(_spec(args))
     bad = check_sets(args, tokenizer)
-    if not bad:  # documents of a broken index are none
+    if not bad and args.against:  # documents of a broken index are none
         bad = check_overlaps(args, tokenizer)
     if bad:
         raise DataError(f"{bad} checks failed, see above")
