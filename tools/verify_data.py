@@ -4,12 +4,15 @@ r"""Check tokenised data sets in full; training itself checks only what is cheap
     python tools/verify_data.py data/web_text_document data/qa_text_document \
         --tokenizer-type SentencePieceTokenizer --tokenizer-model tok.model
     python tools/verify_data.py data/qa_text_document --against data/web_text_document
+    python tools/verify_data.py data/web_*_text_document.idx --duplicates --max-memory 40
 
 Reads every token: the index against the tokens, every id against the vocabulary, counts and the digest of
 the content against the manifest. With --against, finds documents, of 16 tokens or more, that the data sets
 share with others, whether or not an end-of-document id ends them; of sets without manifests the tokenizer
-tells it. The others are read once for all data sets, or once for each part of them that fits --max-memory;
-documents take 36 bytes each. The exit code is 0 if nothing is wrong.
+tells it. With --duplicates, finds those that are copies of earlier ones, in the same data set or in one
+before it. All is read once, or once for each part that fits --max-memory: with --against the data sets take
+36 bytes a document and the others none, with --duplicates they take 48. The exit code is 0 if nothing is
+wrong, which shared documents and copies are.
 """
 
 from __future__ import annotations
@@ -24,6 +27,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from megatron_ext.data.blend import bare_prefix
+from megatron_ext.data.duplicates import find_duplicates
 from megatron_ext.data.indexed import bin_path
 from megatron_ext.data.read_digests import check_tokenizers, comparable
 from megatron_ext.data.shared_documents import find_overlaps
@@ -34,7 +38,7 @@ from megatron_ext.data.tokenizers import (
     build_reference,
     tokenizer_digest,
 )
-from megatron_ext.data.verify import verify
+from megatron_ext.data.verify import check_index, verify
 from megatron_ext.exceptions import ConfigError, DataError
 from tools.common import ToolParser, run_tool, usable_cores
 
@@ -47,6 +51,9 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--tokenizer-type", choices=TOKENIZER_TYPES)
     parser.add_argument("--tokenizer-model", help="without it, ids are held against the manifest")
     parser.add_argument("--against", **data, default=[], metavar="PREFIX", help="other data sets")
+    parser.add_argument(
+        "--duplicates", action="store_true", help="find copies of earlier documents"
+    )
     parser.add_argument("--max-memory", type=float, default=1.0, metavar="GB", help="of digests")
     parser.add_argument(
         "--workers", type=int, default=usable_cores(), help="processes that compare documents"
@@ -60,6 +67,11 @@ def parse_args() -> argparse.Namespace:
         raise ConfigError(f"--max-memory: expected more than 0, found {args.max_memory}")
     if args.workers < 1:
         raise ConfigError(f"--workers: expected at least 1, found {args.workers}")
+    named = {bin_path(prefix).resolve() for prefix in args.prefix}
+    if args.duplicates and len(named) < len(args.prefix):
+        raise ConfigError(
+            "--duplicates: expected each data set once, found one that is named twice"
+        )
     return args
 
 
@@ -122,6 +134,27 @@ def check_overlaps(args: argparse.Namespace, tokenizer: Tokenizer | None) -> int
     return bad
 
 
+def check_duplicates(args: argparse.Namespace, tokenizer: Tokenizer | None) -> int:
+    """Look for copies of earlier documents; the number of data sets that hold some."""
+    with _bar("comparing") as bar:
+        found = find_duplicates(args.prefix, **_comparison(args, tokenizer, bar))
+    for prefix, copies in zip(args.prefix, found, strict=True):
+        if not copies.documents:
+            print(f"ok  {prefix}: no document is a copy of an earlier one")
+            continue
+        size = copies.summary
+        examples = ", ".join(
+            f"{number} (= {first}{'' if origin == prefix else f' of {origin}'})"
+            for number, origin, first in copies.examples
+        )
+        print(
+            f"BAD {prefix}: {copies.documents:,} of {size.documents:,} documents, with "
+            f"{copies.tokens / size.tokens:.2%} of the tokens, are copies of earlier ones, "
+            f"{copies.elsewhere:,} of them of other data sets', numbers {examples} among them"
+        )
+    return sum(copies.documents > 0 for copies in found)
+
+
 def _comparison(args: argparse.Namespace, tokenizer: Tokenizer | None, bar: tqdm) -> dict[str, Any]:
     """What comparisons of documents are told."""
 
@@ -130,7 +163,7 @@ def _comparison(args: argparse.Namespace, tokenizer: Tokenizer | None, bar: tqdm
         bar.update(read)
 
     return {
-        "max_bytes": int(args.max_memory * 1e9),
+        "max_bytes": max(1, int(args.max_memory * 1e9)),
         "eod_id": None if tokenizer is None else tokenizer.eod_id,
         "workers": args.workers,
         "progress": progress,
@@ -140,13 +173,15 @@ def _comparison(args: argparse.Namespace, tokenizer: Tokenizer | None, bar: tqdm
 def main() -> None:
     """Run the checks."""
     args = parse_args()
-    if args.against:  # before hours of reading
+    if args.against or args.duplicates:  # before hours of reading
         check_tokenizers([*args.prefix, *args.against])
-        comparable(args.against, eod_id=None)
+        for other in comparable(args.against, eod_id=None) if args.against else ():
+            check_index(other.prefix, other.summary)
     tokenizer = None if args.tokenizer_model is None else build_reference(_spec(args))
     bad = check_sets(args, tokenizer)
-    if not bad and args.against:  # documents of a broken index are none
-        bad = check_overlaps(args, tokenizer)
+    if not bad:  # documents of a broken index are none
+        bad += check_overlaps(args, tokenizer) if args.against else 0
+        bad += check_duplicates(args, tokenizer) if args.duplicates else 0
     if bad:
         raise DataError(f"{bad} checks failed, see above")
 

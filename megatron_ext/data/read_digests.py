@@ -4,7 +4,7 @@ Processes take spans of documents of about 32 MB, whatever data set they are in,
 all of them busy. Of 2 KB of tokens 8 bytes come back: the process that asks for them only looks them up.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -125,7 +125,7 @@ def comparable(prefixes: Sequence[str | Path], *, eod_id: int | None) -> list[Co
 
 def read_digests(
     sets: Sequence[Comparable], *, workers: int, progress: ShowProgress = lambda *_: None
-) -> Iterator[Digests]:
+) -> Generator[Digests]:
     """Digest all documents of data sets; each data set gives at least one result.
 
     Args:
@@ -149,6 +149,13 @@ def read_digests(
         progress(found.size, total)
 
 
+def count_tokens(data: Comparable, numbers: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Tokens of some documents, an end-of-document id included."""
+    _, offsets, boundaries = map_index(data.prefix, data.summary)
+    begins, ends = (_begins(data, offsets, boundaries[at]) for at in (numbers, numbers + 1))
+    return (ends - begins) // data.summary.dtype.itemsize
+
+
 def _spans(data: Comparable, place: int) -> Iterator[_Span]:
     """Of about a block each; a longer document is a span of its own."""
     documents = data.summary.documents
@@ -165,16 +172,23 @@ def _spans(data: Comparable, place: int) -> Iterator[_Span]:
 def _bounds(data: Comparable, first: int, last: int) -> NDArray[np.int64]:
     """Where documents begin, and the last of them ends, in bytes."""
     _, offsets, boundaries = map_index(data.prefix, data.summary)
-    sequences = boundaries[first : last + 1]
-    inside = sequences < data.summary.sequences
-    bounds = np.full(len(sequences), data.size, dtype=np.int64)
-    bounds[inside] = offsets[sequences[inside]]
+    bounds = _begins(data, offsets, boundaries[first : last + 1])
     if (np.diff(bounds, prepend=0, append=data.size) < 0).any():
         raise DataError(
             f"{idx_path(data.prefix)} is broken: expected documents {first} to {last - 1} one behind the "
             "other, found one that begins before the one before it"
         )
     return bounds
+
+
+def _begins(
+    data: Comparable, offsets: NDArray[np.int64], sequences: NDArray[np.int64]
+) -> NDArray[np.int64]:
+    """Where sequences begin, in bytes; what is behind the last one begins at the end."""
+    inside = sequences < data.summary.sequences
+    begins = np.full(len(sequences), data.size, dtype=np.int64)
+    begins[inside] = offsets[sequences[inside]]
+    return begins
 
 
 def _digest(span: _Span) -> Digests:

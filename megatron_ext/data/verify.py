@@ -64,7 +64,7 @@ def verify(
         DataError: Names the file and the place of the first fault.
     """
     summary = read_index_summary(prefix)
-    _check_index(prefix, summary)
+    check_index(prefix, summary)
     manifest = read_manifest(prefix)
     path = manifest_path(prefix)
     if manifest is not None:
@@ -88,8 +88,16 @@ def _expect(path: Path, name: str, expected: object, found: object) -> None:
         raise DataError(f"{path}: expected {name} {expected}, as the data have it, found {found}")
 
 
-def _check_index(prefix: str | Path, summary: IndexSummary) -> None:
-    """Sequences follow one another without a gap, and documents do."""
+def check_index(prefix: str | Path, summary: IndexSummary) -> None:
+    """Check all of an index: sequences follow one another without a gap, and documents do.
+
+    Args:
+        prefix: Path without `.bin` and `.idx`.
+        summary: From `read_index_summary`.
+
+    Raises:
+        DataError: Names the file and the first sequence or document that does not.
+    """
     path, size = idx_path(prefix), summary.dtype.itemsize
     lengths, offsets, boundaries = map_index(prefix, summary)
     position = 0
