@@ -55,6 +55,13 @@ class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
         return super()._format_action(action)
 
 
+def usable_cores() -> int:
+    """A job's part of its node, not all of it, where the system tells them apart (macOS does not)."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
 def run_tool(main: Callable[[], None]) -> NoReturn:
     """Runs a tool: log lines to standard error, a user's error as one line and exit code 2.
 

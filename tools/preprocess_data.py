@@ -12,7 +12,6 @@ Inputs are JSON lines, Parquet or plain text, the first and the last also as .gz
 """
 
 import argparse
-import os
 import sys
 from pathlib import Path
 
@@ -20,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from megatron_ext.data.preprocess import PreprocessConfig, PreprocessResult, preprocess
 from megatron_ext.data.tokenizers import TOKENIZER_TYPES, TokenizerSpec
-from tools.common import ToolParser, run_tool
+from tools.common import ToolParser, run_tool, usable_cores
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -74,20 +73,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     group.add_argument(
         "--workers",
         type=int,
-        default=_usable_cores(),
+        default=usable_cores(),
         help="encoding processes",
     )
     group.add_argument(
         "--log-interval", type=int, default=10000, help="documents between progress lines"
     )
     return parser.parse_args(argv)
-
-
-def _usable_cores() -> int:
-    """A job's part of its node, not all of it, where the system tells them apart (macOS does not)."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def build_config(args: argparse.Namespace) -> PreprocessConfig:

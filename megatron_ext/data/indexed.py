@@ -37,7 +37,7 @@ TOKEN_TYPES: dict[int, np.dtype] = {
     5: np.dtype(np.int64),
     8: np.dtype(np.uint16),
 }
-_CODES = {dtype: code for code, dtype in TOKEN_TYPES.items()}
+TYPE_CODES = {dtype: code for code, dtype in TOKEN_TYPES.items()}
 # Entries of an index array that are expanded at a time while it is written: 8 MiB.
 _INDEX_CHUNK = 1 << 20
 
@@ -69,8 +69,8 @@ class IndexedWriter:
     def __init__(self, bin_stream: BinaryIO, idx_stream: BinaryIO, dtype: np.dtype) -> None:
         content = hashlib.sha256()
         self._content = content
-        self._bin = _Digesting(bin_stream, content)
-        self._idx = _Digesting(idx_stream, content)
+        self._bin = DigestingStream(bin_stream, content)
+        self._idx = DigestingStream(idx_stream, content)
         self._dtype = dtype
         self._sequence_lengths = array("i")
         self._document_sequences = array("i")
@@ -120,27 +120,33 @@ class IndexedWriter:
         """Writes the index."""
         lengths = np.frombuffer(self._sequence_lengths, dtype=np.int32)
         documents = np.frombuffer(self._document_sequences, dtype=np.int32)
-        code = _CODES[self._dtype]
+        code = TYPE_CODES[self._dtype]
         self._idx.write(HEADER.pack(MAGIC, VERSION, code, len(lengths), len(documents) + 1))
         self._idx.write(memoryview(lengths).cast("B"))
         _write_exclusive_cumsum(self._idx, lengths, scale=self._dtype.itemsize, with_total=False)
         _write_exclusive_cumsum(self._idx, documents, scale=1, with_total=True)
 
 
-class _Digesting:
-    """Writes to a stream and takes what is written into a digest."""
+class DigestingStream:
+    """Writes to a stream and takes what is written into a digest.
+
+    Args:
+        stream: Receives what is written.
+        digest: Is updated with it.
+    """
 
     def __init__(self, stream: BinaryIO, digest: "hashlib._Hash") -> None:
         self._stream = stream
         self._digest = digest
 
     def write(self, data: bytes | memoryview) -> None:
+        """Writes all of `data`."""
         self._stream.write(data)
         self._digest.update(data)
 
 
 def _write_exclusive_cumsum(
-    stream: _Digesting, values: NDArray[np.int32], *, scale: int, with_total: bool
+    stream: DigestingStream, values: NDArray[np.int32], *, scale: int, with_total: bool
 ) -> None:
     """Writes int64 `[0, v0, v0 + v1, ...] * scale`; the grand total only if asked for."""
     total = 0

@@ -8,12 +8,15 @@ vocabulary that is far too small is found, one that differs in rare ids or in me
 import dataclasses
 import json
 import re
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import UnionType
 from typing import Any, get_args, get_origin
 
 from megatron_ext.data.atomic import write_atomically
+from megatron_ext.data.document_digests import SAMPLED_DOCUMENTS
 from megatron_ext.data.indexed import IndexSummary, bin_path, read_index_summary, sample_max_token
 from megatron_ext.exceptions import DataError
 
@@ -47,7 +50,7 @@ class Manifest:
         tokens: Tokens.
         max_token_id: Largest id in the file.
         skipped: Inputs left out by `--on-error skip`, by reason.
-        backend: What encoded it: `gigatoken` or `reference`.
+        backend: What encoded it: `gigatoken` or `reference`; joined data sets may name both.
         sources: Input files, in order.
         content_digest: SHA-256 of `.bin` and then `.idx`; None in manifests of earlier versions.
         document_sample: The smallest of the documents' digests, at most `document_digests.SAMPLED_DOCUMENTS`,
@@ -133,6 +136,37 @@ def _fits(value: Any, kind: Any) -> bool:
     if get_origin(kind) is dict:
         return isinstance(value, dict) and set(map(type, value.values())) <= {get_args(kind)[1]}
     return type(value) is kind
+
+
+def join_manifests(
+    manifests: Sequence[Manifest], summary: IndexSummary, content_digest: str
+) -> Manifest:
+    """The manifest that one run over the sources of all would have written.
+
+    Args:
+        manifests: In the order of the data; all of one tokenizer, `append_eod` and `eod_id`.
+        summary: Of all the data together.
+        content_digest: Of it.
+    """
+    skipped: Counter[str] = Counter()
+    for each in manifests:
+        skipped.update(each.skipped)
+    samples = [each.document_sample for each in manifests if each.document_sample is not None]
+    # As many digits each, so text sorts as numbers do. Of a part without a sample the smallest are unknown.
+    sample = sorted(set[str]().union(*samples))[:SAMPLED_DOCUMENTS]
+    return dataclasses.replace(
+        manifests[0],
+        dtype=summary.dtype.name,
+        documents=summary.documents,
+        sequences=summary.sequences,
+        tokens=summary.tokens,
+        max_token_id=max(each.max_token_id for each in manifests),
+        skipped=dict(skipped),
+        backend=" and ".join(sorted({each.backend for each in manifests})),
+        sources=[source for each in manifests for source in each.sources],
+        content_digest=content_digest,
+        document_sample=sample if len(samples) == len(manifests) else None,
+    )
 
 
 def check_prefix(

@@ -3,16 +3,14 @@
 Memory does not grow with the data: tokens are read in blocks of 32 MB, the index is mapped.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from megatron_ext.data.document_digests import document_digests
 from megatron_ext.data.indexed import (
     IndexSummary,
     bin_path,
@@ -24,8 +22,7 @@ from megatron_ext.data.manifest import check_tokenizer, manifest_path, read_mani
 from megatron_ext.exceptions import DataError
 
 _BLOCK = 1 << 25
-# Entries of the index that are looked at, and bytes of a digest that memory is counted in, at a time.
-_ENTRIES, _DIGEST = 1 << 20, 8
+_ENTRIES = 1 << 20  # of the index, looked at at a time
 
 Advance = Callable[[int], Any]
 
@@ -43,21 +40,6 @@ class Verified:
     summary: IndexSummary
     largest: int
     has_digest: bool
-
-
-@dataclass(frozen=True)
-class Overlap:
-    """Documents that two data sets share.
-
-    Attributes:
-        documents: documents of the second that the first has as well.
-        distinct: different documents among them.
-        examples: numbers of some of them in the second.
-    """
-
-    documents: int
-    distinct: int
-    examples: list[int]
 
 
 def verify(
@@ -82,7 +64,7 @@ def verify(
         DataError: Names the file and the place of the first fault.
     """
     summary = read_index_summary(prefix)
-    _check_index(prefix, summary)
+    check_index(prefix, summary)
     manifest = read_manifest(prefix)
     path = manifest_path(prefix)
     if manifest is not None:
@@ -106,8 +88,16 @@ def _expect(path: Path, name: str, expected: object, found: object) -> None:
         raise DataError(f"{path}: expected {name} {expected}, as the data have it, found {found}")
 
 
-def _check_index(prefix: str | Path, summary: IndexSummary) -> None:
-    """Sequences follow one another without a gap, and documents do."""
+def check_index(prefix: str | Path, summary: IndexSummary) -> None:
+    """Check all of an index: sequences follow one another without a gap, and documents do.
+
+    Args:
+        prefix: Path without `.bin` and `.idx`.
+        summary: From `read_index_summary`.
+
+    Raises:
+        DataError: Names the file and the first sequence or document that does not.
+    """
     path, size = idx_path(prefix), summary.dtype.itemsize
     lengths, offsets, boundaries = map_index(prefix, summary)
     position = 0
@@ -159,98 +149,3 @@ def _read_tokens(
         while block := stream.read(_BLOCK):
             digest.update(block)
     return largest, digest.hexdigest()
-
-
-def digests(
-    prefix: str | Path,
-    *,
-    eod_id: int | None = None,
-    dtype: np.dtype | None = None,
-    advance: Advance = lambda _: None,
-) -> Iterator[NDArray[np.uint64]]:
-    """Digests of all documents in order, in parts; 0 for one too short to have one.
-
-    Args:
-        prefix: Path without `.bin` and `.idx`.
-        eod_id: Id that may end a document and is no part of its text; None if there is none.
-        dtype: Type, at least as wide as the stored one, in which ids are digested; None: that one.
-        advance: Called with the bytes that were read since the last call.
-    """
-    summary = read_index_summary(prefix)
-    _, offsets, boundaries = map_index(prefix, summary)
-    total = summary.tokens * summary.dtype.itemsize
-    first = 0
-    with bin_path(prefix).open("rb") as stream:
-        while first < summary.documents:
-            part = boundaries[first : first + _ENTRIES + 1]
-            inside = part < summary.sequences
-            bounds = np.full(len(part), total, dtype=np.int64)
-            bounds[inside] = offsets[part[inside]]
-            fit = int(np.searchsorted(bounds, bounds[0] + _BLOCK, side="right")) - 1
-            bounds = bounds[: max(1, fit) + 1]
-            stream.seek(int(bounds[0]))
-            block = stream.read(int(bounds[-1] - bounds[0]))
-            tokens = np.frombuffer(block, summary.dtype).astype(dtype or summary.dtype, copy=False)
-            places = (bounds - bounds[0]) // summary.dtype.itemsize * tokens.itemsize
-            found = document_digests(tokens, places, dtype=tokens.dtype, eod_id=eod_id)
-            yield found
-            advance(len(block))
-            first += len(found)
-
-
-def find_overlap(
-    first: str | Path,
-    second: str | Path,
-    *,
-    max_bytes: int = 1 << 30,
-    eod_id: int | None = None,
-    advance: Advance = lambda _: None,
-) -> Overlap:
-    """Find the documents that two data sets share.
-
-    The digests of the first are held in parts that fit the memory; both are read once for each.
-
-    Args:
-        first: Prefix; better the one with fewer documents.
-        second: Prefix.
-        max_bytes: Of memory for digests.
-        eod_id: Id that ends documents where a data set has no manifest; None: the other's, if it has one.
-        advance: Called with the bytes of the second that were read since the last call.
-
-    Raises:
-        DataError: a file is missing or broken, or the two were made with different tokenizers.
-    """
-    manifests = [read_manifest(prefix) for prefix in (first, second)]
-    if len({each.tokenizer_digest for each in manifests if each is not None}) > 1:
-        raise DataError(
-            f"{manifest_path(second)}: expected data of the tokenizer of {first}, so that ids can be "
-            "compared, found another tokenizer's"
-        )
-    summaries = [read_index_summary(prefix) for prefix in (first, second)]
-    # Stock Megatron-LM and other tools may have chosen another type for the same ids.
-    dtype = np.promote_types(*(each.dtype for each in summaries))
-    if eod_id is None:
-        eod_id = next((each.eod_id for each in manifests if each is not None), None)
-    eods = [eod_id if each is None else each.eod_id for each in manifests]
-    documents, distinct, examples = 0, 0, list[int]()
-    parts = -(-summaries[0].documents * 3 * _DIGEST // max_bytes)
-    for remainder in range(parts):
-        known = _part(digests(first, eod_id=eods[0], dtype=dtype), remainder, parts)
-        if not len(known):
-            continue
-        number, shared = 0, np.zeros(len(known), dtype=bool)
-        for part in digests(second, eod_id=eods[1], dtype=dtype, advance=advance):
-            places = np.minimum(np.searchsorted(known, part), len(known) - 1)
-            hits = known[places] == part
-            shared[places[hits]] = True
-            examples += (number + np.flatnonzero(hits)).tolist()[: max(0, 5 - len(examples))]
-            documents += int(hits.sum())
-            number += len(part)
-        distinct += int(shared.sum())
-    return Overlap(documents, distinct, examples)
-
-
-def _part(stream: Iterator[NDArray[np.uint64]], remainder: int, parts: int) -> NDArray[np.uint64]:
-    """Sorted, distinct digests, one in `parts`: by their value, so that none is in two parts."""
-    chosen = [part[(part % parts == remainder) & (part != 0)] for part in stream]
-    return np.unique(np.concatenate(chosen))

@@ -1,14 +1,15 @@
-"""Encoding blocks in many processes, with results in the order of the input."""
+"""Work in many processes, such as encoding, with results in the order of the input."""
 
 import multiprocessing
 import os
 import signal
 import threading
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing.process import BaseProcess
+from typing import Any
 
 from megatron_ext.data.documents import Block
 from megatron_ext.data.encode import BlockEncoder, EncodedBlock
@@ -16,9 +17,9 @@ from megatron_ext.data.fast_tokenizer import FastTokenizer, build_fast
 from megatron_ext.data.tokenizers import Tokenizer, TokenizerSpec, build_reference
 from megatron_ext.exceptions import DataError
 
-# Blocks on their way for each worker: one in work, one waiting, so that none idles while results
+# Tasks on their way for each worker: one in work, one waiting, so that none idles while results
 # are written.
-_BLOCKS_PER_WORKER = 2
+_TASKS_PER_WORKER = 2
 
 _encoder: BlockEncoder | None = None  # of a worker process
 
@@ -49,18 +50,47 @@ def encode_in_order(
     if workers == 1:
         yield from map(BlockEncoder(tokenizer, keys=keys, append_eod=append_eod), blocks)
         return
+    yield from in_order(
+        _encode,
+        blocks,
+        workers=workers,
+        initializer=_load,
+        initargs=(spec, isinstance(tokenizer, FastTokenizer), list(keys), append_eod),
+    )
+
+
+def in_order[Task, Result](
+    function: Callable[[Task], Result],
+    tasks: Iterable[Task],
+    *,
+    workers: int,
+    initializer: Callable[..., None],
+    initargs: tuple[Any, ...] = (),
+) -> Iterator[Result]:
+    """Works on tasks in processes of their own, yielding the results in the order of the tasks.
+
+    Args:
+        function: Of a module, as are its arguments.
+        tasks: Taken no faster than they are worked on.
+        workers: Processes; they are started when there is work for them.
+        initializer: Called in each process first; `start_worker`, or what calls it.
+        initargs: Its arguments.
+
+    Raises:
+        DataError: A worker died.
+    """
     pool = ProcessPoolExecutor(
         workers,
         # Not fork: the parent may hold threads (a progress bar's, a tokenizer's).
         mp_context=multiprocessing.get_context("spawn"),
-        initializer=_start_worker,
-        initargs=(spec, isinstance(tokenizer, FastTokenizer), list(keys), append_eod),
+        initializer=initializer,
+        initargs=initargs,
     )
-    waiting: deque[Future[EncodedBlock]] = deque()
+    waiting: deque[Future[Result]] = deque()
     try:
-        for block in blocks:
-            waiting.append(pool.submit(_encode, block))
-            if len(waiting) >= workers * _BLOCKS_PER_WORKER:
+        for task in tasks:
+            waiting.append(pool.submit(function, task))
+            if len(waiting) >= workers * _TASKS_PER_WORKER:
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()
@@ -72,14 +102,19 @@ def encode_in_order(
         pool.shutdown(cancel_futures=True)
 
 
-def _start_worker(spec: TokenizerSpec, fast: bool, keys: list[str], append_eod: bool) -> None:
-    """Loads the tokenizer into a new worker process."""
-    global _encoder
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent alone answers Ctrl-C
+def start_worker() -> None:
+    """Has a new worker process end with its parent, and leave Ctrl-C to it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
     assert parent is not None
     # A worker whose parent was killed would wait for work for ever.
     threading.Thread(target=_exit_with, args=(parent,), daemon=True).start()
+
+
+def _load(spec: TokenizerSpec, fast: bool, keys: list[str], append_eod: bool) -> None:
+    """Loads the tokenizer into a new worker process."""
+    global _encoder
+    start_worker()
     reference = build_reference(spec)
     tokenizer = build_fast(spec, reference) if fast else reference
     _encoder = BlockEncoder(tokenizer, keys=keys, append_eod=append_eod)

@@ -1,4 +1,4 @@
-"""Digests of documents, and the documents that two data sets share, against sets of tuples."""
+"""Digests of documents, and the samples of them."""
 
 import hashlib
 
@@ -12,39 +12,6 @@ from megatron_ext.data.document_digests import (
     document_digests,
     shared_in_samples,
 )
-from megatron_ext.data.verify import find_overlap
-from tests.helpers.text import write_dataset
-
-
-def test_shared_documents_are_counted(tmp_path):
-    """Against sets of tuples."""
-    random = np.random.default_rng(3)
-    long = [random.integers(0, 9, MIN_TOKENS + i % 5) for i in range(60)]
-    first = write_dataset(tmp_path / "f", [*long[:40], [], [1, 2]])
-    second = write_dataset(tmp_path / "s", [[1, 2], [], *long[30:], long[39]])
-    known = {tuple(ids) for ids in long[:40]}
-    inside = [number for number, ids in enumerate(long[30:] + [long[39]], 2) if tuple(ids) in known]
-    found = find_overlap(first, second)
-    assert (found.documents, found.distinct) == (len(inside), 10) == (11, 10)
-    assert found.examples == inside[:5]
-    # In parts, over which the same document is not counted twice.
-    first = write_dataset(tmp_path / "f2", [*long[:40], [], [1, 2], *long[:40]])
-    for max_bytes in (1, 100, 500):
-        found = find_overlap(first, second, max_bytes=max_bytes)
-        assert (found.documents, found.distinct) == (11, 10)
-
-
-def test_the_type_of_the_ids_hides_no_shared_text(tmp_path):
-    random = np.random.default_rng(3)
-    texts = [random.integers(0, 9, MIN_TOKENS + i % 5) for i in range(20)]
-    prefixes = {
-        dtype: write_dataset(tmp_path / dtype, [*texts[:k], [], [7]], dtype=np.dtype(dtype).type)
-        for dtype, k in (("uint16", 20), ("int32", 5), ("int64", 8))
-    }
-    for first, a in (("uint16", 20), ("int32", 5), ("int64", 8)):
-        for second, b in (("uint16", 20), ("int32", 5), ("int64", 8)):
-            found = find_overlap(prefixes[first], prefixes[second], eod_id=3)
-            assert (found.documents, found.examples) == (min(a, b), [*range(5)])
 
 
 def test_samples_are_comparable_whatever_the_size():

@@ -6,7 +6,14 @@ import pytest
 
 from megatron_ext.data.atomic import check_place
 from megatron_ext.exceptions import ConfigError
-from tools import convert_checkpoint, evaluate, generate, preflight, preprocess_data
+from tools import (
+    convert_checkpoint,
+    evaluate,
+    generate,
+    merge_data,
+    preflight,
+    preprocess_data,
+)
 from tools import train_tokenizer as train
 from tools.common import run_tool
 
@@ -21,6 +28,7 @@ TOOLS = [
     (convert_checkpoint, ("export", "--checkpoint", "none", "--output")),
     (evaluate, ("mt-bench", "--questions", "none.jsonl", *BENCH)),
     (evaluate, ("followbench", "--followbench", "none", *BENCH)),
+    (merge_data, ("none", "none", "--output")),
     (preflight, ("--json",)),
 ]
 

@@ -16,8 +16,9 @@ from megatron_ext.data import verify as verify_module
 from megatron_ext.data.manifest import manifest_path, read_manifest, write_manifest
 from megatron_ext.data.overlap import check_overlap, find_shared, shared_content
 from megatron_ext.data.preprocess import PreprocessConfig, preprocess
+from megatron_ext.data.shared_documents import find_overlaps
 from megatron_ext.data.tokenizers import TokenizerSpec
-from megatron_ext.data.verify import digests, find_overlap, verify
+from megatron_ext.data.verify import verify
 from megatron_ext.exceptions import DataError
 from tests.helpers.entry import ROOT
 from tests.helpers.text import make_texts, train_sentencepiece, write_jsonl
@@ -57,6 +58,11 @@ def copy(made, tmp_path):
     return str(tmp_path / "c")
 
 
+def shared(first, second, **settings):
+    [[found]] = find_overlaps([first], [second], **settings)
+    return found
+
+
 def change(path, at, data):
     content = bytearray(Path(path).read_bytes())
     content[at : at + len(data)] = data
@@ -72,13 +78,10 @@ def test_what_preprocessing_writes_is_right(made):
 
 
 def test_blocks_of_any_size_give_the_same(made, monkeypatch):
-    expected, documents = verify(made["all"]), np.concatenate(list(digests(made["all"])))
+    expected = verify(made["all"])
     monkeypatch.setattr(verify_module, "_BLOCK", 64)
     monkeypatch.setattr(verify_module, "_ENTRIES", 3)
     assert verify(made["all"]) == expected
-    assert np.array_equal(np.concatenate(list(digests(made["all"]))), documents)
-    found = find_overlap(made["first"], made["all"], max_bytes=1)
-    assert (found.documents, found.distinct) == (20, 20)
 
 
 def test_a_flipped_bit_anywhere_is_found(copy):
@@ -143,7 +146,7 @@ def test_ids_of_two_tokenizers_are_not_compared(made, copy):
     fields = dataclasses.replace(read_manifest(copy), tokenizer_digest="another")
     write_manifest(copy, fields, overwrite=True)
     with pytest.raises(DataError, match=r"c\.manifest\.json: expected data of the tokenizer of"):
-        find_overlap(made["first"], copy)
+        find_overlaps([made["first"]], [made["last"], copy])
 
 
 def test_an_end_of_document_hides_no_shared_text(made, tmp_path):
@@ -157,11 +160,11 @@ def test_an_end_of_document_hides_no_shared_text(made, tmp_path):
         for suffix in (".bin", ".idx"):
             Path(f"{stock[prefix]}{suffix}").write_bytes(Path(f"{prefix}{suffix}").read_bytes())
     for first, second in ((bare, ended), (stock[bare], ended), (bare, stock[ended])):
-        assert find_overlap(first, second).documents == 20
+        assert shared(first, second).documents == 20
     eod_id = read_manifest(ended).eod_id
-    assert find_overlap(stock[bare], stock[ended], eod_id=eod_id).documents == 20
-    assert find_overlap(made["last"], ended).documents == 0
-    assert find_overlap(made["last"], bare).documents == 0
+    assert shared(stock[bare], stock[ended], eod_id=eod_id).documents == 20
+    assert shared(made["last"], ended).documents == 0
+    assert shared(made["last"], bare).documents == 0
 
 
 def arguments(made, forget, replay, **fields):
@@ -247,6 +250,10 @@ def test_the_tool_checks_all_and_says_which_are_bad(made, copy, tmp_path):
     assert result.returncode == 2
     assert f"BAD {made['all']}: 20 documents (20 distinct) are in {made['first']}" in result.stdout
     assert f"ok  {made['last']} shares no document with {made['first']}" in result.stdout
+    # A data set to compare with is looked for before anything is read.
+    result = tool(made["first"], "--against", made["last"], f"{copy}x")
+    assert (result.returncode, result.stdout) == (2, "")
+    assert f"{copy}x.idx is missing" in result.stderr
     # Questions: some stand in the data, cut out of their documents, some do not.
     inside = [" ".join(text.split(" ")[3:40]) for text in TEXTS[:3]]
     questions = [*inside, "short", " ".join(TEXTS[30].split(" ")[3:40])]
