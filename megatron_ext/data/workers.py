@@ -10,6 +10,7 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing.process import BaseProcess
 
+from megatron_ext.data.conversations import ConversationFormat
 from megatron_ext.data.documents import Block
 from megatron_ext.data.encode import BlockEncoder, EncodedBlock
 from megatron_ext.data.fast_tokenizer import FastTokenizer, build_fast
@@ -31,6 +32,7 @@ def encode_in_order(
     keys: Sequence[str],
     append_eod: bool,
     workers: int,
+    conversations: ConversationFormat | None = None,
 ) -> Iterator[EncodedBlock]:
     """Encodes blocks, yielding the results in the order of the blocks.
 
@@ -41,20 +43,27 @@ def encode_in_order(
         keys: Keys of a record.
         append_eod: As in `BlockEncoder`.
         workers: Processes; 1 means this one.
+        conversations: As in `BlockEncoder`.
 
     Raises:
         DataError: A worker died.
         BackendMismatchError: From the encoder.
     """
     if workers == 1:
-        yield from map(BlockEncoder(tokenizer, keys=keys, append_eod=append_eod), blocks)
+        encoder = BlockEncoder(
+            tokenizer, keys=keys, append_eod=append_eod, conversations=conversations
+        )
+        yield from map(encoder, blocks)
         return
     pool = ProcessPoolExecutor(
         workers,
         # Not fork: the parent may hold threads (a progress bar's, a tokenizer's).
         mp_context=multiprocessing.get_context("spawn"),
         initializer=_start_worker,
-        initargs=(spec, isinstance(tokenizer, FastTokenizer), list(keys), append_eod),
+        initargs=(
+            *(spec, isinstance(tokenizer, FastTokenizer)),
+            *(list(keys), append_eod, conversations),
+        ),
     )
     waiting: deque[Future[EncodedBlock]] = deque()
     try:
@@ -72,7 +81,13 @@ def encode_in_order(
         pool.shutdown(cancel_futures=True)
 
 
-def _start_worker(spec: TokenizerSpec, fast: bool, keys: list[str], append_eod: bool) -> None:
+def _start_worker(
+    spec: TokenizerSpec,
+    fast: bool,
+    keys: list[str],
+    append_eod: bool,
+    conversations: ConversationFormat | None,
+) -> None:
     """Loads the tokenizer into a new worker process."""
     global _encoder
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent alone answers Ctrl-C
@@ -82,7 +97,9 @@ def _start_worker(spec: TokenizerSpec, fast: bool, keys: list[str], append_eod: 
     threading.Thread(target=_exit_with, args=(parent,), daemon=True).start()
     reference = build_reference(spec)
     tokenizer = build_fast(spec, reference) if fast else reference
-    _encoder = BlockEncoder(tokenizer, keys=keys, append_eod=append_eod)
+    _encoder = BlockEncoder(
+        tokenizer, keys=keys, append_eod=append_eod, conversations=conversations
+    )
 
 
 def _exit_with(parent: BaseProcess) -> None:
