@@ -58,12 +58,13 @@ class _SentencePieceText:
         if reference.eod_id is None:
             raise ConfigError("--tokenizer-model: expected an end-of-sentence token, found none")
         self.eod_id = reference.eod_id
-        self.special_ids = {_EOS: self.eod_id}
+        ids = {_EOS: self.eod_id}
         if (bos := int(self._processor.bos_id())) >= 0:
-            self.special_ids[_BOS] = bos
+            ids[_BOS] = bos
+        self.special_ids: Mapping[str, int] = ids
         self.tokens: dict[str, Any] = {
             "eos_token": _EOS,
-            "bos_token": _BOS if _BOS in self.special_ids else "",
+            "bos_token": _BOS if _BOS in ids else "",
         }
         self.special = re.compile(f"({_BOS}|{_EOS})")
         self.visible = {

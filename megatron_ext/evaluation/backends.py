@@ -12,7 +12,7 @@ from megatron_ext.data.tokenizers import TOKENIZER_TYPES, TokenizerSpec
 from megatron_ext.evaluation.completion import Codec, Generator
 from megatron_ext.evaluation.sampling import Sampling
 from megatron_ext.exceptions import ConfigError
-from megatron_ext.runtime import collector, cpu
+from megatron_ext.runtime import collector
 
 
 def add_model_arguments(parser: ArgumentParser, *, required: bool = True) -> None:
@@ -79,7 +79,10 @@ def open_generator(options: Namespace) -> Iterator[tuple[Generator, Codec]]:
             f"--micro-batch-size: expected at least 1, found {options.micro_batch_size}"
         )
     with collector.paused():
-        cpu.enable()  # Megatron is imported after the command line has been read
+        # torch and Megatron are imported after the command line has been read.
+        from megatron_ext.runtime import cpu
+
+        cpu.enable()
         from megatron_ext.checkpoint.named import split_name
     open_model, folder = _huggingface, options.model
     if options.backend == "megatron":
