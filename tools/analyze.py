@@ -43,6 +43,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+_NAMED = "checkpoint directory, of which the latest is taken, or DIR/iter_NNNNNNN"
+
 
 def main() -> None:
     """Parse the command line and run a verb."""
@@ -63,11 +65,11 @@ def main() -> None:
     )
     tokens.add_argument("--top", type=int, default=20, help="tokens printed for each set")
     perplexity = verbs.add_parser("perplexity", help="per-sample perplexity of sets of text")
-    perplexity.add_argument("--checkpoint", nargs="+", required=True, help="checkpoint directories")
+    perplexity.add_argument("--checkpoint", nargs="+", required=True, help=f"{_NAMED}; several")
     _add_data(perplexity)
     _add_layout(perplexity)
     embeddings = verbs.add_parser("embeddings", help="whether a model tells sets of text apart")
-    embeddings.add_argument("--checkpoint", nargs=1, required=True, help="checkpoint directory")
+    embeddings.add_argument("--checkpoint", nargs=1, required=True, help=_NAMED)
     _add_data(embeddings)
     _add_layout(embeddings)
     _add_report(verbs.add_parser("report", help="one HTML page of all of it"))
@@ -246,10 +248,10 @@ def _session(options: Namespace) -> AbstractContextManager[Session]:
         cpu.enable()
         from megatron_ext.analysis.session import open_session
         from megatron_ext.checkpoint.huggingface import choose_tokenizer
-        from megatron_ext.checkpoint.inspect import open_checkpoint
+        from megatron_ext.checkpoint.named import open_named
 
     compat.apply()
-    first = open_checkpoint(options.checkpoint[0], flag="--checkpoint")
+    first = open_named(options.checkpoint[0], flag="--checkpoint")
     options.tokenizer_type, options.tokenizer_model = choose_tokenizer(options, first)
     return open_session(options, length=options.length)
 

@@ -35,7 +35,10 @@ def parse_args() -> argparse.Namespace:
     to_megatron.add_argument("--source", type=Path, required=True, help="folder of the model")
     to_huggingface = verbs.add_parser("export", help="Megatron checkpoint to Hugging Face folder")
     to_huggingface.add_argument(
-        "--checkpoint", type=Path, required=True, help="checkpoint directory, as --load names it"
+        "--checkpoint",
+        type=Path,
+        required=True,
+        help="checkpoint directory, as --load names it, or an iteration of it (DIR/iter_NNNNNNN)",
     )
     to_huggingface.add_argument("--iteration", type=int, help="which one; by default the latest")
     to_huggingface.add_argument(

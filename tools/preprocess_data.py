@@ -8,7 +8,9 @@ writes data/corpus_text_document.bin and .idx, byte for byte what the tool of th
 Megatron-LM writes, and data/corpus_text_document.manifest.json, by which training refuses another
 tokenizer. Give data/corpus_text_document to --data-path.
 
-Inputs are JSON lines, Parquet or plain text, the first and the last also as .gz and .zst.
+Inputs are JSON lines, Parquet or plain text, the first and the last also as .gz and .zst. With
+--conversations a record is one of the conversations that --chat-data-path of training reads; it is rendered
+by the chat template and becomes a document with the very tokens that chat tuning trains on.
 """
 
 import argparse
@@ -31,6 +33,17 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     group.add_argument(
         "--json-keys", nargs="+", default=["text"], help="keys or columns that hold text"
+    )
+    group.add_argument(
+        "--conversations",
+        action="store_true",
+        help="records are conversations, each of which is rendered whole into one document",
+    )
+    group.add_argument(
+        "--chat-template",
+        metavar="FILE",
+        help="Jinja file, or checkpoint directory of a chat run; default: the tokenizer's own, or else the "
+        "built-in one, as in chat tuning",
     )
     group.add_argument(
         "--input-format", choices=["auto", "jsonl", "parquet", "text"], default="auto"
@@ -62,7 +75,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help="auto: gigatoken if its ids are the same on a sample; checked throughout",
     )
     group.add_argument(
-        "--append-eod", action="store_true", help="end each document with the EOS piece"
+        "--append-eod",
+        action="store_true",
+        help="end each document with the EOS piece; a conversation only where it does not yet",
     )
     group = parser.add_argument_group("output")
     group.add_argument(
@@ -96,6 +111,8 @@ def build_config(args: argparse.Namespace) -> PreprocessConfig:
         output_prefix=args.output_prefix,
         tokenizer=tokenizer,
         keys=args.json_keys,
+        conversations=args.conversations,
+        chat_template=args.chat_template,
         append_eod=args.append_eod,
         workers=args.workers,
         input_format=args.input_format,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from argparse import Namespace
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from megatron.core.datasets.utils import get_blend_from_list
@@ -79,12 +78,3 @@ def _describe(typed: Sequence[str]) -> list[dict[str, Any]]:
             entry = {"prefix": prefix, "missing": str(error)}
         described.append({"weight": weight, **entry})
     return described
-
-
-def short_names(directories: Sequence[str]) -> list[str]:
-    """The shortest ends of paths that tell them apart: ``runs/base`` and ``old/base`` stay as they are."""
-    paths = [Path(directory).resolve().parts for directory in directories]
-    length = 1
-    while len({path[-length:] for path in paths}) < len(set(paths)):
-        length += 1
-    return ["/".join(path[-length:]) for path in paths]

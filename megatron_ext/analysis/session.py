@@ -17,15 +17,15 @@ from megatron.core.transformer.enums import AttnBackend
 from megatron_ext.analysis.embeddings import MIN_SAMPLES
 from megatron_ext.analysis.forward import embed_samples
 from megatron_ext.analysis.perplexity import score_samples
-from megatron_ext.analysis.records import record_run, short_names
+from megatron_ext.analysis.records import record_run
 from megatron_ext.analysis.samples import check_samples, read_samples
 from megatron_ext.arguments import add_arguments, record_tokenizer
 from megatron_ext.checkpoint.inspect import (
     ARCHITECTURE,
     Checkpoint,
     check_architecture,
-    open_checkpoint,
 )
+from megatron_ext.checkpoint.named import open_named, short_names
 from megatron_ext.data.manifest import check_prefix
 from megatron_ext.exceptions import CheckpointError, ConfigError
 from megatron_ext.frozen import FrozenModel
@@ -73,14 +73,14 @@ class Session:
                 the first.
         """
         for directory in self.options.checkpoint:
-            checkpoint = open_checkpoint(directory, flag="--checkpoint")
+            checkpoint = open_named(directory, flag="--checkpoint")
             check_architecture(checkpoint, self.args, flag="--checkpoint")
 
     def perplexities(self, directory: str, sets: Mapping[str, str]) -> dict[str, Any]:
         """Per-sample scores of every set under a checkpoint.
 
         Args:
-            directory: checkpoint directory.
+            directory: checkpoint directory, or an iteration of it.
             sets: dataset prefix of each set.
 
         Returns:
@@ -109,7 +109,7 @@ class Session:
         """Embeddings of the samples of every set under a checkpoint.
 
         Args:
-            directory: checkpoint directory.
+            directory: checkpoint directory, or an iteration of it.
             sets: dataset prefix of each set.
 
         Returns:
@@ -128,7 +128,7 @@ class Session:
 
     def _open_model(self, directory: str) -> tuple[FrozenModel, dict[str, Any]]:
         """Load a checkpoint; the model, and what it is."""
-        checkpoint = open_checkpoint(directory, flag="--checkpoint")
+        checkpoint = open_named(directory, flag="--checkpoint")
         check_architecture(checkpoint, self.args, flag="--checkpoint")
         trained, computed = precision(checkpoint.args), precision(self.args)
         if trained != computed and self.is_writer:
@@ -199,7 +199,7 @@ def open_session(options: Namespace, *, length: int | None = None) -> Iterator[S
     from megatron.training import training as loop
     from megatron.training.global_vars import set_global_variables
 
-    checkpoint = open_checkpoint(options.checkpoint[0], flag="--checkpoint")
+    checkpoint = open_named(options.checkpoint[0], flag="--checkpoint")
     with console.hidden():
         args = _arguments(options, checkpoint, length)
         try:

@@ -17,6 +17,8 @@ from megatron_ext.runtime import safe_load
 
 # Without any one of these a folder is no checkpoint; removed before a folder is written again.
 MARKS = (CONFIG_FNAME, ".metadata")
+# Iterations that a message lists.
+_MOST_NAMED = 5
 
 
 def defect(path: Path) -> str | None:
@@ -51,3 +53,27 @@ def defect(path: Path) -> str | None:
         if found < expected:
             return f"{name} has {found} of {expected} bytes"
     return None
+
+
+def held(directory: Path) -> str:
+    """The last complete iterations of a checkpoint directory, in words, and how many others there may be.
+
+    Args:
+        directory: what ``--load`` names.
+    """
+    names = (
+        file.parent.name.removeprefix("iter_") for file in directory.glob(f"iter_*/{CONFIG_FNAME}")
+    )
+    numbers = sorted((int(name) for name in names if name.isdecimal()), reverse=True)
+    found: list[int] = []
+    looked_at = 0
+    # Not all are looked at: 1.7 s for the metadata of 28,800 shards.
+    for number in numbers:
+        if len(found) == _MOST_NAMED:
+            break
+        looked_at += 1
+        if defect(directory / f"iter_{number:07d}") is None:
+            found.append(number)
+    others = len(numbers) - looked_at
+    listed = ", ".join(map(str, reversed(found)))
+    return (f"{others} others, " if others else "") + (listed or "none")

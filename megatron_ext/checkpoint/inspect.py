@@ -15,7 +15,7 @@ from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CONFIG_FNAME
 from torch.distributed.checkpoint import CheckpointException
 
-from megatron_ext.checkpoint.complete import defect
+from megatron_ext.checkpoint.complete import defect, held
 from megatron_ext.exceptions import CheckpointError, ConfigError
 from megatron_ext.refusals import OF_THE_MODEL, refuse
 from megatron_ext.runtime import safe_load
@@ -78,8 +78,6 @@ ARCHITECTURE = (
     "moe_apply_probs_on_input",
     "moe_latent_size",
 )
-# Iterations that a message lists.
-_MOST_NAMED = 5
 # Where the flag has another name than the argument.
 _FLAGS = {
     "layernorm_epsilon": "norm-epsilon",
@@ -151,7 +149,7 @@ def open_checkpoint(
     if iteration is not None and not path.exists():
         raise CheckpointError(
             f"{iteration_flag} {iteration}: expected an iteration that {directory} ({flag}) holds, found "
-            f"{_held(directory)}"
+            f"{held(directory)}"
         )
     if not (path / CONFIG_FNAME).exists():
         raise CheckpointError(
@@ -166,17 +164,6 @@ def open_checkpoint(
     schedule = common.get("opt_param_scheduler")
     return Checkpoint(
         directory=directory, iteration=number, path=path, args=args, schedule=schedule
-    )
-
-
-def _held(directory: Path) -> str:
-    """The last iterations of a directory, in words."""
-    files = directory.glob(f"iter_*/{CONFIG_FNAME}")
-    names = (file.parent.name.removeprefix("iter_") for file in files)
-    held = sorted(int(name) for name in names if name.isdecimal())
-    last = ", ".join(map(str, held[-_MOST_NAMED:]))
-    return (f"{len(held) - _MOST_NAMED} others, " if len(held) > _MOST_NAMED else "") + (
-        last or "none"
     )
 
 

@@ -33,8 +33,9 @@ from megatron_ext.checkpoint.huggingface import (
     read_config,
     tokenizer_spec,
 )
-from megatron_ext.checkpoint.inspect import Checkpoint, open_checkpoint
+from megatron_ext.checkpoint.inspect import Checkpoint
 from megatron_ext.checkpoint.llama import LlamaLike
+from megatron_ext.checkpoint.named import open_named
 from megatron_ext.checkpoint.safetensors import write_safetensors
 from megatron_ext.checkpoint.weights import megatron_shape, parts, split, zero_shapes
 from megatron_ext.data.atomic import check_place
@@ -62,7 +63,7 @@ def export_model(
     """Make a Hugging Face folder of a Megatron checkpoint.
 
     Args:
-        source: checkpoint directory.
+        source: checkpoint directory, or an iteration of it as `open_named` reads it.
         output: the folder.
         iteration: which one; by default the latest.
         tokenizer: folder of the tokenizer, or the SentencePiece model to make one of; by default what the
@@ -77,9 +78,7 @@ def export_model(
             exists or has no place.
     """
     check_place(output, flag="--output")
-    checkpoint = open_checkpoint(
-        source, flag="--checkpoint", iteration=iteration, iteration_flag="--iteration"
-    )
+    checkpoint = open_named(source, flag="--checkpoint", iteration=iteration)
     with tempfile.TemporaryDirectory() as made:
         kept = _kept(checkpoint, tokenizer, made=Path(made))
         tokens = _check_tokenizer(kept, checkpoint, converted=kept == Path(made))

@@ -87,16 +87,38 @@ def read_conversations(paths: Sequence[Path]) -> Iterator[Conversation | BadReco
         shape: Shape | None = None
         for number, line in _lines(path):
             where = f"{path}:{number}"
-            try:
-                record = _parse(line)
-                if shape is None:
-                    shape = detect_shape(record)
-                yield Conversation(where, take_messages(record, shape))
-            except _ShapeError as bad:
-                problem = BadRecord(where, bad.expected, f"found {bad.found}")
-                if shape is None:
-                    raise DataError(str(problem)) from bad
-                yield problem
+            shape = shape or shape_of(line, where)
+            yield take_conversation(line, where, shape)
+
+
+def shape_of(line: bytes, where: str) -> Shape:
+    """The shape that the first line of a file gives it.
+
+    Raises:
+        DataError: it is no conversation of a known shape; names the place.
+    """
+    try:
+        return detect_shape(_parse(line))
+    except _ShapeError as bad:
+        raise DataError(str(_bad_record(where, bad))) from bad
+
+
+def take_conversation(line: bytes, where: str, shape: Shape) -> Conversation | BadRecord:
+    """The conversation of a line, or why it is none of this shape.
+
+    Args:
+        line: of a file.
+        where: its place.
+        shape: of the file's first record.
+    """
+    try:
+        return Conversation(where, take_messages(_parse(line), shape))
+    except _ShapeError as bad:
+        return _bad_record(where, bad)
+
+
+def _bad_record(where: str, bad: _ShapeError) -> BadRecord:
+    return BadRecord(where, bad.expected, f"found {bad.found}")
 
 
 def detect_shape(record: Any) -> Shape:

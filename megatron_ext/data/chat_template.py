@@ -12,23 +12,16 @@ earlier answer in the history.
 
 from __future__ import annotations
 
-import functools
-import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import jinja2
 
 from megatron_ext.data.chat import Message
 from megatron_ext.data.chat_environment import environment
-from megatron_ext.data.tokenizers import (
-    SENTENCEPIECE_TYPES,
-    HuggingFaceReference,
-    SentencePieceReference,
-    TokenizerSpec,
-    build_reference,
-)
+from megatron_ext.data.special_text import special_text
+from megatron_ext.data.tokenizers import TokenizerSpec
 from megatron_ext.exceptions import ConfigError, DataError
 
 TEMPLATE_FILE = "chat_template.jinja"
@@ -41,9 +34,6 @@ BUILT_IN = (
     "{%- endfor -%}"
     "{%- if add_generation_prompt -%}{{- 'Assistant:' -}}{%- endif -%}"
 )
-# SentencePiece does not read control tokens from text. Between Unicode noncharacters, which no text for
-# interchange may have, they cannot be forged by the content of a message either.
-_BOS, _EOS = "\ufdd0bos\ufdd1", "\ufdd0eos\ufdd1"
 _PROBE: list[Message] = [
     {"role": "user", "content": "one"},
     {"role": "assistant", "content": "two"},
@@ -70,7 +60,7 @@ class ChatTemplate:
 
     def __init__(self, source: str, tokenizer: TokenizerSpec) -> None:
         self.source = source
-        self._text = _special_text(tokenizer)
+        self._text = special_text(tokenizer)
         try:
             self._template = environment().from_string(source)
             ids, mask = self.encode(_PROBE)
@@ -120,26 +110,50 @@ class ChatTemplate:
             DataError: the template cannot render these turns, a turn holds a special token as text, or the
                 template rewrites earlier turns, changes an answer or ends its turn with no special token.
         """
-        self._refuse_special(messages)
         ids: list[int] = []
         mask: list[int] = []
-        done = ""
-
-        def add(text: str, counts: int) -> None:
-            nonlocal done
+        for text, written in self._segments(messages, add_generation_prompt):
             new = self._text.encode(text)
             ids.extend(new)
-            mask.extend([counts] * len(new))
-            done += text
+            mask.extend([written] * len(new))
+        return ids, mask
 
+    def pieces(self, messages: Sequence[Message]) -> list[str]:
+        """The texts of which `encode` joins the tokens, for those who have a faster tokenizer.
+
+        Args:
+            messages: the turns.
+
+        Returns:
+            Texts to be tokenised each by itself, without tokens around it. One that is a key of
+            `special_ids` is that token.
+
+        Raises:
+            DataError: as `encode`.
+        """
+        segments = self._segments(messages, False)
+        return [piece for text, _ in segments for piece in self._text.split(text) if piece]
+
+    @property
+    def special_ids(self) -> Mapping[str, int]:
+        """Tokens that the tokenizer does not read from text, by what stands for them in `pieces`."""
+        return self._text.special_ids
+
+    def _segments(
+        self, messages: Sequence[Message], add_generation_prompt: bool
+    ) -> Iterator[tuple[str, int]]:
+        """The texts that are tokenised each by itself, and for each whether the model writes it."""
+        self._refuse_special(messages)
+        done = ""
         for index, message in enumerate(messages):
             if message["role"] == "assistant":
                 prompt = self._render(messages[:index], True)
-                add(_after(done, prompt), 0)
+                yield _after(done, prompt), 0
                 turn = _after(prompt, self._render(messages[: index + 1], False))
-                add(self._answer(turn, message["content"]), 1)
-        add(_after(done, self._render(messages, add_generation_prompt)), 0)
-        return ids, mask
+                answer = self._answer(turn, message["content"])
+                yield answer, 1
+                done = prompt + answer
+        yield _after(done, self._render(messages, add_generation_prompt)), 0
 
     def without_special(self, text: str) -> str:
         """A text as the content of a message may be: what spells a special token is left out."""
@@ -161,7 +175,7 @@ class ChatTemplate:
         """The part of a turn that the model writes: up to and with the token that ends it."""
         # Templates may trim a text and put something before it; the text may happen to occur in that.
         text = content.strip()
-        starts = [found.start() for found in re.finditer(f"(?={re.escape(text)})", turn)]
+        starts = list(_places(text, turn))
         inside = {i for token in self._text.special.finditer(turn) for i in range(*token.span())}
         starts = [start for start in starts if start not in inside]
         if not starts:
@@ -198,82 +212,15 @@ def load_template(tokenizer: TokenizerSpec, *, path: str | Path | None = None) -
         if not file.is_file():
             raise ConfigError(f"--chat-template: expected a Jinja file, found nothing at {file}")
         return ChatTemplate(file.read_text(encoding="utf-8"), tokenizer)
-    return ChatTemplate(_special_text(tokenizer).template or BUILT_IN, tokenizer)
+    return ChatTemplate(special_text(tokenizer).template or BUILT_IN, tokenizer)
 
 
-class _SpecialText(Protocol):
-    """A tokenizer of text in which some strings are special tokens."""
-
-    tokens: dict[str, Any]  # what a template calls the special tokens: ``eos_token`` and others
-    eod_id: int
-    special: re.Pattern[str]
-    visible: dict[str, str]
-    template: str | None
-
-    def encode(self, text: str) -> list[int]: ...
-
-
-class _SentencePieceText:
-    """SentencePiece with markers for its control tokens."""
-
-    template: str | None = None
-
-    def __init__(self, reference: SentencePieceReference) -> None:
-        self._processor = reference.processor
-        if reference.eod_id is None:
-            raise ConfigError("--tokenizer-model: expected an end-of-sentence token, found none")
-        self.eod_id = reference.eod_id
-        self._ids = {_EOS: self.eod_id}
-        if (bos := int(self._processor.bos_id())) >= 0:
-            self._ids[_BOS] = bos
-        self.tokens: dict[str, Any] = {
-            "eos_token": _EOS,
-            "bos_token": _BOS if _BOS in self._ids else "",
-        }
-        self.special = re.compile(f"({_BOS}|{_EOS})")
-        self.visible = {
-            marker: str(self._processor.id_to_piece(token)) for marker, token in self._ids.items()
-        }
-
-    def encode(self, text: str) -> list[int]:
-        ids: list[int] = []
-        for part in self.special.split(text):
-            ids += [self._ids[part]] if part in self._ids else self._processor.encode(part)
-        return ids
-
-
-class _HuggingFaceText:
-    """A Hugging Face tokenizer, which reads its special tokens from text."""
-
-    def __init__(self, reference: HuggingFaceReference) -> None:
-        tokenizer = self._tokenizer = reference.tokenizer
-        if reference.eod_id is None:
-            raise ConfigError("--tokenizer-model: expected an end-of-sequence token, found none")
-        self.eod_id = reference.eod_id
-        names = {"bos_token": "", "eos_token": tokenizer.sep_token}
-        self.tokens: dict[str, Any] = names | tokenizer.special_tokens_map
-        added = [t.content for t in tokenizer.added_tokens_decoder.values() if t.special]
-        # Longest first: one special token may be the start of another.
-        tokens = sorted({*tokenizer.all_special_tokens, *added}, key=len, reverse=True)
-        self.special = re.compile("|".join(map(re.escape, tokens)))
-        self.visible: dict[str, str] = {}
-        template = tokenizer.chat_template
-        self.template: str | None = (
-            template.get("default") if isinstance(template, dict) else template
-        )
-
-    def encode(self, text: str) -> list[int]:
-        return list(self._tokenizer(text, add_special_tokens=False).input_ids) if text else []
-
-
-@functools.cache
-def _special_text(tokenizer: TokenizerSpec) -> _SpecialText:
-    reference = build_reference(tokenizer)
-    if tokenizer.tokenizer_type in SENTENCEPIECE_TYPES:
-        assert isinstance(reference, SentencePieceReference)
-        return _SentencePieceText(reference)
-    assert isinstance(reference, HuggingFaceReference)
-    return _HuggingFaceText(reference)
+def _places(part: str, text: str) -> Iterator[int]:
+    """Where a part begins in a text, overlaps included; a pattern would be compiled for each answer."""
+    place = text.find(part)
+    while place >= 0:
+        yield place
+        place = text.find(part, place + 1)
 
 
 def _after(start: str, text: str) -> str:

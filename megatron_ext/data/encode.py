@@ -1,24 +1,28 @@
 """From a raw block to the bytes of a `.bin` file: what one worker does, and nothing else."""
 
+import functools
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from megatron_ext.data.conversations import ConversationFormat, ConversationParser
 from megatron_ext.data.document_digests import document_digests
-from megatron_ext.data.documents import BadRecord, Block, parse_block
+from megatron_ext.data.documents import BadRecord, Block, Record, parse_block
 from megatron_ext.data.fast_tokenizer import FastTokenizer, first_difference
 from megatron_ext.data.indexed import token_dtype
-from megatron_ext.data.tokenizers import Tokenizer
+from megatron_ext.data.tokenizers import Encoded, Tokenizer, bounds_of
 from megatron_ext.exceptions import DataError
 
 # Share of the texts that are encoded a second time, by the exact tokenizer. It is some 8 times
 # slower than gigatoken, so this costs 1.6%; a difference in one text of 1,000 in a corpus of a
 # million texts stays unseen with a probability of exp(-2).
 VERIFIED_SHARE = 1 / 500
+# Of the input's start, what gigatoken has to prove itself on: about 0.3 s of the exact tokenizer.
+_SAMPLE_TEXTS = 1000
+_SAMPLE_CHARACTERS = 2_000_000
 
 
 class BackendMismatchError(Exception):
@@ -61,13 +65,25 @@ class BlockEncoder:
     Args:
         tokenizer: Exact or fast; a fast one is verified on a random share of the texts.
         keys: Keys of a record; each makes a data set of its own.
-        append_eod: Whether to end each non-empty document with the end-of-document id.
+        append_eod: Whether to end each non-empty document with the end-of-document id; a conversation that
+            ends in it already is left as it is.
+        conversations: How records are conversations, which have one key; None if they are text.
     """
 
-    def __init__(self, tokenizer: Tokenizer, *, keys: Sequence[str], append_eod: bool) -> None:
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        *,
+        keys: Sequence[str],
+        append_eod: bool,
+        conversations: ConversationFormat | None = None,
+    ) -> None:
         assert not append_eod or tokenizer.eod_id is not None
+        assert conversations is None or len(keys) == 1
         self._tokenizer = tokenizer
         self._keys = list(keys)
+        self._parse, self._special = _parser(keys, conversations)
+        self._joined = conversations is not None
         self._eod = tokenizer.eod_id if append_eod else None
         self._dtype = token_dtype(tokenizer.vocab_size)
 
@@ -81,7 +97,7 @@ class BlockEncoder:
         result = EncodedBlock(block.path, block.consumed)
         columns: list[list[str]] = [[] for _ in self._keys]
         counts: list[list[int]] = [[] for _ in self._keys]
-        for record in parse_block(block, self._keys):
+        for record in self._parse(block):
             if isinstance(record, BadRecord):
                 result.bad.append(record)
                 continue
@@ -89,14 +105,15 @@ class BlockEncoder:
                 column.extend(texts)
                 count.append(len(texts))
         for column, count in zip(columns, counts, strict=True):
-            self._verify(column, block)
-            result.text_bytes += sum(len(text.encode()) for text in column)
+            texts = [text for text in column if text not in self._special]
+            self._verify(texts, block)
+            result.text_bytes += sum(len(text.encode()) for text in texts)
             result.keys.append(self._encode(column, count))
         return result
 
     def _encode(self, texts: Sequence[str], counts: Sequence[int]) -> EncodedKey:
         """Encodes the texts of documents that have `counts` texts each."""
-        ids, bounds = self._tokenizer.encode_batch(texts)
+        ids, bounds = self._encode_texts(texts)
         max_token = int(ids.max(initial=0))
         if self._eod is not None and len(ids):
             max_token = max(max_token, self._eod)
@@ -108,10 +125,17 @@ class BlockEncoder:
             )
         lengths = np.diff(bounds)
         document = np.repeat(np.arange(len(counts)), counts)
+        if self._joined:
+            lengths = np.bincount(document, weights=lengths, minlength=len(counts)).astype(np.int64)
+            document = np.arange(len(counts))
         document, lengths = document[lengths > 0], lengths[lengths > 0]
         if self._eod is not None:
             last = np.flatnonzero(np.diff(document, append=-1))
-            ids = np.insert(ids, np.cumsum(lengths)[last], self._eod)
+            ends = np.cumsum(lengths)[last]
+            if self._joined:
+                open_ended = ids[ends - 1] != self._eod
+                last, ends = last[open_ended], ends[open_ended]
+            ids = np.insert(ids, ends, self._eod)
             lengths[last] += 1
         tokens = ids.astype(self._dtype).tobytes()
         sizes = np.bincount(document, weights=lengths, minlength=len(counts)).astype(np.int64)
@@ -124,6 +148,21 @@ class BlockEncoder:
             max_token=max_token,
             digests=digests[digests != 0],
         )
+
+    def _encode_texts(self, texts: Sequence[str]) -> Encoded:
+        """Encodes texts one by one, those that stand for a special token as that."""
+        if not self._special:
+            return self._tokenizer.encode_batch(texts)
+        is_text = np.array([text not in self._special for text in texts], dtype=bool)
+        ids, bounds = self._tokenizer.encode_batch(
+            [text for text in texts if text not in self._special]
+        )
+        special = [self._special[text] for text in texts if text in self._special]
+        # Each goes behind the texts before it.
+        ids = np.insert(ids, bounds[np.cumsum(is_text)[~is_text]], special)
+        lengths = np.ones(len(texts), dtype=np.int64)
+        lengths[is_text] = np.diff(bounds)
+        return ids, bounds_of(lengths)
 
     def _verify(self, texts: Sequence[str], block: Block) -> None:
         """Compares the two tokenizers on a share of the texts, the same ones in every run."""
@@ -139,9 +178,30 @@ class BlockEncoder:
             )
 
 
-def parse_texts(block: Block, keys: Sequence[str]) -> list[str]:
-    """The texts of a block's good records, all keys."""
-    records: list[Any] = [
-        record for record in parse_block(block, keys) if not isinstance(record, BadRecord)
-    ]
-    return [text for record in records for texts in record for text in texts]
+def sample_texts(
+    blocks: Iterable[Block], keys: Sequence[str], conversations: ConversationFormat | None
+) -> list[str]:
+    """The first texts of the input, all keys: what gigatoken has to prove itself on."""
+    parse, special = _parser(keys, conversations)
+    texts: list[str] = []
+    left = _SAMPLE_CHARACTERS
+    for block in blocks:
+        records = (record for record in parse(block) if not isinstance(record, BadRecord))
+        for text in (text for record in records for found in record for text in found):
+            if text in special:
+                continue
+            texts.append(text[:left])
+            left -= len(texts[-1])
+            if left <= 0 or len(texts) >= _SAMPLE_TEXTS:
+                return texts
+    return texts
+
+
+def _parser(
+    keys: Sequence[str], conversations: ConversationFormat | None
+) -> tuple[Callable[[Block], Iterator[Record | BadRecord]], Mapping[str, int]]:
+    """What makes records of a block, and the tokens of those of their texts that stand for one."""
+    if conversations is None:
+        return functools.partial(parse_block, keys=keys), {}
+    parser = ConversationParser(conversations)
+    return parser, parser.special_ids

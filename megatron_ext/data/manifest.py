@@ -55,6 +55,9 @@ class Manifest:
         content_digest: SHA-256 of `.bin` and then `.idx`; None in manifests of earlier versions.
         document_sample: The smallest of the documents' digests, at most `document_digests.SAMPLED_DOCUMENTS`,
             ascending; None in manifests of earlier versions.
+        chat_template: What rendered the conversations that the documents are: the name of a file or folder,
+            `tokenizer`, or `built-in`; None if they are text as it was.
+        chat_template_digest: SHA-256 of that template.
         format_version: Version of this file's format.
     """
 
@@ -74,6 +77,8 @@ class Manifest:
     sources: list[Source]
     content_digest: str | None = None
     document_sample: list[str] | None = None
+    chat_template: str | None = None
+    chat_template_digest: str | None = None
     format_version: int = FORMAT_VERSION
 
     def to_json(self) -> bytes:

@@ -8,19 +8,20 @@ of the input.
 import logging
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
 from megatron_ext.data.atomic import AtomicFiles, check_place
-from megatron_ext.data.document_digests import DocumentSample
+from megatron_ext.data.conversations import ConversationFormat, find_format
+from megatron_ext.data.data_set import DataSet
 from megatron_ext.data.documents import (
     Block,
     TextUnit,
     read_blocks,
 )
-from megatron_ext.data.encode import BackendMismatchError, EncodedKey, parse_texts
+from megatron_ext.data.encode import BackendMismatchError, sample_texts
 from megatron_ext.data.fast_tokenizer import Backend, choose_tokenizer
 from megatron_ext.data.indexed import IndexedWriter, bin_path, idx_path, token_dtype
 from megatron_ext.data.inputs import InputFormat, find_inputs, format_of
@@ -32,10 +33,6 @@ from megatron_ext.exceptions import ConfigError, DataError
 
 logger = logging.getLogger(__name__)
 
-# Of the input's start, what gigatoken has to prove itself on: about 0.3 s of the exact tokenizer.
-_SAMPLE_TEXTS = 1000
-_SAMPLE_CHARACTERS = 2_000_000
-
 
 @dataclass(frozen=True, kw_only=True)
 class PreprocessConfig:
@@ -46,6 +43,8 @@ class PreprocessConfig:
         output_prefix: Outputs are `PREFIX_KEY_document.bin`, `.idx` and `.manifest.json`.
         tokenizer: The tokenizer.
         keys: Keys (JSON) or columns (Parquet) that hold text; each makes a data set.
+        conversations: Whether records are conversations, each of which becomes a document; see `chat.py`.
+        chat_template: What renders them, as of `load_template`.
         append_eod: Whether to end each non-empty document with the end-of-document id.
         workers: Encoding processes; 1 encodes in this process.
         input_format: Format of all inputs, or by their names.
@@ -60,6 +59,8 @@ class PreprocessConfig:
     output_prefix: str
     tokenizer: TokenizerSpec
     keys: list[str] = field(default_factory=lambda: ["text"])
+    conversations: bool = False
+    chat_template: str | None = None
     append_eod: bool = False
     workers: int = 1
     input_format: InputFormat = "auto"
@@ -81,6 +82,14 @@ class PreprocessConfig:
             )
         if not self.keys or len(set(self.keys)) != len(self.keys):
             raise ConfigError(f"--json-keys: expected distinct names, found {self.keys}")
+        if self.conversations and self.keys != ["text"]:
+            raise ConfigError(
+                f"--json-keys: expected none beside --conversations, found {' '.join(self.keys)}"
+            )
+        if self.chat_template is not None and not self.conversations:
+            raise ConfigError(
+                f"--chat-template {self.chat_template}: expected --conversations beside it, found none"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,10 +134,20 @@ def preprocess(config: PreprocessConfig) -> PreprocessResult:
         raise ConfigError(
             "--json-keys: plain text has no keys; leave it out, or name no text files"
         )
+    conversations = None
+    if config.conversations:
+        # The template alone says which tokens are around a text.
+        config = replace(config, tokenizer=replace(config.tokenizer, include_special_tokens=False))
+        conversations = find_format(
+            *(paths, config.tokenizer),
+            input_format=config.input_format,
+            template=config.chat_template,
+        )
+        logger.info("rendering conversations by the chat template: %s", conversations.name)
     prefixes = [f"{config.output_prefix}_{key}_document" for key in config.keys]
     outputs = [path for prefix in prefixes for path in _outputs(prefix)]
     with AtomicFiles(outputs, overwrite=config.overwrite) as files:
-        sample = _sample(_blocks(config, paths), config.keys)
+        sample = sample_texts(_blocks(config, paths), config.keys, conversations)
         tokenizer, message = choose_tokenizer(config.tokenizer, config.backend, sample)
         logger.info("%s", message)
         if config.append_eod and tokenizer.eod_id is None:
@@ -136,6 +155,7 @@ def preprocess(config: PreprocessConfig) -> PreprocessResult:
         origin = _Origin(
             tokenizer_digest(config.tokenizer),
             [Source(path=str(path), bytes=path.stat().st_size) for path in paths],
+            conversations,
         )
         try:
             return _run(config, paths, prefixes, files, tokenizer, origin)
@@ -154,39 +174,7 @@ class _Origin:
 
     tokenizer_digest: str
     sources: list[Source]
-
-
-@dataclass
-class _DataSet:
-    """What becomes of one key's text while it is encoded."""
-
-    key: str
-    writer: IndexedWriter
-    largest: int = 0
-    sample: DocumentSample = field(default_factory=DocumentSample)
-
-    def append(self, encoded: EncodedKey) -> None:
-        """Takes the documents of a block."""
-        self.writer.append(
-            encoded.tokens,
-            sequence_lengths=encoded.sequence_lengths,
-            document_sequences=encoded.document_sequences,
-        )
-        self.largest = max(self.largest, encoded.max_token)
-        self.sample.add(encoded.digests)
-
-    def finish(self, skipped: Counter[str]) -> None:
-        """Writes the index.
-
-        Raises:
-            DataError: There are no tokens.
-        """
-        if self.writer.tokens == 0:
-            left_out = f", {skipped.total()} bad records left out" if skipped else ""
-            raise DataError(
-                f"no tokens for key {self.key!r}: {self.writer.documents} documents{left_out}"
-            )
-        self.writer.finish()
+    conversations: ConversationFormat | None
 
 
 def _run(
@@ -201,7 +189,7 @@ def _run(
     start = time.monotonic()
     dtype = token_dtype(tokenizer.vocab_size)
     data_sets = [
-        _DataSet(key, IndexedWriter(files[bin_path(p)], files[idx_path(p)], dtype))
+        DataSet(key, IndexedWriter(files[bin_path(p)], files[idx_path(p)], dtype))
         for key, p in zip(config.keys, prefixes, strict=True)
     ]
     skipped: Counter[str] = Counter()
@@ -213,6 +201,7 @@ def _run(
         keys=config.keys,
         append_eod=config.append_eod,
         workers=config.workers,
+        conversations=origin.conversations,
     )
     with Progress(sum(source.bytes for source in origin.sources), config.log_interval) as progress:
         for block in encoded:
@@ -253,27 +242,14 @@ def _blocks(config: PreprocessConfig, paths: list[Path]) -> Iterator[Block]:
     )
 
 
-def _sample(blocks: Iterable[Block], keys: list[str]) -> list[str]:
-    """The first texts of the input."""
-    texts: list[str] = []
-    left = _SAMPLE_CHARACTERS
-    for block in blocks:
-        for text in parse_texts(block, keys):
-            texts.append(text[:left])
-            left -= len(texts[-1])
-            if left <= 0 or len(texts) >= _SAMPLE_TEXTS:
-                return texts
-    return texts
-
-
 def _manifest(
     config: PreprocessConfig,
     origin: _Origin,
     tokenizer: Tokenizer,
-    data_set: _DataSet,
+    data_set: DataSet,
     skipped: Counter[str],
 ) -> Manifest:
-    writer = data_set.writer
+    writer, rendered = data_set.writer, origin.conversations
     return Manifest(
         tokenizer_type=config.tokenizer.tokenizer_type,
         tokenizer_model=Path(config.tokenizer.tokenizer_model).name,
@@ -291,4 +267,6 @@ def _manifest(
         sources=origin.sources,
         content_digest=writer.content_digest,
         document_sample=[digest.to_bytes(8).hex() for digest in data_set.sample.smallest],
+        chat_template=None if rendered is None else rendered.name,
+        chat_template_digest=None if rendered is None else rendered.digest,
     )

@@ -203,7 +203,7 @@ def _sha256(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def bounds_of(lengths: Sequence[int]) -> NDArray[np.int64]:
+def bounds_of(lengths: Sequence[int] | NDArray[np.int64]) -> NDArray[np.int64]:
     """int64 `[texts + 1]` bounds of texts of these lengths."""
     return np.concatenate(([0], np.cumsum(lengths, dtype=np.int64)))
 

@@ -11,6 +11,7 @@ from concurrent.futures.process import BrokenProcessPool
 from multiprocessing.process import BaseProcess
 from typing import Any
 
+from megatron_ext.data.conversations import ConversationFormat
 from megatron_ext.data.documents import Block
 from megatron_ext.data.encode import BlockEncoder, EncodedBlock
 from megatron_ext.data.fast_tokenizer import FastTokenizer, build_fast
@@ -32,6 +33,7 @@ def encode_in_order(
     keys: Sequence[str],
     append_eod: bool,
     workers: int,
+    conversations: ConversationFormat | None = None,
 ) -> Iterator[EncodedBlock]:
     """Encodes blocks, yielding the results in the order of the blocks.
 
@@ -42,20 +44,27 @@ def encode_in_order(
         keys: Keys of a record.
         append_eod: As in `BlockEncoder`.
         workers: Processes; 1 means this one.
+        conversations: As in `BlockEncoder`.
 
     Raises:
         DataError: A worker died.
         BackendMismatchError: From the encoder.
     """
     if workers == 1:
-        yield from map(BlockEncoder(tokenizer, keys=keys, append_eod=append_eod), blocks)
+        encoder = BlockEncoder(
+            tokenizer, keys=keys, append_eod=append_eod, conversations=conversations
+        )
+        yield from map(encoder, blocks)
         return
     yield from in_order(
         _encode,
         blocks,
         workers=workers,
         initializer=_load,
-        initargs=(spec, isinstance(tokenizer, FastTokenizer), list(keys), append_eod),
+        initargs=(
+            *(spec, isinstance(tokenizer, FastTokenizer)),
+            *(list(keys), append_eod, conversations),
+        ),
     )
 
 
@@ -111,13 +120,21 @@ def start_worker() -> None:
     threading.Thread(target=_exit_with, args=(parent,), daemon=True).start()
 
 
-def _load(spec: TokenizerSpec, fast: bool, keys: list[str], append_eod: bool) -> None:
+def _load(
+    spec: TokenizerSpec,
+    fast: bool,
+    keys: list[str],
+    append_eod: bool,
+    conversations: ConversationFormat | None,
+) -> None:
     """Loads the tokenizer into a new worker process."""
     global _encoder
     start_worker()
     reference = build_reference(spec)
     tokenizer = build_fast(spec, reference) if fast else reference
-    _encoder = BlockEncoder(tokenizer, keys=keys, append_eod=append_eod)
+    _encoder = BlockEncoder(
+        tokenizer, keys=keys, append_eod=append_eod, conversations=conversations
+    )
 
 
 def _exit_with(parent: BaseProcess) -> None:

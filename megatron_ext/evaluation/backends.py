@@ -12,7 +12,7 @@ from megatron_ext.data.tokenizers import TOKENIZER_TYPES, TokenizerSpec
 from megatron_ext.evaluation.completion import Codec, Generator
 from megatron_ext.evaluation.sampling import Sampling
 from megatron_ext.exceptions import ConfigError
-from megatron_ext.runtime import collector, cpu
+from megatron_ext.runtime import collector
 
 
 def add_model_arguments(parser: ArgumentParser, *, required: bool = True) -> None:
@@ -22,7 +22,7 @@ def add_model_arguments(parser: ArgumentParser, *, required: bool = True) -> Non
         "--model",
         type=Path,
         required=required,
-        help="checkpoint directory, or Hugging Face folder",
+        help="checkpoint directory, an iteration of it (DIR/iter_NNNNNNN), or Hugging Face folder",
     )
     group.add_argument(
         "--backend",
@@ -79,16 +79,19 @@ def open_generator(options: Namespace) -> Iterator[tuple[Generator, Codec]]:
             f"--micro-batch-size: expected at least 1, found {options.micro_batch_size}"
         )
     with collector.paused():
-        cpu.enable()  # Megatron is imported after the command line has been read
+        # torch and Megatron are imported after the command line has been read.
+        from megatron_ext.runtime import cpu
+
+        cpu.enable()
+        from megatron_ext.checkpoint.named import split_name
+    open_model, folder = _huggingface, options.model
+    if options.backend == "megatron":
+        open_model, folder = _megatron, split_name(options.model)[0]
     template = options.chat_template
-    if template is None and (options.model / TEMPLATE_FILE).is_file():
-        template = options.model
-    if options.backend == "huggingface":
-        with _huggingface(options, template) as opened:
-            yield opened
-    else:
-        with _megatron(options, template) as opened:
-            yield opened
+    if template is None and (folder / TEMPLATE_FILE).is_file():
+        template = folder
+    with open_model(options, template) as opened:
+        yield opened
 
 
 @contextlib.contextmanager
@@ -96,6 +99,7 @@ def _huggingface(options: Namespace, template: Path | None) -> Iterator[tuple[Ge
     with collector.paused():
         from megatron_ext.checkpoint.huggingface import CONFIG, tokenizer_spec
         from megatron_ext.checkpoint.inspect import has_checkpoint
+        from megatron_ext.checkpoint.named import split_name
         from megatron_ext.evaluation.huggingface_generator import HuggingFaceGenerator
 
     layout = (options.tensor_model_parallel_size, options.pipeline_model_parallel_size)
@@ -106,7 +110,7 @@ def _huggingface(options: Namespace, template: Path | None) -> Iterator[tuple[Ge
         )
     if not (options.model / CONFIG).is_file():
         other = ""
-        if has_checkpoint(options.model):
+        if has_checkpoint(split_name(options.model)[0]):
             other = "; --backend megatron reads the checkpoint there"
         raise ConfigError(
             f"--model {options.model}: expected a Hugging Face folder with --backend huggingface, found no "
@@ -131,13 +135,14 @@ def _megatron(options: Namespace, template: Path | None) -> Iterator[tuple[Gener
     with collector.paused():
         from megatron_ext.analysis.session import open_session
         from megatron_ext.checkpoint.huggingface import choose_tokenizer
-        from megatron_ext.checkpoint.inspect import check_architecture, open_checkpoint
+        from megatron_ext.checkpoint.inspect import check_architecture
+        from megatron_ext.checkpoint.named import open_named
         from megatron_ext.evaluation.megatron_generator import MegatronGenerator
         from megatron_ext.frozen import FrozenModel
         from megatron_ext.runtime import compat, console
 
     compat.apply()
-    checkpoint = open_checkpoint(options.model, flag="--model")
+    checkpoint = open_named(options.model, flag="--model")
     kind, tokenizer = choose_tokenizer(options, checkpoint)
     spec = TokenizerSpec(tokenizer_type=kind, tokenizer_model=tokenizer)
     try:

@@ -12,11 +12,12 @@ import math
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from megatron_ext.exceptions import ConfigError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,12 +108,13 @@ class Chooser:
         chosen = logits.argmax(dim=-1)
         sampled = [row for row in rows if self._sampling[row].temperature > 0]
         if sampled:
+            wanted = logits[sampled].double()
 
             def column(values: Sequence[float]) -> Tensor:
-                return torch.tensor(values, dtype=torch.float64, device=logits.device)[:, None]
+                return wanted.new_tensor(values)[:, None]
 
             chosen[sampled] = sample(
-                logits[sampled],
+                wanted,
                 temperature=column([self._sampling[row].temperature for row in sampled]),
                 top_p=column([self._sampling[row].top_p for row in sampled]),
                 uniform=column([self._streams[row].random() for row in sampled]),
@@ -124,7 +126,7 @@ def sample(logits: Tensor, *, temperature: Tensor, top_p: Tensor, uniform: Tenso
     """Nucleus sampling by inversion of the cumulative distribution.
 
     Args:
-        logits: `[b, V]`.
+        logits: `[b, V]`, any precision.
         temperature: `[b, 1]`, positive.
         top_p: `[b, 1]`; the token that crosses it is still a candidate.
         uniform: `[b, 1]`, random numbers in `[0, 1)`.

@@ -12,7 +12,7 @@ from megatron_ext.evaluation.backends import open_generator
 from tests.helpers import generate_all, llama, naive_gpt
 from tests.helpers.entry import ROOT, Launch
 from tests.helpers.generate_all import NEW, PROMPTS
-from tests.helpers.tiny import VOCAB
+from tests.helpers.tiny import REFERENCE_ITERATION, VOCAB
 
 # Tensor and pipeline parallelism, and ranks; what is left of the ranks is data parallelism.
 LAYOUTS = {"one rank": (1, 1, 1), "TP 2": (2, 1, 2), "PP 2": (1, 2, 2), "DP 2": (1, 1, 2)}
@@ -151,17 +151,18 @@ def test_the_tool_continues_prompts_and_answers_messages(
 
 
 def test_a_chat_with_a_sentencepiece_model_against_a_naive_one(tiny, server, tmp_path):
-    """The tokenizer and the architecture come from the checkpoint; the template is the built-in one."""
-    question, output = "what is 3 + 4?", tmp_path / "answers.jsonl"
+    """Tokenizer and architecture come from the iteration that is named; the template is the built-in one."""
+    question, output = "5 + 5", tmp_path / "answers.jsonl"
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text(json.dumps({"messages": [{"role": "user", "content": question}]}))
-    arguments = ("--model", tiny.base, "--input", prompts, "--output", output)
+    earlier = tiny.base / f"iter_{REFERENCE_ITERATION:07d}"
+    arguments = ("--model", earlier, "--input", prompts, "--output", output)
     ((code, log),) = server.results([tool("generate", *arguments, "--max-new-tokens", NEW)])
     assert code == 0, log
     processor = SentencePieceProcessor(model_file=str(tiny.tokenizer))
     end = processor.eos_id()
     tokens = [*processor.encode(f"User: {question}"), end, *processor.encode("Assistant:")]
-    start, weights = len(tokens), naive_gpt.load_weights(str(tiny.base))
+    start, weights = len(tokens), naive_gpt.load_weights(str(tiny.reference))
     while len(tokens) < start + NEW and tokens[-1] != end:
         inputs = torch.tensor([tokens])
         logits = naive_gpt.logits(weights, inputs, heads=4, groups=2)[0, -1, :VOCAB]

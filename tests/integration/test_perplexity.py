@@ -11,7 +11,7 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset
 
 from tests.helpers import llama, naive_gpt
 from tests.helpers.entry import ROOT, Launch
-from tests.helpers.tiny import SEQUENCE, VOCAB
+from tests.helpers.tiny import REFERENCE_ITERATION, SEQUENCE, VOCAB
 
 HEADS, GROUPS = 4, 2
 
@@ -44,7 +44,8 @@ def expected(tiny):
 def test_agrees_with_naive(layout, tiny, server, expected, tmp_path):
     ranks, flags = LAYOUTS[layout]
     output = tmp_path / "perplexity.json"
-    models = [str(tiny.base)] if flags else [str(tiny.base), str(tiny.reference)]
+    earlier = f"{tiny.base}/iter_{REFERENCE_ITERATION:07d}"
+    models = [str(tiny.base)] if flags else [str(tiny.base), earlier]
     said = server.tool(
         *("analyze", "perplexity", "--checkpoint", *models, "--data", f"pairs={tiny.forget}"),
         *("--samples", 1_000_000, "--output", output, *flags),
@@ -70,8 +71,9 @@ def test_agrees_with_naive(layout, tiny, server, expected, tmp_path):
         difference = np.mean(other["sets"]["pairs"]["loss"]) - losses.mean()
         assert shift["value"] == pytest.approx(difference, rel=1e-3)
         assert f"{output} has 2 of 2 models" in said
-        assert f"reference {other['sets']['pairs']['corpus_perplexity']:>11.2f}" in said
+        assert f"base@20 {other['sets']['pairs']['corpus_perplexity']:>11.2f}" in said
         assert (other["iteration"], other["run"]["settings"]["train_iters"]) == (20, 40)
+        assert [model["label"] for model in report["models"].values()] == ["base", "base@20"]
 
 
 def test_another_tokenizer_is_refused(tiny, tmp_path):

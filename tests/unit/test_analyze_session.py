@@ -33,7 +33,7 @@ def test_every_model_is_compared_before_any_is_run(name, value, message, monkeyp
     args = Namespace(num_layers=2, seq_length=8, unpadded_vocab_size=300, tokenizer_digest="one")
     saved = {"a": args, "b": Namespace(**vars(args) | {name: value})}
     monkeypatch.setattr(
-        session, "open_checkpoint", lambda path, flag: Namespace(args=saved[path], path=path)
+        session, "open_named", lambda path, flag: Namespace(args=saved[path], path=path)
     )
     opened = session.Session(args, Namespace(checkpoint=["a", "b"]), None, eod=2)
     with pytest.raises(CheckpointError, match=message):

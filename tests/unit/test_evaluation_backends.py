@@ -5,8 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from megatron_ext.checkpoint import inspect
+from megatron_ext.checkpoint import inspect, named
 from megatron_ext.checkpoint.to_huggingface import _kept
+from megatron_ext.data.chat_template import TEMPLATE_FILE
+from megatron_ext.evaluation import backends
 from megatron_ext.evaluation.backends import add_model_arguments, open_generator
 from megatron_ext.exceptions import ConfigError
 from megatron_ext.runtime import compat
@@ -29,7 +31,21 @@ def test_a_checkpoint_is_no_hugging_face_folder(tmp_path):
     )
     assert refused(*words) == message
     (tmp_path / inspect.TRACKER).write_text("5")
-    assert refused(*words) == f"{message}; --backend megatron reads the checkpoint there"
+    hint = "; --backend megatron reads the checkpoint there"
+    assert refused(*words) == message + hint
+    words = ("--backend", "huggingface", "--model", tmp_path / "iter_0000005")
+    assert refused(*words).endswith(hint)
+
+
+@pytest.mark.parametrize("name", ["", "iter_0000005"])
+def test_an_iteration_has_the_chat_template_of_its_directory(tmp_path, name, monkeypatch):
+    def megatron(options, template):
+        raise ConfigError(f"template in {template}")
+
+    monkeypatch.setattr(backends, "_megatron", megatron)
+    assert refused("--model", tmp_path / name) == "template in None"
+    (tmp_path / TEMPLATE_FILE).write_text("")
+    assert refused("--model", tmp_path / name) == f"template in {tmp_path}"
 
 
 @pytest.fixture
@@ -39,15 +55,15 @@ def checkpoint(tmp_path):
 
 
 def test_a_tokenizer_that_was_moved_is_told_from_one_that_was_named(checkpoint, monkeypatch):
-    monkeypatch.setattr(inspect, "open_checkpoint", lambda *_, **__: checkpoint)
+    monkeypatch.setattr(named, "open_named", lambda *_, **__: checkpoint)
     monkeypatch.setattr(compat, "apply", lambda: None)
     words = ("--model", checkpoint.directory)
     assert refused(*words) == (
         f"--tokenizer-model gone/tok.model: no such file; {checkpoint.path} records this path, and "
         "--tokenizer-model names the tokenizer at its present place"
     )
-    named = refused(*words, "--tokenizer-model", "other.model")
-    assert named == "--tokenizer-model other.model: no such file"
+    other = refused(*words, "--tokenizer-model", "other.model")
+    assert other == "--tokenizer-model other.model: no such file"
 
 
 def test_an_export_says_where_the_tokenizer_was(checkpoint):

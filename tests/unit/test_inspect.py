@@ -6,13 +6,13 @@ from megatron_ext.checkpoint.inspect import (
     TRACKER,
     Checkpoint,
     check_architecture,
-    folder_name,
     has_checkpoint,
     open_checkpoint,
 )
 from megatron_ext.checkpoint.to_huggingface import export_model
 from megatron_ext.data.consumed import count
 from megatron_ext.exceptions import CheckpointError
+from tests.helpers.checkpoints import write_iterations
 
 MODEL = {
     "num_layers": 4,
@@ -122,10 +122,10 @@ def test_a_missing_iteration_is_refused(tmp_path, text, folder):
 )
 def test_an_iteration_that_is_not_there_is_named_by_its_flag(tmp_path, held, found):
     (tmp_path / TRACKER).write_text("20")
-    (tmp_path / "iter_0000003.old").mkdir()
-    for name in ("iter_0000003.old", *map(folder_name, held)):
-        (tmp_path / name).mkdir(exist_ok=True)
-        (tmp_path / name / "metadata.json").touch()
+    write_iterations(tmp_path, *held)
+    for broken in ("iter_0000003.old", "iter_0000999"):  # another name, and a save that did not end
+        (tmp_path / broken).mkdir()
+        (tmp_path / broken / "metadata.json").touch()
     message = f"an iteration that {tmp_path} (--run) holds, found {found}"
     for flags, flag in (({}, "--ckpt-step"), ({"iteration_flag": "--iteration"}, "--iteration")):
         with pytest.raises(CheckpointError) as refused:

@@ -4,26 +4,19 @@ import argparse
 import logging
 
 import pytest
-import torch
 
 from megatron_ext.checkpoint.complete import MARKS, defect
 from megatron_ext.checkpoint.inspect import TRACKER, open_checkpoint
 from megatron_ext.checkpoint.recovery import folder, last_good
 from megatron_ext.checkpoint.source import resolve_start
-from megatron_ext.checkpoint.torch_dist import LazyTensor, write
 from megatron_ext.exceptions import CheckpointError
+from tests.helpers.checkpoints import write_iterations
 
 
 @pytest.fixture
 def directory(tmp_path):
     """Checkpoints of iterations 2, 4 and 6."""
-    saved = argparse.Namespace(max_position_embeddings=64)
-    for iteration in (2, 4, 6):
-        value = float(iteration)
-        tensor = LazyTensor("weight", None, (8, 8), lambda value=value: torch.full((8, 8), value))
-        write(folder(tmp_path, iteration), [tensor], dtype=torch.float32, args=saved)
-    (tmp_path / TRACKER).write_text("6")
-    return tmp_path
+    return write_iterations(tmp_path, 2, 4, 6)
 
 
 def arguments(directory, **changes):

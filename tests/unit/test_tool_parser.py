@@ -1,7 +1,11 @@
 """What --help of a tool says."""
 
+import subprocess
+import sys
+
 import pytest
 
+from tests.helpers.entry import ROOT
 from tools import build_index, plan_run
 from tools.common import ToolParser
 
@@ -46,6 +50,23 @@ def test_a_mistyped_flag_is_answered_with_the_closest_one(capsys):
         "unrecognized arguments: --ouput x; did you mean --output?"
     )
     assert answer("go", "--zzz").endswith("unrecognized arguments: --zzz")
+
+
+def test_help_of_tools_that_run_models_does_not_wait_for_torch():
+    code = """if True:
+        import sys
+        from tools import analyze, convert_checkpoint, evaluate, generate
+        for tool in (analyze, convert_checkpoint, evaluate, generate):
+            sys.argv = [tool.__name__, "--help"]
+            try:
+                tool.main()
+            except SystemExit as leaving:
+                assert leaving.code == 0
+        slow = {"torch", "megatron", "transformers"} & set(sys.modules)
+        assert not slow, slow"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("usage: ") == 4
 
 
 @pytest.mark.parametrize(
