@@ -19,6 +19,7 @@ from megatron.training.utils import get_blend_and_blend_per_split
 
 from megatron_ext.config import UnlearnConfig
 from megatron_ext.data.manifest import check_prefix, read_manifest
+from megatron_ext.data.open_files import check_limit, files_of
 from megatron_ext.data.providers import Blend, forget_blends
 from megatron_ext.exceptions import ConfigError, DataError
 
@@ -75,7 +76,7 @@ def check_datasets(args: Namespace, config: UnlearnConfig) -> None:
 
     Raises:
         ConfigError: no dataset is named, a split that the run reads gets no data, or a weight is not
-            positive.
+            positive; or more files than may be open at once.
         DataError: a file is missing, truncated, empty, of another tokenizer, or too short to be split;
             the message names it.
     """
@@ -91,6 +92,7 @@ def check_datasets(args: Namespace, config: UnlearnConfig) -> None:
     if len(sides) == 2 and args.eval_iters > 0:
         _check_test_paths(sides)
     every = [named for side in sides for named in side]
+    _check_open_files(args, every)
     for named in every:
         _check_files(args, named)
     if args.rank == 0:
@@ -198,6 +200,17 @@ def _check_test_paths(sides: Sequence[Sequence[_NamedBlend]]) -> None:
                 f"{named.flag}: expected test data in {other.flag} too, found none; batches are "
                 "composed of both"
             )
+
+
+def _check_open_files(args: Namespace, every: Sequence[_NamedBlend]) -> None:
+    """All data sets must fit under the limit of open files, to which every rank raises its own."""
+    files = data_sets = 0
+    for named in every:
+        if named.blend is not None:
+            count, splits = len(named.blend[0]), sum(map(bool, named.shares.values()))
+            files += files_of(count, splits=splits, mmap=args.mmap_bin_files)
+            data_sets += count
+    check_limit(files, data_sets)
 
 
 def _check_files(args: Namespace, named: _NamedBlend) -> None:
