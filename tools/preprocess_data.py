@@ -8,7 +8,8 @@ writes data/corpus_text_document.bin and .idx, byte for byte what the tool of th
 Megatron-LM writes, and data/corpus_text_document.manifest.json, by which training refuses another
 tokenizer. Give data/corpus_text_document to --data-path.
 
-Inputs are JSON lines, Parquet or plain text, the first and the last also as .gz and .zst.
+Inputs are JSON lines, Parquet or plain text, the first and the last also as .gz, .zst, .bz2 and .xz. Of a
+directory, names that begin with _ or . are left out, and log lines say what else is.
 """
 
 import argparse

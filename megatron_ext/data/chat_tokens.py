@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from megatron_ext.data.chat import read_conversations
 from megatron_ext.data.chat_template import ChatTemplate
-from megatron_ext.data.documents import BadRecord
+from megatron_ext.data.records import BadRecord
 from megatron_ext.exceptions import DataError
 
 # Of what is written to the cache; another number makes older files be ignored.

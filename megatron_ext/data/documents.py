@@ -6,15 +6,14 @@ records in a worker. Order is that of the inputs throughout.
 """
 
 import codecs
-import json
-import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
-from megatron_ext.data.compression import open_stream
+from megatron_ext.data.compression import open_stream, read_lines
 from megatron_ext.data.inputs import InputFormat, format_of
+from megatron_ext.data.records import BadRecord, Record, parse_json, take
 from megatron_ext.exceptions import DataError
 
 TextUnit = Literal["file", "line", "paragraph"]
@@ -49,22 +48,6 @@ class Block:
     lines: tuple[int, ...] = ()
 
 
-@dataclass(frozen=True)
-class BadRecord:
-    """A record that yields no document: where, why in a few fixed words, and what was found."""
-
-    where: str
-    reason: str
-    detail: str
-
-    def __str__(self) -> str:
-        return f"{self.where}: {self.reason}" + (f" ({self.detail})" if self.detail else "")
-
-
-# A good record: for each key the sequences of the document, most often one.
-Record = list[list[str]]
-
-
 def read_blocks(
     paths: Sequence[Path],
     *,
@@ -97,7 +80,7 @@ def read_blocks(
             for block in blocks:
                 yield replace(block, index=index)
                 index += 1
-        except (OSError, EOFError, zlib.error) as error:
+        except (OSError, EOFError) as error:
             raise DataError(f"{path} cannot be read: {error}") from error
 
 
@@ -105,7 +88,7 @@ def parse_block(block: Block, keys: Sequence[str]) -> Iterator[Record | BadRecor
     """Parses the records of a block, in order."""
     if block.kind == "jsonl":
         for number, line in enumerate(block.payload.split(b"\n"), start=block.first):
-            yield _parse_json(line, f"{block.path}:{number}", keys)
+            yield parse_json(line, f"{block.path}:{number}", keys)
     elif block.kind == "parquet":
         columns = [_values(block.payload.column(key)) for key in keys]
         for number, values in enumerate(zip(*columns, strict=True), start=block.first):
@@ -114,12 +97,12 @@ def parse_block(block: Block, keys: Sequence[str]) -> Iterator[Record | BadRecor
             if broken is not None:
                 yield BadRecord(where, "not UTF-8", str(broken))
             else:
-                yield _take(dict(zip(keys, values, strict=True)), where, keys)
+                yield take(dict(zip(keys, values, strict=True)), where, keys)
     else:
         for number, raw in zip(block.lines, block.payload, strict=True):
             where = f"{block.path}:{number}"
             try:
-                yield _take({keys[0]: raw.decode()}, where, keys[:1])
+                yield take({keys[0]: raw.decode()}, where, keys[:1])
             except UnicodeDecodeError as error:
                 yield BadRecord(where, "not UTF-8", str(error))
 
@@ -234,9 +217,7 @@ def _split_text(stream: BinaryIO, unit: TextUnit) -> Iterator[tuple[int, bytes]]
     """Yields the line number and the bytes of each unit, without its line end."""
     paragraph: list[bytes] = []
     number = 0
-    for number, line in enumerate(stream, start=1):
-        if number == 1:
-            line = line.removeprefix(codecs.BOM_UTF8)
+    for number, line in enumerate(read_lines(stream), start=1):
         blank = not line.strip()
         if unit == "line" and not blank:
             yield number, line.rstrip(b"\r\n")
@@ -247,46 +228,3 @@ def _split_text(stream: BinaryIO, unit: TextUnit) -> Iterator[tuple[int, bytes]]
             paragraph = []
     if paragraph:
         yield number - len(paragraph) + 1, b"".join(paragraph).rstrip(b"\r\n")
-
-
-def _parse_json(line: bytes, where: str, keys: Sequence[str]) -> Record | BadRecord:
-    try:
-        value = json.loads(line.decode())
-    except UnicodeDecodeError as error:
-        return BadRecord(where, "not UTF-8", str(error))
-    except (ValueError, RecursionError) as error:
-        if not line.strip():
-            return BadRecord(where, "expected a JSON object, found a blank line", "")
-        return BadRecord(
-            where, "not valid JSON", f"{error}; the line starts {excerpt(line.decode())}"
-        )
-    if not isinstance(value, dict):
-        return BadRecord(where, "expected a JSON object", f"found {excerpt(line.decode())}")
-    return _take(value, where, keys)
-
-
-def _take(value: dict[str, Any], where: str, keys: Sequence[str]) -> Record | BadRecord:
-    """Takes the texts of the keys; as in Megatron, a list is a document of several sequences."""
-    record: Record = []
-    for key in keys:
-        if key not in value:
-            return BadRecord(
-                where, f"no key {key!r}", f"found {excerpt(', '.join(map(str, value)))}"
-            )
-        texts = value[key] if isinstance(value[key], list) else [value[key]]
-        for text in texts:
-            if not isinstance(text, str):
-                return BadRecord(
-                    where, f"expected a string at {key!r}", f"found {type(text).__name__}"
-                )
-            try:
-                text.encode()
-            except UnicodeEncodeError as error:
-                return BadRecord(where, f"text at {key!r} is not valid Unicode", str(error))
-        record.append(texts)
-    return record
-
-
-def excerpt(text: str) -> str:
-    """The beginning of what was found, for messages."""
-    return repr(text[:60]) + ("..." if len(text) > 60 else "")

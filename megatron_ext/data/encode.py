@@ -9,9 +9,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_ext.data.document_digests import document_digests
-from megatron_ext.data.documents import BadRecord, Block, parse_block
+from megatron_ext.data.documents import Block, parse_block
 from megatron_ext.data.fast_tokenizer import FastTokenizer, first_difference
 from megatron_ext.data.indexed import token_dtype
+from megatron_ext.data.records import BadRecord
 from megatron_ext.data.tokenizers import Tokenizer
 from megatron_ext.exceptions import DataError
 

@@ -13,12 +13,9 @@ import sentencepiece
 from tqdm import tqdm
 
 from megatron_ext.data.atomic import AtomicFiles, check_place
-from megatron_ext.data.documents import (
-    BadRecord,
-    parse_block,
-    read_blocks,
-)
+from megatron_ext.data.documents import parse_block, read_blocks
 from megatron_ext.data.inputs import InputFormat, find_inputs
+from megatron_ext.data.records import BadRecord
 from megatron_ext.exceptions import ConfigError, DataError
 
 logger = logging.getLogger(__name__)

@@ -6,7 +6,7 @@ import json
 import pytest
 
 from megatron_ext.data.chat import Conversation, read_conversations
-from megatron_ext.data.documents import BadRecord
+from megatron_ext.data.records import BadRecord
 from megatron_ext.exceptions import DataError
 from tests.helpers.conversations import write_jsonl
 
