@@ -22,11 +22,9 @@ class DamagedError(OSError):
 def open_stream(path: Path) -> tuple[BinaryIO, BinaryIO]:
     """Opens a file through its decompression.
 
-    A read returns what there is before the place where a compressed file ends early (`EOFError`) or is
-    damaged (`DamagedError`); the next read raises.
-
     Returns:
-        The stream of its content, and the file itself, whose position tells the progress.
+        The stream of its content, for `read_parts` or `read_lines`, and the file itself, whose position
+        tells the progress.
 
     Raises:
         EOFError: a compressed file has no bytes; even one of an empty text has some.
@@ -42,16 +40,34 @@ def open_stream(path: Path) -> tuple[BinaryIO, BinaryIO]:
     return cast(BinaryIO, io.BufferedReader(content, buffer_size=1 << 20)), raw
 
 
-def read_lines(stream: BinaryIO) -> Iterator[bytes]:
-    """Yields the lines of `open_stream`'s content with their ends, without a byte order mark.
+def read_parts(stream: BinaryIO, size: int) -> Iterator[bytes]:
+    """Yields the content in parts of a size, without a byte order mark.
 
     Raises:
-        EOFError, DamagedError: as a read does; the line that was cut there is not among the others.
+        EOFError: the compressed data end early; all that is before that place was yielded.
+        DamagedError: so with damaged data.
     """
-    for number, line in enumerate(stream):
+    mark = codecs.BOM_UTF8
+    while part := stream.read(size):
+        yield part.removeprefix(mark)
+        mark = b""
+    stream.read(1)  # raises if this end is no end
+
+
+def read_lines(stream: BinaryIO) -> Iterator[bytes]:
+    """Yields the lines with their ends, without a byte order mark.
+
+    Raises:
+        EOFError: the compressed data end early; all lines that are whole were yielded.
+        DamagedError: so with damaged data.
+    """
+    mark = codecs.BOM_UTF8
+    for line in stream:
         if not line.endswith(b"\n"):
-            stream.read(1)  # raises, unless the file ends here
-        yield line if number else line.removeprefix(codecs.BOM_UTF8)
+            stream.read(1)  # raises if this line was cut
+        yield line.removeprefix(mark)
+        mark = b""
+    stream.read(1)
 
 
 def _reader(raw: BinaryIO, suffix: str) -> tuple[Callable[[int], bytes | None], type[Exception]]:
@@ -70,7 +86,10 @@ def _reader(raw: BinaryIO, suffix: str) -> tuple[Callable[[int], bytes | None], 
 
 
 class _Content(io.RawIOBase):
-    """Decompressed content, which ends where it is damaged; what is read after that raises the error."""
+    """Decompressed content, which ends where it is cut or damaged; a read after that raises the error.
+
+    Raised at once, it would take along what `io.BufferedReader` has gathered before that place.
+    """
 
     def __init__(self, read: Callable[[int], bytes | None], damage: type[Exception]) -> None:
         self._read, self._damage = read, damage

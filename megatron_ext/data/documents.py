@@ -5,13 +5,13 @@ Reading is split in two, so that the reader never becomes the bottleneck of many
 records in a worker. Order is that of the inputs throughout.
 """
 
-import codecs
-from collections.abc import Iterator, Sequence
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
-from megatron_ext.data.compression import open_stream, read_lines
+from megatron_ext.data.compression import DamagedError, open_stream, read_lines, read_parts
 from megatron_ext.data.inputs import InputFormat, format_of
 from megatron_ext.data.records import BadRecord, Record, parse_json, take
 from megatron_ext.exceptions import DataError
@@ -27,25 +27,33 @@ _RECORD_BYTES = 1 << 30
 
 @dataclass(frozen=True)
 class Block:
-    """A run of neighbouring raw records of one file.
+    """A run of neighbouring raw records of one file, or small texts of several.
 
     Attributes:
-        path: The file.
-        kind: How to parse `payload`: complete JSON lines, a `pyarrow.RecordBatch`, or plain texts.
+        path: The file, or the first of several small texts.
+        kind: How to parse `payload`: complete JSON lines, a `pyarrow.RecordBatch`, plain texts, or bad
+            records that are known before they are parsed.
         payload: The records.
         first: Number of the first record, from 1: a line (JSON lines, text) or a row (Parquet).
         consumed: Bytes of the file as stored that this block accounts for, for progress.
         index: Number of the block over all inputs, from 0.
         lines: Line of each text, for plain text only.
+        paths: File of each text, if they are of several.
     """
 
     path: str
-    kind: Literal["jsonl", "parquet", "text"]
+    kind: Literal["jsonl", "parquet", "text", "bad"]
     payload: Any
     first: int
     consumed: int
     index: int = 0
     lines: tuple[int, ...] = ()
+    paths: tuple[str, ...] = ()
+
+    def file_of(self, text: str) -> str:
+        """The file of one of the texts."""
+        texts = zip(self.paths, self.payload, strict=True) if self.paths else ()
+        return next((path for path, raw in texts if raw == text.encode()), self.path)
 
 
 def read_blocks(
@@ -54,6 +62,7 @@ def read_blocks(
     keys: Sequence[str],
     input_format: InputFormat = "auto",
     text_unit: TextUnit = "file",
+    skip_broken: bool = False,
 ) -> Iterator[Block]:
     """Cuts files into blocks of about a MiB, holding one at a time.
 
@@ -63,25 +72,68 @@ def read_blocks(
         input_format: Format of all files, or by their names.
         text_unit: What is one document of a plain text: the file, each non-blank line, or each run
             of lines between blank ones.
+        skip_broken: Whether a compressed file that ends early or is damaged gives the records before that
+            place and then a bad one, in a block of kind `bad`, or an error.
 
     Raises:
         DataError: A file cannot be read or decompressed.
     """
-    index = 0
-    for path in paths:
-        kind = format_of(path, input_format=input_format)
-        try:
-            if kind == "parquet":
-                blocks = _parquet_blocks(path, keys)
-            elif kind == "jsonl":
-                blocks = _jsonl_blocks(path)
-            else:
-                blocks = _text_blocks(path, text_unit)
-            for block in blocks:
-                yield replace(block, index=index)
-                index += 1
-        except (OSError, EOFError) as error:
+    files = (
+        _file_blocks(path, format_of(path, input_format=input_format), keys, text_unit, skip_broken)
+        for path in paths
+    )
+    blocks = itertools.chain.from_iterable(files)
+    for index, block in enumerate(_joined(blocks) if text_unit == "file" else blocks):
+        yield replace(block, index=index)
+
+
+def _file_blocks(
+    path: Path, kind: InputFormat, keys: Sequence[str], unit: TextUnit, skip_broken: bool
+) -> Iterator[Block]:
+    told = 0
+    try:
+        if kind == "parquet":
+            blocks = _parquet_blocks(path, keys)
+        elif kind == "jsonl":
+            blocks = _jsonl_blocks(path)
+        else:
+            blocks = _text_blocks(path, unit)
+        for block in blocks:
+            told += block.consumed
+            yield block
+    except (OSError, EOFError) as error:
+        if not skip_broken or not isinstance(error, EOFError | DamagedError):
             raise DataError(f"{path} cannot be read: {error}") from error
+        reason = "file ends early" if isinstance(error, EOFError) else "file is damaged"
+        bad = BadRecord(str(path), reason, str(error))
+        yield Block(str(path), "bad", [bad], 1, path.stat().st_size - told)
+
+
+def _joined(blocks: Iterable[Block]) -> Iterator[Block]:
+    """Joins the texts of neighbouring small files: a block takes a tokenizer 6 ms, however small it is."""
+    waiting: list[Block] = []
+    size = 0
+    for block in blocks:
+        if block.kind == "text":
+            waiting.append(block)
+            size += len(block.payload[0])
+        if waiting and (block.kind != "text" or size >= BLOCK_BYTES):
+            yield _join(waiting)
+            waiting, size = [], 0
+        if block.kind != "text":
+            yield block
+    if waiting:
+        yield _join(waiting)
+
+
+def _join(blocks: Sequence[Block]) -> Block:
+    return replace(
+        blocks[0],
+        payload=[text for block in blocks for text in block.payload],
+        consumed=sum(block.consumed for block in blocks),
+        lines=tuple(line for block in blocks for line in block.lines),
+        paths=tuple(block.path for block in blocks for _ in block.lines),
+    )
 
 
 def parse_block(block: Block, keys: Sequence[str]) -> Iterator[Record | BadRecord]:
@@ -98,9 +150,12 @@ def parse_block(block: Block, keys: Sequence[str]) -> Iterator[Record | BadRecor
                 yield BadRecord(where, "not UTF-8", str(broken))
             else:
                 yield take(dict(zip(keys, values, strict=True)), where, keys)
+    elif block.kind == "bad":
+        yield from block.payload
     else:
-        for number, raw in zip(block.lines, block.payload, strict=True):
-            where = f"{block.path}:{number}"
+        paths = block.paths or itertools.repeat(block.path)
+        for path, number, raw in zip(paths, block.lines, block.payload, strict=False):
+            where = f"{path}:{number}"
             try:
                 yield take({keys[0]: raw.decode()}, where, keys[:1])
             except UnicodeDecodeError as error:
@@ -126,7 +181,7 @@ def _jsonl_blocks(path: Path) -> Iterator[Block]:
     with raw, stream:
         first, told = 1, 0
         pending: list[bytes] = []  # the start of a line that is longer than what was read
-        while data := stream.read(BLOCK_BYTES):
+        for data in read_parts(stream, BLOCK_BYTES):
             end = data.rfind(b"\n")
             if end < 0:
                 pending.append(data)
@@ -183,26 +238,31 @@ def _text_blocks(path: Path, unit: TextUnit) -> Iterator[Block]:
     with raw, stream:
         if unit == "file":
             parts: list[bytes] = []
-            while data := stream.read(BLOCK_BYTES):
+            for data in read_parts(stream, BLOCK_BYTES):
                 parts.append(data)
                 _check_size(parts, str(path))
-            text = b"".join(parts).removeprefix(codecs.BOM_UTF8)
+            text = b"".join(parts)
             yield Block(str(path), "text", [text], 1, raw.tell(), lines=(1,))
             return
         told = size = 0
         texts: list[bytes] = []
         lines: list[int] = []
-        for number, text in _split_text(stream, unit):
-            texts.append(text)
-            lines.append(number)
-            size += len(text)
-            if size >= BLOCK_BYTES:
-                yield Block(
-                    str(path), "text", texts, lines[0], raw.tell() - told, lines=tuple(lines)
-                )
-                told, size, texts, lines = raw.tell(), 0, [], []
+        broken: Exception | None = None
+        try:
+            for number, text in _split_text(stream, unit):
+                texts.append(text)
+                lines.append(number)
+                size += len(text)
+                if size >= BLOCK_BYTES:
+                    consumed = raw.tell() - told
+                    yield Block(str(path), "text", texts, lines[0], consumed, lines=tuple(lines))
+                    told, size, texts, lines = raw.tell(), 0, [], []
+        except (EOFError, DamagedError) as error:
+            broken = error
         if texts:
             yield Block(str(path), "text", texts, lines[0], raw.tell() - told, lines=tuple(lines))
+        if broken is not None:
+            raise broken
 
 
 def _check_size(parts: Sequence[bytes], where: str) -> None:

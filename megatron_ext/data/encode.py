@@ -135,7 +135,8 @@ class BlockEncoder:
         different = first_difference(self._tokenizer, chosen) if chosen else None
         if different is not None:
             raise BackendMismatchError(
-                f"gigatoken's ids differ from the reference tokenizer's on a text in {block.path}, "
+                f"gigatoken's ids differ from the reference tokenizer's on a text in "
+                f"{block.file_of(chosen[different])}, "
                 f"near record {block.first}: {chosen[different][:60]!r}"
             )
 

@@ -145,7 +145,13 @@ class _Lines:
 
     def _texts_of(self, path: Path) -> Iterator[str]:
         config = self._config
-        for block in read_blocks([path], keys=config.keys, input_format=config.input_format):
+        blocks = read_blocks(
+            [path],
+            keys=config.keys,
+            input_format=config.input_format,
+            skip_broken=config.on_error == "skip",
+        )
+        for block in blocks:
             for record in parse_block(block, config.keys):
                 if not isinstance(record, BadRecord):
                     for texts in record:
@@ -154,7 +160,7 @@ class _Lines:
                     raise DataError(f"{record}; --on-error skip leaves such records out")
                 else:
                     self.skipped[record.reason] += 1
-                    if self.skipped[record.reason] <= 3:
+                    if self.skipped[record.reason] <= 3 or record.where == block.path:
                         logger.warning("skipped %s", record)
 
 
