@@ -76,7 +76,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "--workers",
         type=int,
         default=_usable_cores(),
-        help="encoding processes",
+        help="encoding processes; more than about 8 wait for the one that reads",
     )
     group.add_argument(
         "--log-interval", type=int, default=10000, help="documents between progress lines"

@@ -1,8 +1,8 @@
 """Reading documents from JSON lines, Parquet and plain text, in blocks of bounded size.
 
-Reading is split in two, so that the reader never becomes the bottleneck of many workers:
-`read_blocks` cuts the inputs into raw blocks in one process, and `parse_block` turns a block into
-records in a worker. Order is that of the inputs throughout.
+Reading is split in two, so that one reader feeds some 8 workers (more wait for it, see
+docs/data_at_scale.md): `read_blocks` cuts the inputs into raw blocks in one process, and `parse_block`
+turns a block into records in a worker. Order is that of the inputs throughout.
 """
 
 import itertools
