@@ -8,9 +8,10 @@ writes data/corpus_text_document.bin and .idx, byte for byte what the tool of th
 Megatron-LM writes, and data/corpus_text_document.manifest.json, by which training refuses another
 tokenizer. Give data/corpus_text_document to --data-path.
 
-Inputs are JSON lines, Parquet or plain text, the first and the last also as .gz and .zst. With
---conversations a record is one of the conversations that --chat-data-path of training reads; it is rendered
-by the chat template and becomes a document with the very tokens that chat tuning trains on.
+Inputs are JSON lines, Parquet or plain text, the first and the last also as .gz, .zst, .bz2 and .xz. Of a
+directory, names that begin with _ or . are left out, and log lines say what else is. With --conversations
+a record is one of the conversations that --chat-data-path of training reads; it is rendered by the chat
+template and becomes a document with the very tokens that chat tuning trains on.
 """
 
 import argparse
@@ -89,7 +90,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "--workers",
         type=int,
         default=usable_cores(),
-        help="encoding processes",
+        help="encoding processes; more than about 8 wait for the one that reads",
     )
     group.add_argument(
         "--log-interval", type=int, default=10000, help="documents between progress lines"

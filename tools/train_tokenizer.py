@@ -47,7 +47,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "--max-bytes",
         type=int,
         default=1_000_000_000,
-        help="text to learn from, taken from the start of the input; training holds it in memory",
+        help="text to learn from, of each file as much as its share of the input, from its start; training "
+        "holds it in memory",
     )
     return parser.parse_args(argv)
 
@@ -72,6 +73,8 @@ def main() -> None:
         f"{args.output}: {result.vocab_size:,} pieces from "
         f"{result.text_bytes / 1e6:,.1f} MB of text"
     )
+    cut = f", {result.files_cut:,} in part (--max-bytes)" if result.files_cut else ""
+    print(f"{result.files_read:,} of {result.files:,} files read{cut}")
     print(
         f"{result.bytes_per_token:.2f} bytes a token on the last {result.probe_bytes / 1e6:.1f} MB"
     )

@@ -20,6 +20,8 @@ from megatron_ext.exceptions import ConfigError, DataError
 
 PARTIAL_SUFFIX = ".partial"
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+# As of Lustre mounted without flock, and of NFS whose lock manager does not run.
+_NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOLCK)
 
 
 def free_mib(folder: str | Path) -> float:
@@ -43,7 +45,7 @@ class AtomicFiles:
     Raises:
         ConfigError: A path exists and `overwrite` is false, or it is a folder.
         OSError: The directory cannot be written.
-        DataError: Another process is writing to the same destination.
+        DataError: Another process is writing to the same destination, or its file system has no locks.
     """
 
     def __init__(self, paths: Sequence[Path], *, overwrite: bool = False) -> None:
@@ -178,6 +180,29 @@ def taken(path: Path) -> ConfigError:
     return ConfigError(f"{path} exists: give --overwrite to replace it, or another output name")
 
 
+def lock(file: int | BinaryIO, path: Path, *, wait: bool = False) -> None:
+    """Takes the exclusive lock of an open file; it lasts until that is closed.
+
+    Args:
+        file: Descriptor or stream.
+        path: Of the file, for messages.
+        wait: Whether to wait while another process holds it.
+
+    Raises:
+        BlockingIOError: Another process holds it.
+        DataError: The file system has no locks.
+    """
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            raise
+        raise DataError(
+            f"{path} cannot be locked ({error.strerror}): its file system is mounted without flock; mount "
+            "with -o flock (or localflock), or write to another one"
+        ) from error
+
+
 def _partial(path: Path) -> Path:
     return path.with_name(path.name + PARTIAL_SUFFIX)
 
@@ -188,7 +213,7 @@ def _open_locked(path: Path) -> BinaryIO:
     while True:
         descriptor = os.open(partial, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            lock(descriptor, partial)
             # The holder may have renamed or removed the file between our open and our lock.
             if partial.exists() and os.path.samestat(os.fstat(descriptor), partial.stat()):
                 os.ftruncate(descriptor, 0)
@@ -196,6 +221,11 @@ def _open_locked(path: Path) -> BinaryIO:
         except BlockingIOError:
             os.close(descriptor)
             raise DataError(f"another run is writing {path} (it holds {partial})") from None
+        except DataError:
+            if not os.fstat(descriptor).st_size:  # just made; what is in it would be somebody's
+                partial.unlink(missing_ok=True)
+            os.close(descriptor)
+            raise
         except BaseException:
             os.close(descriptor)
             raise

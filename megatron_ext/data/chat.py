@@ -8,14 +8,13 @@ which some sets keep further turns: a record that has any there is refused.
 from __future__ import annotations
 
 import json
-import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_ext.data.compression import open_stream
-from megatron_ext.data.documents import BadRecord, excerpt
+from megatron_ext.data.compression import open_stream, read_lines
+from megatron_ext.data.records import BadRecord, excerpt
 from megatron_ext.exceptions import DataError
 
 # {"role": "system" | "user" | "assistant", "content": text}
@@ -238,6 +237,6 @@ def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
     try:
         stream, raw = open_stream(path)
         with raw, stream:
-            yield from enumerate(stream, start=1)
-    except (OSError, EOFError, zlib.error) as error:
+            yield from enumerate(read_lines(stream), start=1)
+    except (OSError, EOFError) as error:
         raise DataError(f"{path} cannot be read: {error}") from error

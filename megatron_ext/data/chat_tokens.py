@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import json
+import logging
 import os
 import tempfile
 from array import array
@@ -19,10 +19,13 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
+from megatron_ext.data.atomic import lock
 from megatron_ext.data.chat import read_conversations
 from megatron_ext.data.chat_template import ChatTemplate
-from megatron_ext.data.documents import BadRecord
+from megatron_ext.data.records import BadRecord
 from megatron_ext.exceptions import DataError
+
+logger = logging.getLogger(__name__)
 
 # Of what is written to the cache; another number makes older files be ignored.
 _FORMAT = 2
@@ -96,9 +99,12 @@ def load_tokens(
     names = [cache / f"chat_{key[:32]}.{part}" for part in ("ids", "mask", "bounds", "json")]
     # One process works, the others wait here and then read its files. The lock only saves work: where it
     # does not reach other machines, or a file system has none, each makes the same files.
-    with (cache / f"chat_{key[:32]}.lock").open("w") as lock:
-        with contextlib.suppress(OSError):
-            fcntl.flock(lock, fcntl.LOCK_EX)
+    place = cache / f"chat_{key[:32]}.lock"
+    with place.open("wb") as file:
+        try:
+            lock(file, place, wait=True)
+        except (OSError, DataError) as error:
+            logger.warning("each process may tokenise the conversations itself: %s", error)
         if not names[-1].is_file():
             _save(_tokenise(paths, template, limit, key), names)
     return _map(names)

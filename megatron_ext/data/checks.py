@@ -6,8 +6,9 @@ import logging
 import math
 import os
 from argparse import Namespace
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from megatron.core.datasets.blended_megatron_dataset_config import (
     convert_split_vector_to_split_matrix,
@@ -18,7 +19,9 @@ from megatron.training import get_tokenizer
 from megatron.training.utils import get_blend_and_blend_per_split
 
 from megatron_ext.config import UnlearnConfig
-from megatron_ext.data.manifest import check_prefix, read_manifest
+from megatron_ext.data.indexed import bin_path
+from megatron_ext.data.manifest import Manifest, check_prefix, read_manifest
+from megatron_ext.data.open_files import check_limit, files_of
 from megatron_ext.data.providers import Blend, forget_blends
 from megatron_ext.exceptions import ConfigError, DataError
 
@@ -75,7 +78,7 @@ def check_datasets(args: Namespace, config: UnlearnConfig) -> None:
 
     Raises:
         ConfigError: no dataset is named, a split that the run reads gets no data, or a weight is not
-            positive.
+            positive; a data set is named twice in one blend, or more files than may be open at once.
         DataError: a file is missing, truncated, empty, of another tokenizer, or too short to be split;
             the message names it.
     """
@@ -91,16 +94,38 @@ def check_datasets(args: Namespace, config: UnlearnConfig) -> None:
     if len(sides) == 2 and args.eval_iters > 0:
         _check_test_paths(sides)
     every = [named for side in sides for named in side]
+    _check_open_files(args, every)
     for named in every:
         _check_files(args, named)
     if args.rank == 0:
-        _tell_of_open_ends(every)
+        paths = dict.fromkeys(path for named in every if named.blend for path in named.blend[0])
+        manifests = {path: read_manifest(path) for path in paths}
+        _tell_of_open_ends(manifests)
+        for named in every:
+            _tell_of_copies(named, manifests)
 
 
-def _tell_of_open_ends(every: Sequence[_NamedBlend]) -> None:
+def _tell_of_copies(named: _NamedBlend, manifests: Mapping[str, Manifest | None]) -> None:
+    """Data sets of the same content in one blend are read sample by sample alike."""
+    first: dict[str, str] = {}
+    copies: list[tuple[str, str]] = []
+    for path in named.blend[0] if named.blend else ():
+        manifest = manifests[path]
+        if manifest is not None and manifest.content_digest is not None:
+            other = first.setdefault(manifest.content_digest, path)
+            copies += [(path, other)] if other != path else []
+    if copies:
+        more = f" (and {len(copies) - 1} more pairs)" if copies[1:] else ""
+        logger.warning(
+            "%s %s: the same content as %s%s, so the run reads it twice",
+            named.flag,
+            *copies[0],
+            more,
+        )
+
+
+def _tell_of_open_ends(manifests: Mapping[str, Manifest | None]) -> None:
     """A document without an end is read on into the next one, which the model takes for its continuation."""
-    paths = dict.fromkeys(path for named in every if named.blend for path in named.blend[0])
-    manifests = {path: read_manifest(path) for path in paths}
     known = {path: found.append_eod for path, found in manifests.items() if found is not None}
     if unended := [path for path, ended in known.items() if not ended]:
         others = "; other data sets of this run have them" if any(known.values()) else ""
@@ -200,6 +225,17 @@ def _check_test_paths(sides: Sequence[Sequence[_NamedBlend]]) -> None:
             )
 
 
+def _check_open_files(args: Namespace, every: Sequence[_NamedBlend]) -> None:
+    """All data sets must fit under the limit of open files, to which every rank raises its own."""
+    files = data_sets = 0
+    for named in every:
+        if named.blend is not None:
+            count, splits = len(named.blend[0]), sum(map(bool, named.shares.values()))
+            files += files_of(count, splits=splits, mmap=args.mmap_bin_files)
+            data_sets += count
+    check_limit(files, data_sets)
+
+
 def _check_files(args: Namespace, named: _NamedBlend) -> None:
     """Check each dataset of a blend, and that every share of it holds a document."""
     if named.blend is None:
@@ -208,8 +244,18 @@ def _check_files(args: Namespace, named: _NamedBlend) -> None:
     for path, weight in zip(paths, weights or [1.0] * len(paths), strict=True):
         if not 0 < weight < math.inf:
             raise ConfigError(f"{named.flag}: expected weights above 0, found {weight} for {path}")
+    files: dict[Path, str] = {}
+    for path in paths:
+        file = bin_path(path).resolve()
+        if file in files:
+            also = f", also as {files[file]}" if files[file] != path else ""
+            raise ConfigError(
+                f"{named.flag}: expected each data set once, found {path} twice{also}: the same samples "
+                "would be read from both; its weight says how often it is read"
+            )
+        files[file] = path
     tokenizer = get_tokenizer()
-    for path in dict.fromkeys(paths):
+    for path in paths:
         try:
             summary = check_prefix(
                 path,

@@ -14,8 +14,9 @@ from pathlib import Path
 
 from megatron_ext.data.chat import Shape, shape_of, take_conversation
 from megatron_ext.data.chat_template import BUILT_IN, ChatTemplate, load_template
-from megatron_ext.data.documents import BadRecord, Block, Record, read_blocks
+from megatron_ext.data.documents import Block, read_blocks
 from megatron_ext.data.inputs import InputFormat, format_of
+from megatron_ext.data.records import BadRecord, Record
 from megatron_ext.data.tokenizers import TokenizerSpec
 from megatron_ext.exceptions import ConfigError, DataError
 
@@ -73,8 +74,10 @@ def find_format(
         name = Path(template).resolve().name
     shapes = {}
     for path in paths:
-        for block in read_blocks([path], keys=(), input_format="jsonl"):
-            shapes[str(path)] = shape_of(block.payload.partition(b"\n")[0], f"{path}:1")
+        # Of a file that ends early the records before are read; whether that will do is said later.
+        for block in read_blocks([path], keys=(), input_format="jsonl", skip_broken=True):
+            if block.kind == "jsonl":
+                shapes[str(path)] = shape_of(block.payload.partition(b"\n")[0], f"{path}:1")
             break
     return ConversationFormat(template=loaded.source, name=name, tokenizer=tokenizer, shapes=shapes)
 
@@ -96,6 +99,9 @@ class ConversationParser:
 
     def __call__(self, block: Block) -> Iterator[Record | BadRecord]:
         """Parses the records of a block, in order; the texts of a document are its pieces."""
+        if block.kind == "bad":
+            yield from block.payload
+            return
         shape = self._shapes[block.path]
         for number, line in enumerate(block.payload.split(b"\n"), start=block.first):
             where = f"{block.path}:{number}"

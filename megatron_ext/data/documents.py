@@ -1,20 +1,19 @@
 """Reading documents from JSON lines, Parquet and plain text, in blocks of bounded size.
 
-Reading is split in two, so that the reader never becomes the bottleneck of many workers:
-`read_blocks` cuts the inputs into raw blocks in one process, and `parse_block` turns a block into
-records in a worker. Order is that of the inputs throughout.
+Reading is split in two, so that one reader feeds some 8 workers (more wait for it, see
+docs/data_at_scale.md): `read_blocks` cuts the inputs into raw blocks in one process, and `parse_block`
+turns a block into records in a worker. Order is that of the inputs throughout.
 """
 
-import codecs
-import json
-import zlib
-from collections.abc import Iterator, Sequence
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
-from megatron_ext.data.compression import open_stream
+from megatron_ext.data.compression import DamagedError, open_stream, read_lines, read_parts
 from megatron_ext.data.inputs import InputFormat, format_of
+from megatron_ext.data.records import BadRecord, Record, parse_json, take
 from megatron_ext.exceptions import DataError
 
 TextUnit = Literal["file", "line", "paragraph"]
@@ -28,41 +27,33 @@ _RECORD_BYTES = 1 << 30
 
 @dataclass(frozen=True)
 class Block:
-    """A run of neighbouring raw records of one file.
+    """A run of neighbouring raw records of one file, or small texts of several.
 
     Attributes:
-        path: The file.
-        kind: How to parse `payload`: complete JSON lines, a `pyarrow.RecordBatch`, or plain texts.
+        path: The file, or the first of several small texts.
+        kind: How to parse `payload`: complete JSON lines, a `pyarrow.RecordBatch`, plain texts, or bad
+            records that are known before they are parsed.
         payload: The records.
         first: Number of the first record, from 1: a line (JSON lines, text) or a row (Parquet).
         consumed: Bytes of the file as stored that this block accounts for, for progress.
         index: Number of the block over all inputs, from 0.
         lines: Line of each text, for plain text only.
+        paths: File of each text, if they are of several.
     """
 
     path: str
-    kind: Literal["jsonl", "parquet", "text"]
+    kind: Literal["jsonl", "parquet", "text", "bad"]
     payload: Any
     first: int
     consumed: int
     index: int = 0
     lines: tuple[int, ...] = ()
+    paths: tuple[str, ...] = ()
 
-
-@dataclass(frozen=True)
-class BadRecord:
-    """A record that yields no document: where, why in a few fixed words, and what was found."""
-
-    where: str
-    reason: str
-    detail: str
-
-    def __str__(self) -> str:
-        return f"{self.where}: {self.reason}" + (f" ({self.detail})" if self.detail else "")
-
-
-# A good record: for each key the sequences of the document, most often one.
-Record = list[list[str]]
+    def file_of(self, text: str) -> str:
+        """The file of one of the texts."""
+        texts = zip(self.paths, self.payload, strict=True) if self.paths else ()
+        return next((path for path, raw in texts if raw == text.encode()), self.path)
 
 
 def read_blocks(
@@ -71,6 +62,7 @@ def read_blocks(
     keys: Sequence[str],
     input_format: InputFormat = "auto",
     text_unit: TextUnit = "file",
+    skip_broken: bool = False,
 ) -> Iterator[Block]:
     """Cuts files into blocks of about a MiB, holding one at a time.
 
@@ -80,32 +72,75 @@ def read_blocks(
         input_format: Format of all files, or by their names.
         text_unit: What is one document of a plain text: the file, each non-blank line, or each run
             of lines between blank ones.
+        skip_broken: Whether a compressed file that ends early or is damaged gives the records before that
+            place and then a bad one, in a block of kind `bad`, or an error.
 
     Raises:
         DataError: A file cannot be read or decompressed.
     """
-    index = 0
-    for path in paths:
-        kind = format_of(path, input_format=input_format)
-        try:
-            if kind == "parquet":
-                blocks = _parquet_blocks(path, keys)
-            elif kind == "jsonl":
-                blocks = _jsonl_blocks(path)
-            else:
-                blocks = _text_blocks(path, text_unit)
-            for block in blocks:
-                yield replace(block, index=index)
-                index += 1
-        except (OSError, EOFError, zlib.error) as error:
+    files = (
+        _file_blocks(path, format_of(path, input_format=input_format), keys, text_unit, skip_broken)
+        for path in paths
+    )
+    blocks = itertools.chain.from_iterable(files)
+    for index, block in enumerate(_joined(blocks) if text_unit == "file" else blocks):
+        yield replace(block, index=index)
+
+
+def _file_blocks(
+    path: Path, kind: InputFormat, keys: Sequence[str], unit: TextUnit, skip_broken: bool
+) -> Iterator[Block]:
+    told = 0
+    try:
+        if kind == "parquet":
+            blocks = _parquet_blocks(path, keys)
+        elif kind == "jsonl":
+            blocks = _jsonl_blocks(path)
+        else:
+            blocks = _text_blocks(path, unit)
+        for block in blocks:
+            told += block.consumed
+            yield block
+    except (OSError, EOFError) as error:
+        if not skip_broken or not isinstance(error, EOFError | DamagedError):
             raise DataError(f"{path} cannot be read: {error}") from error
+        reason = "file ends early" if isinstance(error, EOFError) else "file is damaged"
+        bad = BadRecord(str(path), reason, str(error))
+        yield Block(str(path), "bad", [bad], 1, path.stat().st_size - told)
+
+
+def _joined(blocks: Iterable[Block]) -> Iterator[Block]:
+    """Joins the texts of neighbouring small files: a block takes a tokenizer 6 ms, however small it is."""
+    waiting: list[Block] = []
+    size = 0
+    for block in blocks:
+        if block.kind == "text":
+            waiting.append(block)
+            size += len(block.payload[0])
+        if waiting and (block.kind != "text" or size >= BLOCK_BYTES):
+            yield _join(waiting)
+            waiting, size = [], 0
+        if block.kind != "text":
+            yield block
+    if waiting:
+        yield _join(waiting)
+
+
+def _join(blocks: Sequence[Block]) -> Block:
+    return replace(
+        blocks[0],
+        payload=[text for block in blocks for text in block.payload],
+        consumed=sum(block.consumed for block in blocks),
+        lines=tuple(line for block in blocks for line in block.lines),
+        paths=tuple(block.path for block in blocks for _ in block.lines),
+    )
 
 
 def parse_block(block: Block, keys: Sequence[str]) -> Iterator[Record | BadRecord]:
     """Parses the records of a block, in order."""
     if block.kind == "jsonl":
         for number, line in enumerate(block.payload.split(b"\n"), start=block.first):
-            yield _parse_json(line, f"{block.path}:{number}", keys)
+            yield parse_json(line, f"{block.path}:{number}", keys)
     elif block.kind == "parquet":
         columns = [_values(block.payload.column(key)) for key in keys]
         for number, values in enumerate(zip(*columns, strict=True), start=block.first):
@@ -114,12 +149,15 @@ def parse_block(block: Block, keys: Sequence[str]) -> Iterator[Record | BadRecor
             if broken is not None:
                 yield BadRecord(where, "not UTF-8", str(broken))
             else:
-                yield _take(dict(zip(keys, values, strict=True)), where, keys)
+                yield take(dict(zip(keys, values, strict=True)), where, keys)
+    elif block.kind == "bad":
+        yield from block.payload
     else:
-        for number, raw in zip(block.lines, block.payload, strict=True):
-            where = f"{block.path}:{number}"
+        paths = block.paths or itertools.repeat(block.path)
+        for path, number, raw in zip(paths, block.lines, block.payload, strict=False):
+            where = f"{path}:{number}"
             try:
-                yield _take({keys[0]: raw.decode()}, where, keys[:1])
+                yield take({keys[0]: raw.decode()}, where, keys[:1])
             except UnicodeDecodeError as error:
                 yield BadRecord(where, "not UTF-8", str(error))
 
@@ -143,7 +181,7 @@ def _jsonl_blocks(path: Path) -> Iterator[Block]:
     with raw, stream:
         first, told = 1, 0
         pending: list[bytes] = []  # the start of a line that is longer than what was read
-        while data := stream.read(BLOCK_BYTES):
+        for data in read_parts(stream, BLOCK_BYTES):
             end = data.rfind(b"\n")
             if end < 0:
                 pending.append(data)
@@ -200,26 +238,31 @@ def _text_blocks(path: Path, unit: TextUnit) -> Iterator[Block]:
     with raw, stream:
         if unit == "file":
             parts: list[bytes] = []
-            while data := stream.read(BLOCK_BYTES):
+            for data in read_parts(stream, BLOCK_BYTES):
                 parts.append(data)
                 _check_size(parts, str(path))
-            text = b"".join(parts).removeprefix(codecs.BOM_UTF8)
+            text = b"".join(parts)
             yield Block(str(path), "text", [text], 1, raw.tell(), lines=(1,))
             return
         told = size = 0
         texts: list[bytes] = []
         lines: list[int] = []
-        for number, text in _split_text(stream, unit):
-            texts.append(text)
-            lines.append(number)
-            size += len(text)
-            if size >= BLOCK_BYTES:
-                yield Block(
-                    str(path), "text", texts, lines[0], raw.tell() - told, lines=tuple(lines)
-                )
-                told, size, texts, lines = raw.tell(), 0, [], []
+        broken: Exception | None = None
+        try:
+            for number, text in _split_text(stream, unit):
+                texts.append(text)
+                lines.append(number)
+                size += len(text)
+                if size >= BLOCK_BYTES:
+                    consumed = raw.tell() - told
+                    yield Block(str(path), "text", texts, lines[0], consumed, lines=tuple(lines))
+                    told, size, texts, lines = raw.tell(), 0, [], []
+        except (EOFError, DamagedError) as error:
+            broken = error
         if texts:
             yield Block(str(path), "text", texts, lines[0], raw.tell() - told, lines=tuple(lines))
+        if broken is not None:
+            raise broken
 
 
 def _check_size(parts: Sequence[bytes], where: str) -> None:
@@ -234,9 +277,7 @@ def _split_text(stream: BinaryIO, unit: TextUnit) -> Iterator[tuple[int, bytes]]
     """Yields the line number and the bytes of each unit, without its line end."""
     paragraph: list[bytes] = []
     number = 0
-    for number, line in enumerate(stream, start=1):
-        if number == 1:
-            line = line.removeprefix(codecs.BOM_UTF8)
+    for number, line in enumerate(read_lines(stream), start=1):
         blank = not line.strip()
         if unit == "line" and not blank:
             yield number, line.rstrip(b"\r\n")
@@ -247,46 +288,3 @@ def _split_text(stream: BinaryIO, unit: TextUnit) -> Iterator[tuple[int, bytes]]
             paragraph = []
     if paragraph:
         yield number - len(paragraph) + 1, b"".join(paragraph).rstrip(b"\r\n")
-
-
-def _parse_json(line: bytes, where: str, keys: Sequence[str]) -> Record | BadRecord:
-    try:
-        value = json.loads(line.decode())
-    except UnicodeDecodeError as error:
-        return BadRecord(where, "not UTF-8", str(error))
-    except (ValueError, RecursionError) as error:
-        if not line.strip():
-            return BadRecord(where, "expected a JSON object, found a blank line", "")
-        return BadRecord(
-            where, "not valid JSON", f"{error}; the line starts {excerpt(line.decode())}"
-        )
-    if not isinstance(value, dict):
-        return BadRecord(where, "expected a JSON object", f"found {excerpt(line.decode())}")
-    return _take(value, where, keys)
-
-
-def _take(value: dict[str, Any], where: str, keys: Sequence[str]) -> Record | BadRecord:
-    """Takes the texts of the keys; as in Megatron, a list is a document of several sequences."""
-    record: Record = []
-    for key in keys:
-        if key not in value:
-            return BadRecord(
-                where, f"no key {key!r}", f"found {excerpt(', '.join(map(str, value)))}"
-            )
-        texts = value[key] if isinstance(value[key], list) else [value[key]]
-        for text in texts:
-            if not isinstance(text, str):
-                return BadRecord(
-                    where, f"expected a string at {key!r}", f"found {type(text).__name__}"
-                )
-            try:
-                text.encode()
-            except UnicodeEncodeError as error:
-                return BadRecord(where, f"text at {key!r} is not valid Unicode", str(error))
-        record.append(texts)
-    return record
-
-
-def excerpt(text: str) -> str:
-    """The beginning of what was found, for messages."""
-    return repr(text[:60]) + ("..." if len(text) > 60 else "")

@@ -10,9 +10,10 @@ from numpy.typing import NDArray
 
 from megatron_ext.data.conversations import ConversationFormat, ConversationParser
 from megatron_ext.data.document_digests import document_digests
-from megatron_ext.data.documents import BadRecord, Block, Record, parse_block
+from megatron_ext.data.documents import Block, Record, parse_block
 from megatron_ext.data.fast_tokenizer import FastTokenizer, first_difference
 from megatron_ext.data.indexed import token_dtype
+from megatron_ext.data.records import BadRecord
 from megatron_ext.data.tokenizers import Encoded, Tokenizer, bounds_of
 from megatron_ext.exceptions import DataError
 
@@ -173,7 +174,8 @@ class BlockEncoder:
         different = first_difference(self._tokenizer, chosen) if chosen else None
         if different is not None:
             raise BackendMismatchError(
-                f"gigatoken's ids differ from the reference tokenizer's on a text in {block.path}, "
+                f"gigatoken's ids differ from the reference tokenizer's on a text in "
+                f"{block.file_of(chosen[different])}, "
                 f"near record {block.first}: {chosen[different][:60]!r}"
             )
 

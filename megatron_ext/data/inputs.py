@@ -1,7 +1,9 @@
 """Which files are the input: names, globs and directories become files of a known format."""
 
 import glob
+import logging
 import os
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
@@ -10,7 +12,12 @@ from megatron_ext.data.compression import COMPRESSIONS
 from megatron_ext.data.manifest import MANIFEST_SUFFIX
 from megatron_ext.exceptions import ConfigError
 
+logger = logging.getLogger(__name__)
+
 InputFormat = Literal["auto", "jsonl", "parquet", "text"]
+
+# Kinds of files that a line names at most.
+_SHOWN = 6
 
 FORMATS: dict[str, InputFormat] = {
     ".jsonl": "jsonl",
@@ -27,7 +34,8 @@ def find_inputs(patterns: Sequence[str], *, input_format: InputFormat = "auto") 
     """Resolves files, globs and directories to files, in the order given, sorted within each.
 
     Of a directory those with a known name are taken, at any depth, also behind symbolic links, but no
-    hidden ones and no manifests, which preprocessing leaves beside its data sets.
+    manifests, which preprocessing leaves beside its data sets, and nothing whose name begins with `.` or
+    `_`, as Hadoop's and Spark's readers do: it is hidden, or not finished. Log lines say what was left out.
 
     Raises:
         ConfigError: Nothing matches, a file is named twice, or plain and compressed, its format is not known
@@ -49,7 +57,7 @@ def find_inputs(patterns: Sequence[str], *, input_format: InputFormat = "auto") 
     for path in found:
         file = path.resolve()
         # What decompression has left behind is the same text a second time.
-        key = file.with_suffix("") if file.suffix in COMPRESSIONS else file
+        key = _unpacked(file)
         if key in seen:
             how = "twice" if seen[key] == path else f"and {seen[key]}, expected one of them"
             raise ConfigError(f"--input names {path} {how}")
@@ -68,26 +76,71 @@ def find_inputs(patterns: Sequence[str], *, input_format: InputFormat = "auto") 
 def _of_directory(directory: Path, input_format: InputFormat) -> list[Path]:
     # Not Path.rglob, which says nothing of what it leaves out: behind symbolic links, and unreadable.
     found: list[Path] = []
+    left_out = _Kinds()
     seen: set[str] = set()
     for folder, below, names in os.walk(directory, followlinks=True, onerror=_raise):
         if (place := os.path.realpath(folder)) in seen:  # links may lead in a circle
             below.clear()
             continue
         seen.add(place)
-        below[:] = sorted(name for name in below if not name.startswith("."))
-        found += [Path(folder, name) for name in names if not name.startswith(".")]
-    known = (path for path in sorted(found) if path.is_file() and _known(path))
-    matches = [path for path in known if not path.name.endswith(MANIFEST_SUFFIX)]
-    if not matches:
-        raise ConfigError(f"--input {directory}: no {_expected()} file in this directory")
-    texts = [path for path in matches if format_of(path, input_format=input_format) == "text"]
-    records = [path for path in matches if path not in texts]
+        below.sort()
+        for name in (*sorted(names), *below):
+            if name.startswith((".", "_")):
+                left_out.add("hidden or unfinished", Path(folder, name))
+        below[:] = [name for name in below if not name.startswith((".", "_"))]
+        found += [Path(folder, name) for name in names if not name.startswith((".", "_"))]
+    taken, texts, records = _Kinds(), list[Path](), list[Path]()
+    for path in sorted(found):
+        kind = _suffixes(path)
+        if not path.is_file():
+            left_out.add("that is no regular file", path)
+        elif path.name.endswith(MANIFEST_SUFFIX) or not _known(path):
+            left_out.add(kind, path)
+        else:
+            taken.add(kind, path)
+            is_text = format_of(path, input_format=input_format) == "text"
+            (texts if is_text else records).append(path)
+    ignored = f"; left out: {left_out.describe(directory)}" if left_out.counts else ""
+    if not taken.counts:
+        raise ConfigError(f"--input {directory}: no {_expected()} file in this directory{ignored}")
     if texts and records:
         raise ConfigError(
             f"--input {directory}: expected records or plain text in a directory, found both "
             f"({records[0]}, {texts[0]}); name the files, or give a quoted glob"
         )
-    return matches
+    logger.info("--input %s: taken: %s%s", directory, taken.describe(), ignored)
+    return texts or records
+
+
+class _Kinds:
+    """How many files there are of each kind, and the first of each."""
+
+    def __init__(self) -> None:
+        self.counts: Counter[str] = Counter()
+        self._first: dict[str, Path] = {}
+
+    def add(self, kind: str, path: Path) -> None:
+        """Takes one file."""
+        self.counts[kind] += 1
+        self._first.setdefault(kind, path)
+
+    def describe(self, below: Path | None = None) -> str:
+        """The most frequent kinds; with a folder also the first file of each, as it is named below it."""
+        shown = [
+            f"{count:,} {kind}" + (f" ({self._first[kind].relative_to(below)})" if below else "")
+            for kind, count in self.counts.most_common(_SHOWN)
+        ]
+        more = len(self.counts) - len(shown)
+        return ", ".join(shown) + (f" and {more} more kinds" if more else "")
+
+
+def _suffixes(path: Path) -> str:
+    """The end of a name that tells its kind: of `a.b.jsonl.gz` it is `.jsonl.gz`."""
+    if path.name.endswith(MANIFEST_SUFFIX):
+        return MANIFEST_SUFFIX
+    last = path.suffix.lower()
+    inner = path.with_suffix("").suffix.lower() if last in COMPRESSIONS else ""
+    return inner + last or "without a suffix"
 
 
 def _raise(error: OSError) -> None:
@@ -98,8 +151,11 @@ def format_of(path: Path, *, input_format: InputFormat = "auto") -> InputFormat:
     """The format of a file, by its name unless told."""
     if input_format != "auto":
         return input_format
-    name = path.with_suffix("") if path.suffix in COMPRESSIONS else path
-    return FORMATS.get(name.suffix, "auto")
+    return FORMATS.get(_unpacked(path).suffix.lower(), "auto")
+
+
+def _unpacked(path: Path) -> Path:
+    return path.with_suffix("") if path.suffix.lower() in COMPRESSIONS else path
 
 
 def _known(path: Path) -> bool:

@@ -1,8 +1,8 @@
 """Text to Megatron's indexed data sets: many workers, one order, all files or none.
 
 The parent reads raw blocks and writes tokens; the workers parse and encode. At most two blocks a
-worker are on their way, so memory does not grow with the input, and results are taken in the order
-of the input.
+worker are on their way; memory grows with the input by 8 bytes a document alone, of the index. Results
+are taken in the order of the input.
 """
 
 import logging
@@ -209,7 +209,7 @@ def _run(
                 raise DataError(f"{block.bad[0]}; --on-error skip leaves such records out")
             for record in block.bad:
                 skipped[record.reason] += 1
-                if skipped[record.reason] <= 3:
+                if skipped[record.reason] <= 3 or record.where == block.path:  # all of a file
                     logger.warning("skipped %s", record)
             for data_set, key in zip(data_sets, block.keys, strict=True):
                 data_set.append(key)
@@ -238,7 +238,11 @@ def _outputs(prefix: str) -> list[Path]:
 
 def _blocks(config: PreprocessConfig, paths: list[Path]) -> Iterator[Block]:
     return read_blocks(
-        paths, keys=config.keys, input_format=config.input_format, text_unit=config.text_unit
+        paths,
+        keys=config.keys,
+        input_format=config.input_format,
+        text_unit=config.text_unit,
+        skip_broken=config.on_error == "skip",
     )
 
 

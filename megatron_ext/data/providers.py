@@ -20,6 +20,7 @@ from megatron_ext.data.blend import check_enough
 from megatron_ext.data.composition import ComposedDataset
 from megatron_ext.data.consumed import record_start
 from megatron_ext.data.index_cache import DatasetBuilder
+from megatron_ext.data.open_files import files_of, make_room
 from megatron_ext.data.sourced import SourcedGPTDataset
 
 Blend = tuple[list[str], list[float] | None] | None
@@ -66,6 +67,8 @@ def build_datasets(
         vp_stage: virtual pipeline stage, ``None`` without interleaving.
     """
     replay = get_blend_and_blend_per_split(args)
+    if not args.mock_data:
+        _make_room(args, replay, forget_blends(config) if config.enabled else (None, None))
     if config.enabled:
         return _composed(args, config, replay, num_samples, vp_stage)
     blend, per_split = replay
@@ -73,6 +76,16 @@ def build_datasets(
     # With --eval-iters 0 Megatron asks for no samples; its loader takes no empty dataset.
     wanted = [n != 0 for n in num_samples]
     return train, valid if wanted[1] else None, test if wanted[2] else None
+
+
+def _make_room(args: Namespace, *sides: tuple[Blend, list[Blend] | None]) -> None:
+    """Let this process open the files of all data sets, on every rank before any of them is built."""
+    whole = sum(len(blend[0]) for blend, _ in sides if blend)
+    single = sum(len(blend[0]) for _, parts in sides for blend in parts or () if blend)
+    make_room(
+        files_of(whole, splits=len(Split), mmap=args.mmap_bin_files)
+        + files_of(single, splits=1, mmap=args.mmap_bin_files)
+    )
 
 
 def _composed(

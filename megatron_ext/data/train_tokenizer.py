@@ -13,12 +13,9 @@ import sentencepiece
 from tqdm import tqdm
 
 from megatron_ext.data.atomic import AtomicFiles, check_place
-from megatron_ext.data.documents import (
-    BadRecord,
-    parse_block,
-    read_blocks,
-)
+from megatron_ext.data.documents import parse_block, read_blocks
 from megatron_ext.data.inputs import InputFormat, find_inputs
+from megatron_ext.data.records import BadRecord
 from megatron_ext.exceptions import ConfigError, DataError
 
 logger = logging.getLogger(__name__)
@@ -39,7 +36,8 @@ class TrainTokenizerConfig:
         keys: Keys or columns that hold text.
         input_format: Format of all inputs, or by their names.
         split_digits: Whether each digit is a piece of its own.
-        max_bytes: Text to train on, from the start of the input; all of it is held in memory.
+        max_bytes: Text to train on, of each file as much as its share of the input's stored bytes, from
+            its start; all of it is held in memory.
         on_error: Whether a bad record stops the training or is left out and counted.
         overwrite: Whether an existing model may be replaced.
     """
@@ -71,6 +69,9 @@ class TrainTokenizerResult:
     Attributes:
         vocab_size: Pieces.
         text_bytes: UTF-8 bytes of text learned from.
+        files: Given.
+        files_read: Of which at least the start was read.
+        files_cut: Of which no more than the start was read.
         probe_bytes: Bytes of the text, its end, on which `bytes_per_token` was measured.
         bytes_per_token: Mean bytes of a token.
         skipped: Bad records left out, by reason.
@@ -78,18 +79,27 @@ class TrainTokenizerResult:
 
     vocab_size: int
     text_bytes: int
+    files: int
+    files_read: int
+    files_cut: int
     probe_bytes: int
     bytes_per_token: float
     skipped: dict[str, int]
 
 
 class _Lines:
-    """The lines of the input, cut to length, counted as they pass."""
+    """The lines of the input, cut to length, counted as they pass.
+
+    Of each file no more is read than its share of `max_bytes` by its size as stored, and what the files
+    before it have left of theirs. A document that is longer than that counts against the files behind it:
+    of many small files some are left out, evenly.
+    """
 
     def __init__(self, config: TrainTokenizerConfig) -> None:
         self._config = config
-        self._paths = find_inputs(config.inputs, input_format=config.input_format)
-        self.text_bytes = 0
+        self.paths = find_inputs(config.inputs, input_format=config.input_format)
+        self._sizes = [max(1, path.stat().st_size) for path in self.paths]
+        self.text_bytes = self.files_read = self.files_cut = 0
         self.probe: list[str] = []
         self.skipped: Counter[str] = Counter()
         self.failure: BaseException | None = None
@@ -103,7 +113,7 @@ class _Lines:
             raise
 
     def _cut(self) -> Iterator[str]:
-        total = min(sum(path.stat().st_size for path in self._paths), self._config.max_bytes)
+        total = min(sum(self._sizes), self._config.max_bytes)
         kept = 0
         with tqdm(total=total, unit="B", unit_scale=True, desc="reading", disable=None) as bar:
             for text in self._texts():
@@ -118,13 +128,30 @@ class _Lines:
                 kept += size
                 while kept - len(self.probe[0].encode()) >= _PROBE_BYTES:
                     kept -= len(self.probe.pop(0).encode())
-                if self.text_bytes >= self._config.max_bytes:
-                    logger.info("stopped reading at %.1f MB (--max-bytes)", self.text_bytes / 1e6)
-                    return
 
     def _texts(self) -> Iterator[str]:
+        stored, all_stored = 0, sum(self._sizes)
+        for path, size in zip(self.paths, self._sizes, strict=True):
+            stored += size
+            share = self._config.max_bytes * stored // all_stored
+            if self.text_bytes >= share:
+                continue
+            self.files_read += 1
+            for text in self._texts_of(path):
+                if self.text_bytes >= share:
+                    self.files_cut += 1
+                    break
+                yield text
+
+    def _texts_of(self, path: Path) -> Iterator[str]:
         config = self._config
-        for block in read_blocks(self._paths, keys=config.keys, input_format=config.input_format):
+        blocks = read_blocks(
+            [path],
+            keys=config.keys,
+            input_format=config.input_format,
+            skip_broken=config.on_error == "skip",
+        )
+        for block in blocks:
             for record in parse_block(block, config.keys):
                 if not isinstance(record, BadRecord):
                     for texts in record:
@@ -133,7 +160,7 @@ class _Lines:
                     raise DataError(f"{record}; --on-error skip leaves such records out")
                 else:
                     self.skipped[record.reason] += 1
-                    if self.skipped[record.reason] <= 3:
+                    if self.skipped[record.reason] <= 3 or record.where == block.path:
                         logger.warning("skipped %s", record)
 
 
@@ -184,6 +211,9 @@ def train_tokenizer(config: TrainTokenizerConfig) -> TrainTokenizerResult:
     return TrainTokenizerResult(
         vocab_size=processor.vocab_size(),
         text_bytes=lines.text_bytes,
+        files=len(lines.paths),
+        files_read=lines.files_read,
+        files_cut=lines.files_cut,
         probe_bytes=probe_bytes,
         bytes_per_token=probe_bytes / max(probe_tokens, 1),
         skipped=dict(lines.skipped),

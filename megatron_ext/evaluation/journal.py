@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import logging
@@ -13,6 +12,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from megatron_ext.data.atomic import lock
 from megatron_ext.exceptions import ConfigError, DataError
 
 logger = logging.getLogger(__name__)
@@ -105,9 +105,13 @@ class Journal:
 
     def _lock(self) -> None:
         try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            lock(self._file, self.path)
         except BlockingIOError:
             raise DataError(f"another run is writing {self.path}") from None
+        except DataError:  # a file system without locks
+            if not self.path.stat().st_size:
+                self.path.unlink()
+            raise
 
     def _read(self, digest: str) -> tuple[dict[str, Any], int]:
         """Finished results, and the bytes of the lines that hold them."""

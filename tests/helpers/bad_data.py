@@ -29,6 +29,10 @@ CASES: dict[str, tuple[list[str], list[str]]] = {
         ["--forget-data-path", "{forget}", "{replay}", "1", "{replay}"],
         ["--forget-data-path", "{forget} {replay} 1 {replay}"],
     ),
+    "a data set to forget twice, by another name": (
+        ["--forget-data-path", "{replay}", "{forget}", "{dir}/again"],
+        ["--forget-data-path", "{dir}/again twice, also as {forget}"],
+    ),
     "no validation share": (
         ["--split", "100,0,0", "--eval-iters", "2"],
         ["--split", "--data-path", "validation (--eval-iters 2)", "100,0,0", "--eval-iters 0"],

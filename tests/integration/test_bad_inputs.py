@@ -202,6 +202,8 @@ def places(tiny, server, halfway, runs_directory):
         shutil.copy(f"{tiny.replay}{suffix}", directory / f"unsigned{suffix}")
     write_tokens(directory / "empty_text_document", documents=0)
     write_tokens(directory / "two", documents=2)
+    for suffix in (".bin", ".idx"):
+        (directory / f"again{suffix}").symlink_to(f"{tiny.forget}{suffix}")
     (directory / "list").write_text(str(tiny.replay))
     (directory / "bad_list").write_text(f"{tiny.replay} {tiny.replay} 1 {tiny.replay}")
     (directory / "lists.json").write_text(json.dumps({"train": [str(tiny.replay)]}))

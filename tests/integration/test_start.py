@@ -153,8 +153,7 @@ def test_a_run_that_was_stopped_at_its_end_validates_whatever_the_interval_was(
     tiny, server, tmp_path
 ):
     # With weights a data set has just the samples that are asked for.
-    blends = ("--data-path", 1, tiny.replay, 1, tiny.replay)
-    blends += ("--forget-data-path", 1, tiny.forget, 1, tiny.forget)
+    blends = ("--data-path", 1, tiny.replay, "--forget-data-path", 1, tiny.forget)
     run = tiny.objective(
         *(*blends, "--pretrained-checkpoint", tiny.base, "--load", tmp_path, "--save", tmp_path),
         *("--mitigation-weight", 0, "--train-iters", 2, "--save-interval", 2, "--eval-iters", 1),

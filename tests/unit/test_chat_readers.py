@@ -1,12 +1,13 @@
 """Four shapes of JSON lines give the same messages; a record of none is named by file and line."""
 
+import codecs
 import gzip
 import json
 
 import pytest
 
 from megatron_ext.data.chat import Conversation, read_conversations
-from megatron_ext.data.documents import BadRecord
+from megatron_ext.data.records import BadRecord
 from megatron_ext.exceptions import DataError
 from tests.helpers.conversations import write_jsonl
 
@@ -100,6 +101,13 @@ def test_a_first_record_of_no_known_shape_ends_the_reading(tmp_path, first):
     path = write_jsonl(tmp_path / "a.jsonl", [first, TURNS])
     with pytest.raises(DataError, match=r"a.jsonl:1: expected a list of turns.*found"):
         read(path)
+
+
+def test_a_byte_order_mark_is_not_of_the_first_conversation(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(codecs.BOM_UTF8 + json.dumps(TURNS).encode() + b"\n")
+    (record,) = read(path)
+    assert not isinstance(record, BadRecord)
 
 
 def test_a_cut_file_is_an_error(tmp_path):

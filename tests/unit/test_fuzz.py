@@ -18,10 +18,11 @@ from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
 
 from megatron_ext.checkpoint.safetensors import INDEX, SINGLE, SafetensorsReader
 from megatron_ext.data.chat import Conversation, read_conversations
-from megatron_ext.data.documents import BadRecord, parse_block, read_blocks
+from megatron_ext.data.documents import parse_block, read_blocks
 from megatron_ext.data.indexed import HEADER, MAGIC
 from megatron_ext.data.manifest import Manifest, Source, check_prefix, manifest_path, read_manifest
 from megatron_ext.data.overlap import shared_content
+from megatron_ext.data.records import BadRecord
 from megatron_ext.data.verify import verify
 from megatron_ext.exceptions import CheckpointError, DataError
 from megatron_ext.runtime.safe_load import load_metadata

@@ -1,8 +1,11 @@
 """Preprocessing against an independent reference: bytes, formats, order."""
 
+import bz2
 import gzip
+import logging
+import lzma
 import os
-from pathlib import Path
+from pathlib import Path, PurePath
 
 import numpy as np
 import pyarrow as pa
@@ -12,7 +15,7 @@ import zstandard
 
 from megatron_ext.data import documents
 from megatron_ext.data.inputs import find_inputs
-from megatron_ext.exceptions import ConfigError
+from megatron_ext.exceptions import ConfigError, DataError
 from tests.helpers.preprocess import run, write_as
 from tests.helpers.text import (
     make_texts,
@@ -135,6 +138,60 @@ def test_directories_are_read_behind_links_and_without_what_is_hidden(tmp_path):
     for name in ("circle", "again"):
         (elsewhere / name).symlink_to(folder)
     assert find_inputs([str(folder)]) == [folder / "a.jsonl", folder / "link" / "d.jsonl"]
+
+
+def test_what_is_not_finished_is_left_out_and_what_is_left_out_is_told(tmp_path, caplog):
+    """As Spark and Hadoop leave it: names that begin with _ are not data."""
+    caplog.set_level(logging.INFO)
+    names = (
+        "part-0.JSONL",
+        "part-1.Json.GZ",
+        "_temporary/0/part-2.json",
+        "_SUCCESS",
+        ".part-0.crc",
+    )
+    for name in (*names, "a.csv", "below/b.csv", "LICENSE", "o.manifest.json"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("{}")
+    assert [path.name for path in find_inputs([str(tmp_path)])] == list(names[:2])
+    assert caplog.messages == [
+        f"--input {tmp_path}: taken: 1 .jsonl, 1 .json.gz; left out: 3 hidden or unfinished "
+        "(.part-0.crc), 2 .csv (a.csv), 1 without a suffix (LICENSE), 1 .manifest.json (o.manifest.json)"
+    ]
+    with pytest.raises(ConfigError, match=r"in this directory; left out: 1 \.csv \(b\.csv\)$"):
+        find_inputs([str(tmp_path / "below")])
+    # Who names a file means it.
+    assert find_inputs([str(tmp_path / names[2])]) == [tmp_path / names[2]]
+
+
+def test_a_directory_is_gone_through_once(tmp_path, monkeypatch):
+    for i in range(300):
+        (tmp_path / f"{i}.txt").touch()
+    compared = []
+    equal = PurePath.__eq__
+    monkeypatch.setattr(
+        PurePath, "__eq__", lambda one, other: compared.append(1) or equal(one, other)
+    )
+    assert len(find_inputs([str(tmp_path)])) == 300
+    assert len(compared) <= 900  # of each file with each other one 45,000
+
+
+@pytest.mark.parametrize("name", ["a.jsonl.bz2", "a.jsonl.xz", "a.JSONL.Gz", "a.Txt.ZST"])
+def test_a_compression_is_known_by_its_suffix(tmp_path, name):
+    lines = b"".join(b'{"text": "%d"}\n' % i for i in range(80_000))
+    compress = {".bz2": bz2, ".xz": lzma, ".Gz": gzip}.get(Path(name).suffix)
+    packed = compress.compress(lines) if compress else zstandard.ZstdCompressor().compress(lines)
+    (tmp_path / name).write_bytes(packed)
+    blocks = list(documents.read_blocks(find_inputs([str(tmp_path)]), keys=["text"]))
+    if "Txt" in name:
+        assert b"".join(blocks[0].payload) == lines
+    else:
+        assert len(blocks) > 1
+        assert b"\n".join(block.payload for block in blocks) == lines[:-1]
+    assert sum(block.consumed for block in blocks) == len(packed)
+    (tmp_path / name).write_bytes(packed[: len(packed) // 2])
+    with pytest.raises(DataError, match="cannot be read"):
+        list(documents.read_blocks([tmp_path / name], keys=["text"]))
 
 
 def test_a_directory_may_hold_the_data_sets_that_were_made_of_it(tmp_path, model):

@@ -1,0 +1,49 @@
+"""What of its input a tokenizer is trained on."""
+
+import sys
+from collections import Counter
+
+from megatron_ext.data.train_tokenizer import TrainTokenizerConfig, _Lines
+from tests.helpers.text import make_texts, write_jsonl
+from tools import train_tokenizer as tool
+
+
+def learned(folder, **settings):
+    """How often training reads each character, and of how many files it reads something, and a part."""
+    config = TrainTokenizerConfig(inputs=[str(folder)], output="none", vocab_size=300, **settings)
+    lines = _Lines(config)
+    counts = Counter("".join(lines))
+    assert lines.text_bytes == sum(len(c.encode()) * n for c, n in counts.items())
+    return counts, (lines.files_read, lines.files_cut)
+
+
+def test_a_part_of_every_file_is_read_by_its_size(tmp_path):
+    for name, count in (("a", 400), ("b", 1200), ("c", 0), ("d", 400)):
+        (tmp_path / f"{name}.jsonl").write_text(f'{{"text": "{name * 10}"}}\n' * count)
+    counts, files = learned(tmp_path, max_bytes=5000)
+    assert counts == {"a": 1000, "b": 3000, "d": 1000}
+    assert files == (3, 3)
+    assert learned(tmp_path) == ({"a": 4000, "b": 12000, "d": 4000}, (4, 0))
+
+
+def test_what_a_file_lacks_of_its_share_is_read_from_the_next(tmp_path):
+    write_jsonl(tmp_path / "a.jsonl", [{"text": "a", "other": "x" * 20_000}])
+    write_jsonl(tmp_path / "b.jsonl", [{"text": "b"}] * 1000)
+    assert learned(tmp_path, max_bytes=800) == ({"a": 1, "b": 799}, (2, 1))
+
+
+def test_of_many_small_files_some_are_left_out_evenly(tmp_path):
+    for i in range(100):
+        (tmp_path / f"{i:03}.txt").write_text(chr(0x4E00 + i) * 10)
+    counts, files = learned(tmp_path, max_bytes=300)
+    assert sorted(ord(c) - 0x4E00 for c in counts) == list(range(0, 100, 10))
+    assert files == (10, 0)
+
+
+def test_the_tool_says_of_how_many_files_it_has_read(tmp_path, monkeypatch, capsys):
+    for name in "ab":
+        write_jsonl(tmp_path / f"{name}.jsonl", [{"text": text} for text in make_texts(200)])
+    words = ["--input", str(tmp_path), "--vocab-size", "400", "--output", str(tmp_path / "t.model")]
+    monkeypatch.setattr(sys, "argv", ["tool", *words, "--max-bytes", "20000"])
+    tool.main()
+    assert "\n2 of 2 files read, 2 in part (--max-bytes)\n" in capsys.readouterr().out

@@ -1,0 +1,63 @@
+"""A file system without locks, as Lustre is where it was mounted without flock."""
+
+import errno
+import fcntl
+import json
+import logging
+import os
+
+import pytest
+
+from megatron_ext.data.atomic import AtomicFiles, write_atomically
+from megatron_ext.data.chat_tokens import load_tokens
+from megatron_ext.evaluation.journal import Journal
+from megatron_ext.exceptions import DataError
+from tests.unit.test_chat_packing import Letters
+
+NAMED = (
+    r"^{} cannot be locked \(.*\): .* without flock; mount with -o flock \(or localflock\), or .*$"
+)
+
+
+@pytest.fixture(params=[errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK])
+def no_locks(request, monkeypatch):
+    def flock(*_):
+        raise OSError(request.param, os.strerror(request.param))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+
+
+def test_a_place_without_locks_is_named_and_nothing_is_left_there(tmp_path, no_locks):
+    paths = [tmp_path / "a.bin", tmp_path / "a.idx"]
+    with pytest.raises(DataError, match=NAMED.format(tmp_path / "a.bin.partial")):
+        AtomicFiles(paths)
+    with pytest.raises(DataError, match=NAMED.format(tmp_path / "out.jsonl.progress")):
+        Journal(tmp_path / "out.jsonl", settings={})
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "a.partial").write_text("somebody's")
+    with pytest.raises(DataError, match=r"a\.partial cannot be locked"):
+        write_atomically(tmp_path / "a", b"mine")
+    assert (tmp_path / "a.partial").read_text() == "somebody's"
+
+
+def test_what_is_locked_by_another_is_told_apart(tmp_path):
+    with (
+        AtomicFiles([tmp_path / "a"]),
+        pytest.raises(DataError, match="another run is writing"),
+    ):
+        AtomicFiles([tmp_path / "a"])
+
+
+def test_conversations_need_no_lock(tmp_path, no_locks, caplog):
+    """It saves work alone: files are never replaced there."""
+    path = tmp_path / "a.jsonl"
+    turns = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]
+    path.write_text(json.dumps({"messages": turns}))
+    tokens = load_tokens(
+        [path], Letters(), limit=100, tokenizer_digest="", cache=tmp_path / "cache"
+    )
+    assert len(tokens.lengths) == 1
+    (record,) = caplog.records
+    assert record.levelno == logging.WARNING
+    assert "may tokenise the conversations itself" in record.getMessage()
+    assert str(tmp_path / "cache" / "chat_") in record.getMessage()
