@@ -125,8 +125,8 @@ NEVER: tuple[Refusal, ...] = (
     ),
     Refusal(
         "override_ckpt_iteration",
-        "the learning rate's schedule would not go back with it; --ckpt-step goes on from an earlier "
-        "checkpoint",
+        "the learning rate's schedule would not go back with it; a run goes back to iteration N, once, if "
+        "latest_checkpointed_iteration.txt says N",
     ),
     Refusal("non_persistent_save_interval", _ONE_KIND),
     Refusal("non_persistent_ckpt_type", _ONE_KIND),
