@@ -26,7 +26,7 @@ from megatron_ext.finite import FiniteGuard
 from megatron_ext.head import head_loss, sequence_major
 from megatron_ext.losses import Places
 from megatron_ext.objective import Objective
-from megatron_ext.reference import FrozenReference
+from megatron_ext.reference import FrozenReference, count_operations
 from megatron_ext.runtime import straggler
 from megatron_ext.watch import Watch
 
@@ -86,6 +86,7 @@ class UnlearnStep:
 
         loop.get_forward_backward_func = get_wrapped_schedule
         loop.evaluate = evaluate_and_derive
+        count_operations(self.config)
         self.watch.install()
         self.guard.install()  # last, and so around the schedule of this step
 

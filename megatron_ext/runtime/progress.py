@@ -119,7 +119,7 @@ def write_on_one_rank() -> None:
             append(iteration, operations)
         except (AssertionError, IndexError, ValueError, OSError) as error:
             logger.warning(
-                "--log-progress: %s/progress.txt cannot be read (%s: %s); nothing is added to it until then",
+                "--log-progress: %s/progress.txt cannot be read (%s: %s), so nothing is added to it",
                 *(loop.get_args().save, type(error).__name__, error),
             )
 

@@ -8,9 +8,14 @@ import megatron.training.training as loop
 import pytest
 import torch
 
+from megatron_ext.config import UnlearnConfig
+from megatron_ext.planning.architecture import Architecture
 from megatron_ext.planning.gpus import of_device
+from megatron_ext.planning.layout import Layout, Unlearning
+from megatron_ext.planning.steps import step_flops
 from megatron_ext.runtime import progress
 from megatron_ext.runtime.progress import Progress, duration
+from megatron_ext.training import UnlearnStep
 
 
 def args(**changes):
@@ -57,6 +62,51 @@ def test_what_is_not_known_is_not_said(logged):
     )
     for other in (*others, line(3, 0.0)):
         assert shown.complete(other) == other
+
+
+@pytest.mark.parametrize(("weight", "reference"), [(1.0, True), (0.0, False)])
+def test_operations_are_those_of_the_plan_reference_included(monkeypatch, weight, reference):
+    """Of a model whose attention is grouped, by Megatron's count and by the plan's."""
+    sizes = {"num_layers": 4, "hidden_size": 8, "ffn_hidden_size": 20, "num_attention_heads": 4}
+    sizes |= {
+        "group_query_attention": True,
+        "num_query_groups": 2,
+        "kv_channels": 3,
+        "swiglu": True,
+    }
+    sizes |= {
+        "padded_vocab_size": 56,
+        "seq_length": 16,
+        "global_batch_size": 8,
+        "num_experts": None,
+    }
+    others = ("hybrid_layer_pattern", "moe_latent_size", "mtp_num_layers", "linear_attention_freq")
+    others += ("experimental_attention_variant", "multi_latent_attention", "attention_output_gate")
+    others += ("moe_ffn_hidden_size", "moe_shared_expert_intermediate_size", "moe_router_topk")
+    flags = Namespace(**sizes, **dict.fromkeys(others))
+    arch = Architecture(
+        layers=4,
+        hidden=8,
+        ffn=20,
+        heads=4,
+        query_groups=2,
+        head_size=3,
+        vocab_size=50,
+        vocab_multiple=8,
+    )
+    layout = Layout(gpus=1, micro_batch=2, global_batch=8, sequence=16)
+    config = UnlearnConfig(forget_data_path=["x"], forget_batch_size=2, mitigation_weight=weight)
+    wrapped = (
+        "num_floating_point_operations",
+        "get_forward_backward_func",
+        "evaluate",
+        "train_step",
+    )
+    for name in wrapped:
+        monkeypatch.setattr(loop, name, getattr(loop, name))
+    UnlearnStep(flags, config, reference=lambda: None).install()
+    expected = step_flops(arch, layout, Unlearning(forget_batch=2, reference=reference))
+    assert loop.num_floating_point_operations(flags, 8) == pytest.approx(expected, rel=1e-12)
 
 
 def test_peaks_are_those_of_the_very_device():
