@@ -64,6 +64,7 @@ def main() -> None:
         from megatron_ext.model.model_config import model_config_from_args
         from megatron_ext.plain import PlainStep
         from megatron_ext.reference import FrozenReference
+        from megatron_ext.runtime import software
         from megatron_ext.training import UnlearnStep
         from megatron_ext.watch import reached_before
 
@@ -71,8 +72,10 @@ def main() -> None:
     optimizer.enable()
     set_startup_timestamps(program_start=_PROGRAM_START, main_entry=time.time())
     args, config, chat = arguments.parse()
+    software.record(args)
     if args.rank == 0:
         print(arguments.describe_runtime(args), flush=True)
+        print(software.describe(args.software), flush=True)
     if chat is None and checks_files():
         check_datasets(args, config)
     if not args.async_save:
@@ -82,6 +85,7 @@ def main() -> None:
 
         async_saves.enable()
     start = arguments.check_checkpoints(args, config)
+    software.tell_changes(args, start)
     if chat is not None and args.rank == 0:
         print(chat.describe(), flush=True)
     if args.rank == 0:
@@ -99,6 +103,11 @@ def main() -> None:
     model_config = model_config_from_args(args)
     container = pretrain_cfg_container_from_args(args, model_config)
 
+    def share_software(model: list) -> list:
+        software.share(args)  # there are process groups by now
+        return model
+
+    model_config.post_wrap_hooks.append(share_software)
     built: list[FrozenReference] = []
     step: PlainStep | UnlearnStep = PlainStep(args)
     if config.enabled:
