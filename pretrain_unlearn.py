@@ -55,7 +55,7 @@ def main() -> None:
         )
         from megatron.training.argument_utils import pretrain_cfg_container_from_args
 
-        from megatron_ext import arguments, summary
+        from megatron_ext import arguments, rates, summary
         from megatron_ext.chat import write_template
         from megatron_ext.checkpoint.source import find_reference
         from megatron_ext.data.checks import check_datasets, checks_files
@@ -99,6 +99,7 @@ def main() -> None:
     source = find_reference(args, config, start) if config.needs_reference else None
     if args.rank == 0:
         print(summary.describe(args, config, start, source), flush=True)
+    rates.warn_of_end(args, start)
 
     model_config = model_config_from_args(args)
     container = pretrain_cfg_container_from_args(args, model_config)
