@@ -25,6 +25,8 @@ _WARNINGS = (
     "enabling --no-load-optim when skipping training",
     "If you are using transformer_engine as the transformer implementation, the core_attn",
     "`sequence_parallel` is set to `True`, but tensor model parallel size is 1",  # that of the experts
+    # Set by examples/slurm/node.sh, and printed behind it.
+    "Flight recorder: environment variable TORCH_FR_DUMP_TEMP_FILE is already set",
     "Setting args.check_for_nan_in_loss_and_grad to False since dynamic loss scaling",  # see finite.py
 )
 _LOGS: dict[str, tuple[str, ...]] = {
