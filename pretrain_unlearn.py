@@ -14,9 +14,11 @@ import time
 _PROGRAM_START = time.time()
 
 import contextlib  # noqa: E402
+import faulthandler  # noqa: E402
 import logging  # noqa: E402
 import multiprocessing  # noqa: E402
 import os  # noqa: E402
+import signal  # noqa: E402
 import sys  # noqa: E402
 from typing import NoReturn  # noqa: E402
 
@@ -24,6 +26,10 @@ from megatron_ext.exceptions import MegatronExtError  # noqa: E402
 
 # Nothing heavy is imported up here: with --async-save Megatron starts processes that import this file again,
 # and waits for them. With torch and Megatron up here that took 7 s, without 2 s (2-core CPU).
+
+if __name__ in ("__main__", "__mp_main__"):
+    # Of a run that hangs: the stacks of all threads, to stderr.
+    faulthandler.register(signal.SIGUSR2, all_threads=True)
 
 if __name__ == "__mp_main__":
     from megatron_ext.runtime import console
@@ -55,7 +61,7 @@ def main() -> None:
         )
         from megatron.training.argument_utils import pretrain_cfg_container_from_args
 
-        from megatron_ext import arguments, summary
+        from megatron_ext import arguments, rates, summary
         from megatron_ext.chat import write_template
         from megatron_ext.checkpoint.source import find_reference
         from megatron_ext.data.checks import check_datasets, checks_files
@@ -64,6 +70,7 @@ def main() -> None:
         from megatron_ext.model.model_config import model_config_from_args
         from megatron_ext.plain import PlainStep
         from megatron_ext.reference import FrozenReference
+        from megatron_ext.runtime import software
         from megatron_ext.training import UnlearnStep
         from megatron_ext.watch import reached_before
 
@@ -71,8 +78,10 @@ def main() -> None:
     optimizer.enable()
     set_startup_timestamps(program_start=_PROGRAM_START, main_entry=time.time())
     args, config, chat = arguments.parse()
+    software.record(args)
     if args.rank == 0:
         print(arguments.describe_runtime(args), flush=True)
+        print(software.describe(args.software), flush=True)
     if chat is None and checks_files():
         check_datasets(args, config)
     if not args.async_save:
@@ -82,6 +91,7 @@ def main() -> None:
 
         async_saves.enable()
     start = arguments.check_checkpoints(args, config)
+    software.tell_changes(args, start)
     if chat is not None and args.rank == 0:
         print(chat.describe(), flush=True)
     if args.rank == 0:
@@ -95,10 +105,16 @@ def main() -> None:
     source = find_reference(args, config, start) if config.needs_reference else None
     if args.rank == 0:
         print(summary.describe(args, config, start, source), flush=True)
+    rates.warn_of_end(args, start)
 
     model_config = model_config_from_args(args)
     container = pretrain_cfg_container_from_args(args, model_config)
 
+    def share_software(model: list) -> list:
+        software.share(args)  # there are process groups by now
+        return model
+
+    model_config.post_wrap_hooks.append(share_software)
     built: list[FrozenReference] = []
     step: PlainStep | UnlearnStep = PlainStep(args)
     if config.enabled:

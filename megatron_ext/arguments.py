@@ -38,6 +38,7 @@ from megatron_ext.refusals import (
     WITH_TORCH_NATIVE_LAYERS,
     WITH_UNLEARNING,
     WITHOUT_CUDA,
+    WITHOUT_NVML,
     WITHOUT_TRANSFORMER_ENGINE,
     WITHOUT_UNLEARNING,
     refuse,
@@ -250,6 +251,8 @@ def check_before_megatron(args: Namespace, config: UnlearnConfig) -> None:
         refuse(args, WITH_DISTRIBUTED_OPTIMIZER, where="is not supported")
     if cpu.is_enabled():
         refuse(args, WITHOUT_CUDA, where="is not supported")
+    if not _installed("pynvml"):
+        refuse(args, WITHOUT_NVML, where="is not supported")
     if args.spec is None and args.transformer_impl == "local":
         refuse(args, WITH_TORCH_NATIVE_LAYERS, where="is not supported")
     if config.enabled:

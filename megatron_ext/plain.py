@@ -17,6 +17,7 @@ from megatron_ext.data.batch import read_micro_batch
 from megatron_ext.finite import FiniteGuard
 from megatron_ext.head import head_loss, sequence_major
 from megatron_ext.losses import Places, cross_entropy
+from megatron_ext.runtime import straggler
 
 
 class PlainStep:
@@ -40,23 +41,25 @@ class PlainStep:
         """Forward pass of one microbatch; the last stage's output is the sum of its losses."""
         timer = get_timers()("batch-generator", log_level=2)
         timer.start()
-        batch = read_micro_batch(
-            data_iterator,
-            args=self.args,
-            vp_stage=get_attr_wrapped_model(model, "vp_stage"),
-            # Validation may use another size; the schedule sees it in the tensors.
-            micro_batch_size=self._micro_batch_size(model),
-        )
+        with straggler.watched(self.args, reading=True):
+            batch = read_micro_batch(
+                data_iterator,
+                args=self.args,
+                vp_stage=get_attr_wrapped_model(model, "vp_stage"),
+                # Validation may use another size; the schedule sees it in the tensors.
+                micro_batch_size=self._micro_batch_size(model),
+            )
         timer.stop()
         index = self.guard.begin(model, batch)
-        output = model(
-            batch.tokens,
-            batch.position_ids,
-            batch.attention_mask,
-            labels=batch.labels,
-            loss_mask=batch.loss_mask,
-            output_processor=summed_loss,
-        )
+        with straggler.watched(self.args):
+            output = model(
+                batch.tokens,
+                batch.position_ids,
+                batch.attention_mask,
+                labels=batch.labels,
+                loss_mask=batch.loss_mask,
+                output_processor=summed_loss,
+            )
         return output, partial(self.loss, batch.loss_mask, index)
 
     def loss(

@@ -14,6 +14,7 @@ from typing import Any
 from megatron.core.utils import unwrap_model
 
 from megatron_ext.checkpoint.source import ReferenceSource
+from megatron_ext.config import UnlearnConfig
 from megatron_ext.exceptions import CheckpointError
 from megatron_ext.frozen import FrozenModel
 from megatron_ext.runtime.offload import HostWeights
@@ -78,3 +79,27 @@ class FrozenReference(FrozenModel):
                 f"reference: expected digest {self.digest} after training, found {digest}; its weights "
                 "were changed during the run"
             )
+
+
+def count_operations(config: UnlearnConfig) -> None:
+    """Have Megatron's count of a step's operations, and so its TFLOP/s, include the reference's forward pass.
+
+    That is a third of a sample's operations for each replayed one, as ``step_flops`` of the plan has it.
+
+    Args:
+        config: the settings of unlearning; without a reference the count is right as it is.
+    """
+    if not config.needs_reference:
+        return
+    import megatron.training.training as loop
+
+    count = loop.num_floating_point_operations
+
+    def count_both(args: Namespace, batch_size: int, **lengths: Any) -> float:
+        forgotten = config.forget_samples(
+            batch_size, train_global_batch_size=args.global_batch_size
+        )
+        passes = 1 + (1 - forgotten / batch_size) / 3
+        return float(count(args, batch_size, **lengths)) * passes
+
+    loop.num_floating_point_operations = count_both

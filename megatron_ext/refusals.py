@@ -125,8 +125,8 @@ NEVER: tuple[Refusal, ...] = (
     ),
     Refusal(
         "override_ckpt_iteration",
-        "the learning rate's schedule would not go back with it; --ckpt-step goes on from an earlier "
-        "checkpoint",
+        "the learning rate's schedule would not go back with it; a run goes back to iteration N, once, if "
+        "latest_checkpointed_iteration.txt says N",
     ),
     Refusal("non_persistent_save_interval", _ONE_KIND),
     Refusal("non_persistent_ckpt_type", _ONE_KIND),
@@ -184,6 +184,13 @@ WITHOUT_CUDA: tuple[Refusal, ...] = (
     Refusal("external_cuda_graph", _NO_DEVICE),
     Refusal("gpu_sniff_test_interval", _NO_DEVICE),
     Refusal("record_memory_history", _NO_DEVICE),
+    Refusal("log_straggler", _NO_DEVICE),
+)
+WITHOUT_NVML: tuple[Refusal, ...] = (
+    Refusal(
+        "log_straggler",
+        "temperature and power of a GPU are read with pynvml (pip install nvidia-ml-py), which is not there",
+    ),
 )
 WITH_UNLEARNING: tuple[Refusal, ...] = (
     Refusal("step_batch_size_schedule", "the composition of a batch is fixed for the whole run"),

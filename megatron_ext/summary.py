@@ -6,12 +6,13 @@ from argparse import Namespace
 
 from megatron_ext.checkpoint.source import ReferenceSource, Start
 from megatron_ext.config import UnlearnConfig
+from megatron_ext.rates import describe_rate
 
 
 def describe(
     args: Namespace, config: UnlearnConfig, start: Start, source: ReferenceSource | None
 ) -> str:
-    """Where the run starts, what it minimises, how long, and where it saves.
+    """Where the run starts, what it minimises, how long, at which rate if it goes on, and where it saves.
 
     Args:
         args: Megatron's validated arguments.
@@ -26,8 +27,10 @@ def describe(
         "starts": _start(start),
         "objective": _objective(args, config, source),
         "steps": _steps(args, start),
-        "saves": _saves(args),
     }
+    if (rate := describe_rate(args, start)) is not None:
+        lines["rate"] = rate
+    lines["saves"] = _saves(args)
     return "\n".join(f"{name + ':':<11}{text}" for name, text in lines.items())
 
 

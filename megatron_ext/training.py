@@ -26,7 +26,8 @@ from megatron_ext.finite import FiniteGuard
 from megatron_ext.head import head_loss, sequence_major
 from megatron_ext.losses import Places
 from megatron_ext.objective import Objective
-from megatron_ext.reference import FrozenReference
+from megatron_ext.reference import FrozenReference, count_operations
+from megatron_ext.runtime import straggler
 from megatron_ext.watch import Watch
 
 
@@ -85,6 +86,7 @@ class UnlearnStep:
 
         loop.get_forward_backward_func = get_wrapped_schedule
         loop.evaluate = evaluate_and_derive
+        count_operations(self.config)
         self.watch.install()
         self.guard.install()  # last, and so around the schedule of this step
 
@@ -148,12 +150,13 @@ class UnlearnStep:
         batch = next(data_iterator)
         timer.stop()
         index = self.guard.begin(model, batch)
-        output = model(
-            batch.tokens,
-            batch.position_ids,
-            batch.attention_mask,
-            output_processor=partial(self._head, batch),
-        )
+        with straggler.watched(self.args):
+            output = model(
+                batch.tokens,
+                batch.position_ids,
+                batch.attention_mask,
+                output_processor=partial(self._head, batch),
+            )
         return output, partial(self.loss, batch, index)
 
     def _head(
@@ -239,19 +242,20 @@ class UnlearnStep:
     ) -> list[list[MicroBatch]]:
         """All microbatches of the step for each model chunk of this rank."""
         iterators = data_iterator if isinstance(data_iterator, list) else [data_iterator]
-        return [
-            [
-                read_micro_batch(
-                    iterator,
-                    args=self.args,
-                    vp_stage=get_attr_wrapped_model(chunk, "vp_stage"),
-                    micro_batch_size=micro_batch_size,
-                    forget=index < forget_count,
-                )
-                for index in range(num_microbatches)
-            ]
-            for iterator, chunk in zip(iterators, model, strict=True)
-        ]
+        batches: list[list[MicroBatch]] = []
+        for iterator, chunk in zip(iterators, model, strict=True):
+            batches.append([])
+            for index in range(num_microbatches):
+                with straggler.watched(self.args, reading=True):
+                    batch = read_micro_batch(
+                        iterator,
+                        args=self.args,
+                        vp_stage=get_attr_wrapped_model(chunk, "vp_stage"),
+                        micro_batch_size=micro_batch_size,
+                        forget=index < forget_count,
+                    )
+                batches[-1].append(batch)
+        return batches
 
     def _attach_context(
         self, batches: list[MicroBatch], forget_count: int, hidden: list[torch.Tensor]

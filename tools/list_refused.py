@@ -20,6 +20,7 @@ from megatron_ext.refusals import (  # noqa: E402
     WITH_TORCH_NATIVE_LAYERS,
     WITH_UNLEARNING,
     WITHOUT_CUDA,
+    WITHOUT_NVML,
     WITHOUT_TRANSFORMER_ENGINE,
     WITHOUT_UNLEARNING,
 )
@@ -42,6 +43,7 @@ def render() -> str:
         "In every run": NEVER,
         "Without Transformer Engine": WITHOUT_TRANSFORMER_ENGINE,
         "Without a CUDA device": WITHOUT_CUDA,
+        "Without NVIDIA's bindings to its management library (`nvidia-ml-py`)": WITHOUT_NVML,
         "With the torch-native layers (`--transformer-impl local`)": WITH_TORCH_NATIVE_LAYERS,
         "With `--use-distributed-optimizer`": WITH_DISTRIBUTED_OPTIMIZER,
         "With `--forget-data-path` (unlearning)": WITH_UNLEARNING,

@@ -243,6 +243,8 @@ launch() {
         "${PRECISION[@]}" "${OPTIMIZER[@]}"
         "${START[@]}" --load "$OUT" --save "$OUT" --tensorboard-dir "$OUT/tensorboard"
         --data-cache-path "${DATA_CACHE:-$OUT/data-cache}" --log-interval 1
+        --log-throughput --log-timers-to-tensorboard --log-progress --log-world-size-to-tensorboard
+        --manual-gc --manual-gc-interval 100
         # SIGTERM (preemption, or shortly before a time limit) saves and ends.
         --exit-signal-handler
     )

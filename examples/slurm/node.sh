@@ -21,4 +21,13 @@ export PET_RDZV_CONF=is_host=$host,join_timeout=900,read_timeout=600
 # the addresses of the ranks before them, and connect to nobody.
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 
+# The last collectives of each rank, written when one of them has timed out; torch's own default is the node's /tmp.
+# Megatron prefers the variable to its flag.
+if [[ " $* " != *" --flight-recorder-dump-path"[\ =]* ]]; then
+    export TORCH_FR_DUMP_TEMP_FILE=${TORCH_FR_DUMP_TEMP_FILE:-$PET_LOG_DIR/nccl_trace_rank_}
+fi
+
+# The ranks answer this signal with the stacks of their threads, in stderr.log. torchrun would die of it.
+trap '' USR2
+
 exec "$@"

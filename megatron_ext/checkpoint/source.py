@@ -70,7 +70,9 @@ def resolve_start(args: Namespace, *, required: bool) -> Start:
 
     Raises:
         CheckpointError: it is missing where the run cannot do without, unreadable, or of another model.
+        ConfigError: each restart would go back to ``--ckpt-step``.
     """
+    _check_step(args)
     older = None
     if not args.finetune and not args.ckpt_step and args.load and Path(args.load).is_dir():
         older = _go_on_from_complete(args)
@@ -92,6 +94,25 @@ def resolve_start(args: Namespace, *, required: bool) -> Start:
     assert start.checkpoint is not None
     check_architecture(start.checkpoint, args, flag=start.flag)
     return start
+
+
+def _check_step(args: Namespace) -> None:
+    """Refuse to go back by a flag that a restart, which has the same command line, would go back by again.
+
+    Raises:
+        ConfigError: ``--ckpt-step`` is before the latest checkpoint of one directory for both.
+    """
+    saves = not args.skip_train and args.ckpt_convert_format is None
+    if not (args.ckpt_step and saves and saves_where_it_loads(args) and has_checkpoint(args.load)):
+        return
+    tracker = Path(args.load) / TRACKER
+    latest = tracker.read_text(errors="replace").strip()
+    if latest.isdecimal() and int(latest) > args.ckpt_step:
+        raise ConfigError(
+            f"--ckpt-step: expected the latest iteration of --load and --save {args.load}, {latest}, found "
+            f"{args.ckpt_step}; each restart would begin there again and write over what came after it. To "
+            f"go back once, leave the flag out and write {args.ckpt_step} into {tracker}"
+        )
 
 
 def _must_load(args: Namespace) -> bool:

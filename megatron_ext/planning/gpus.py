@@ -37,6 +37,19 @@ GPUS = {
     "H200": Gpu(989e12, 141 * 10**9, 4.8e12, 450e9, 50e9),
     "B200": Gpu(2250e12, 180 * 10**9, 8e12, 900e9, 50e9),
 }
+# As CUDA names the ones that the figures are of; their relatives for PCIe have others.
+_DEVICES = {
+    "NVIDIA A100-SXM4-40GB": "A100-40",
+    "NVIDIA A100-SXM4-80GB": "A100-80",
+    "NVIDIA H100 80GB HBM3": "H100",
+    "NVIDIA H200": "H200",
+    "NVIDIA B200": "B200",
+}
+
+
+def of_device(name: str) -> Gpu | None:
+    """Figures of the GPU that CUDA names so; ``None`` of another."""
+    return GPUS.get(_DEVICES.get(name, ""))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -33,21 +33,26 @@ def versions() -> dict[str, str]:
 
 
 def _commit() -> str:
+    return _git("rev-parse", "--short=12", "HEAD") or "none"
+
+
+def edited() -> str:
+    """Whether files of the commit were changed since: `yes`, `no`, or `unknown` where git is not there."""
+    changed = _git("status", "--porcelain", "--untracked-files=no")
+    return "unknown" if changed is None else "yes" if changed else "no"
+
+
+def _git(*words: str) -> str | None:
+    """What git says of this checkout; `None` where it says nothing."""
     if shutil.which("git") is None:
-        return "none"
+        return None
     # A checkout that another user made is refused without the setting.
-    words = [
-        "git",
-        "-c",
-        f"safe.directory={ROOT}",
-        "-C",
-        str(ROOT),
-        "rev-parse",
-        "--short=12",
-        "HEAD",
-    ]
-    result = subprocess.run(words, capture_output=True, text=True, timeout=30)
-    return result.stdout.strip() if result.returncode == 0 else "none"
+    command = ["git", "-c", f"safe.directory={ROOT}", "-C", str(ROOT), *words]
+    try:
+        result = subprocess.run(command, capture_output=True, text=True, timeout=30)
+    except subprocess.TimeoutExpired:
+        return None
+    return result.stdout.strip() if result.returncode == 0 else None
 
 
 def _content() -> str:

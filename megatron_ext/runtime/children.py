@@ -51,9 +51,11 @@ def termination_held() -> Iterator[None]:
     What blocks a signal here is handed on to what this thread starts; the other threads of this process
     still get it.
     """
-    resource_tracker.ensure_running()  # the first spawn would start it, and unblock SIGTERM
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR2})
     try:
+        # The first spawn would start it, and unblock SIGTERM. It would die of what shows the stacks of a run.
+        resource_tracker.ensure_running()
+        signal.pthread_sigmask(signal.SIG_SETMASK, {*before, signal.SIGTERM})
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)

@@ -17,7 +17,15 @@ from packaging.version import Version
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
 from megatron_ext.exceptions import ConfigError
-from megatron_ext.runtime import console, devices, launched, resume, safe_load, signals
+from megatron_ext.runtime import (
+    console,
+    devices,
+    launched,
+    progress,
+    resume,
+    safe_load,
+    signals,
+)
 
 # The seams used here (the schedule getter of the loop, output_processor, post_wrap_hooks) were read in
 # this version; another one may have moved them, and a moved seam would silently train something else.
@@ -254,6 +262,7 @@ def apply() -> None:
     devices.check_gpus()
     find_ranks()
     console.apply()
+    progress.apply()
     skip_on_every_layout()
     signals.ask_at_once()
     read_sizes_and_types()

@@ -25,6 +25,8 @@ _WARNINGS = (
     "enabling --no-load-optim when skipping training",
     "If you are using transformer_engine as the transformer implementation, the core_attn",
     "`sequence_parallel` is set to `True`, but tensor model parallel size is 1",  # that of the experts
+    # Set by examples/slurm/node.sh, and printed behind it.
+    "Flight recorder: environment variable TORCH_FR_DUMP_TEMP_FILE is already set",
     "Setting args.check_for_nan_in_loss_and_grad to False since dynamic loss scaling",  # see finite.py
 )
 _LOGS: dict[str, tuple[str, ...]] = {
@@ -36,7 +38,19 @@ _LOGS: dict[str, tuple[str, ...]] = {
         "RerunStateMachine initialized",
         "Setting RerunStateMachine",
     ),
+    # The flag itself, and what is the same as in the checkpoint or said at the start.
+    "megatron.core.optimizer_param_scheduler": (
+        "> learning rate decay style",
+        " > using checkpoint value",
+    ),
 }
+# Their news has the level INFO, of others not shown: times of a save, a load, a validation or of parts of a
+# step (--timing-log-level); what the learning rate's schedule takes over; ranks that are slow.
+_NEWS = (
+    "megatron.core.timers",
+    "megatron.core.optimizer_param_scheduler",
+    "megatron.core.utils",
+)
 _PERPLEXITY = re.compile(r"\| ([^|]+) PPL: \S+ (?=\|)")
 
 
@@ -45,6 +59,8 @@ def quiet() -> None:
     for message in _WARNINGS:
         warnings.filterwarnings("ignore", message=message)
     leave_out(_LOGS)
+    for name in _NEWS:
+        logging.getLogger(name).setLevel(logging.INFO)
 
 
 def leave_out(beginnings: Mapping[str, tuple[str, ...]]) -> None:

@@ -1,6 +1,7 @@
 """What a run logs, and that the rarer kinds of run end with sane values."""
 
 import math
+import re
 
 import pytest
 
@@ -59,6 +60,7 @@ def test_console_shows_the_same(straight):
     assert len(lines) == 1
     for tag in METRICS:
         assert f"{tag}: {straight.scalars[tag][STEPS]:.6E}" in lines[0]
+    assert re.search(r"\| tokens/s: \d+ \| left: 0:00 \|$", lines[0])
 
 
 def test_unlearning_unlearns(straight):

@@ -5,6 +5,7 @@ import pytest
 from megatron_ext.analysis.scalars import compare
 from megatron_ext.checkpoint.inspect import open_checkpoint
 from megatron_ext.checkpoint.resumable import schedule_of
+from megatron_ext.runtime.software import describe
 from tests.helpers.entry import METRICS
 from tests.integration.conftest import HALF, STEPS
 
@@ -71,6 +72,11 @@ def test_the_schedule_that_is_compared_is_what_megatron_saves(straight, halfway)
     opened = open_checkpoint(halfway, flag="--load")
     assert {**opened.schedule, **schedule_of(opened.args)} == opened.schedule
     assert len(opened.schedule) == len(schedule_of(opened.args)) + 1  # and the steps done
+
+
+def test_a_checkpoint_keeps_what_it_was_computed_by(straight, halfway):
+    kept = open_checkpoint(halfway, flag="--load").args.software
+    assert straight.line("software:") == describe(kept)
 
 
 def test_the_log_holds_no_wall_of_remarks(straight):

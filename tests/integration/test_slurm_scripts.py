@@ -108,10 +108,12 @@ def test_an_unknown_runtime_is_refused(programs):
 
 
 def test_nodes_differ_in_their_logs_address_and_who_keeps_the_rendezvous(tmp_path):
-    for number, (node, host) in enumerate((("node7", "true"), ("node8", "false"))):
+    recorder = ("x", "--flight-recorder-dump-path", "/traces/rank_")
+    nodes = (("node7", "true", ()), ("node8", "false", recorder))
+    for number, (node, host, flags) in enumerate(nodes):
         variables = {"SLURM_NODEID": str(number), "SLURMD_NODENAME": node, "OUT": str(tmp_path)}
         result = subprocess.run(
-            ["bash", SLURM / "node.sh", "env"],
+            ["bash", SLURM / "node.sh", "bash", "-c", "kill -USR2 $$; env", *flags],
             **{
                 "env": os.environ | JOB | variables,
                 "text": True,
@@ -120,11 +122,16 @@ def test_nodes_differ_in_their_logs_address_and_who_keeps_the_rendezvous(tmp_pat
             },
         )
         found = dict(
-            line.split("=", 1) for line in result.stdout.splitlines() if line[:4] == "PET_"
+            line.split("=", 1)
+            for line in result.stdout.splitlines()
+            if line.startswith(("PET_", "TORCH_FR_"))
         )
         assert found["PET_LOG_DIR"] == str(tmp_path / "logs" / "30123.0" / node)
         assert Path(found["PET_LOG_DIR"]).is_dir()
         assert found["PET_LOCAL_ADDR"] == node
+        # Megatron would take no flag beside it.
+        traces = None if flags else f"{found['PET_LOG_DIR']}/nccl_trace_rank_"
+        assert found.get("TORCH_FR_DUMP_TEMP_FILE") == traces
         assert found["PET_RDZV_CONF"].startswith(f"is_host={host},join_timeout=")
 
 

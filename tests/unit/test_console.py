@@ -65,6 +65,28 @@ def test_known_remarks_of_libraries_are_left_out_and_others_are_not(caplog):
     assert caplog.messages == ["news of the model"]
 
 
+def test_times_and_changes_of_the_schedule_are_shown_where_warnings_are(monkeypatch):
+    seen = []
+    handler = logging.Handler()
+    handler.emit = lambda record: seen.append(record.getMessage())
+    monkeypatch.setattr(logging.getLogger(), "level", logging.WARNING)
+    monkeypatch.setattr(logging.getLogger(), "handlers", [handler])
+    timers, schedule = (
+        logging.getLogger(f"megatron.core.{name}")
+        for name in ("timers", "optimizer_param_scheduler")
+    )
+    for logger in (timers, schedule):
+        monkeypatch.setattr(logger, "level", logging.NOTSET)
+    console.quiet()
+    timers.info("(min, max) time across ranks (ms):")
+    schedule.info(" > overriding learning rate value to 0.1")
+    schedule.info(" > using checkpoint value 0.1 for learning rate")
+    assert seen == [
+        "(min, max) time across ranks (ms):",
+        " > overriding learning rate value to 0.1",
+    ]
+
+
 def test_a_mistyped_flag_is_answered_in_two_lines(capsys):
     parser = add_arguments(argparse.ArgumentParser(prog="pretrain_unlearn.py"))
     with pytest.raises(SystemExit):

@@ -9,7 +9,7 @@ from megatron_ext.checkpoint.complete import MARKS, defect
 from megatron_ext.checkpoint.inspect import TRACKER, open_checkpoint
 from megatron_ext.checkpoint.recovery import folder, last_good
 from megatron_ext.checkpoint.source import resolve_start
-from megatron_ext.exceptions import CheckpointError
+from megatron_ext.exceptions import CheckpointError, ConfigError
 from tests.helpers.checkpoints import write_iterations
 
 
@@ -22,6 +22,7 @@ def directory(tmp_path):
 def arguments(directory, **changes):
     flags = {"ckpt_step": None, "finetune": False, "load": str(directory), "rank": 0}
     flags |= {"pretrained_checkpoint": None, "unpadded_vocab_size": 500, "seq_length": 64}
+    flags |= {"save": None, "skip_train": False, "ckpt_convert_format": None}
     return argparse.Namespace(**flags | changes)
 
 
@@ -121,3 +122,24 @@ def test_only_the_first_save_may_start_from_the_beginning(directory):
 def test_a_release_has_no_older_one(directory):
     (directory / TRACKER).write_text("release")
     assert last_good(directory, flag="--load") is None
+
+
+def test_a_step_that_each_restart_would_go_back_to_is_refused(directory):
+    (directory / "link").symlink_to(directory)
+    back = {"ckpt_step": 4, "save": str(directory / "link")}
+    with pytest.raises(
+        ConfigError, match=r"--ckpt-step: .* 6, found 4; .* write 4 into .*iteration\.txt"
+    ):
+        resolve_start(arguments(directory, **back), required=True)
+    # Nothing comes after these, or is written over by them.
+    harmless = ({"ckpt_step": 6}, {"save": str(directory / "other")}, {"skip_train": True})
+    for change in (*harmless, {"ckpt_convert_format": "torch_dist"}):
+        expected = change.get("ckpt_step", 4)
+        start = resolve_start(arguments(directory, **back | change), required=True)
+        assert start.checkpoint.iteration == expected
+    # The way that the message names; a broken one on it is stepped over as ever.
+    (directory / TRACKER).write_text("4")
+    args = arguments(directory, save=str(directory))
+    assert resolve_start(args, required=True).checkpoint.iteration == 4
+    (folder(directory, 4) / MARKS[0]).unlink()
+    assert resolve_start(args, required=True).checkpoint.iteration == 2

@@ -4,8 +4,11 @@ from argparse import Namespace
 from pathlib import Path
 from types import SimpleNamespace
 
+import pytest
+
 from megatron_ext.checkpoint.source import ReferenceSource, Start
 from megatron_ext.config import UnlearnConfig
+from megatron_ext.rates import describe_rate, find_rates, warn_of_end
 from megatron_ext.summary import describe
 
 
@@ -14,14 +17,25 @@ def args(**changes) -> Namespace:
         **{"skip_train": False, "global_batch_size": 16, "seq_length": 64, "chat_digest": None},
         **{"train_iters": 2000, "train_samples": None, "rampup_batch_size": None},
         **{"step_batch_size_schedule": None, "save": "ckpt/run", "save_interval": 500},
+        **{"lr": 1e-3, "min_lr": 0.0, "lr_decay_style": "linear", "lr_warmup_init": 0.0},
+        **{"lr_warmup_fraction": None, "lr_warmup_iters": 0, "lr_warmup_samples": 0},
+        **{"lr_decay_iters": None, "lr_decay_samples": None, "lr_wsd_decay_style": None},
+        **{"lr_wsd_decay_iters": None, "lr_wsd_decay_samples": None, "no_load_optim": False},
+        **{"start_weight_decay": 0.1, "end_weight_decay": 0.1, "rank": 0},
+        **{"weight_decay_incr_style": "constant"},
+        **{"override_opt_param_scheduler": False, "use_checkpoint_opt_param_scheduler": False},
     }
     return Namespace(**usual | changes)
 
 
 def checkpoint(name: str, iteration: int):
-    return SimpleNamespace(directory=Path("ckpt") / name, iteration=iteration)
+    saved = {**SCHEDULE, "max_lr": 1e-3, "num_steps": 16 * iteration, "lr_decay_steps": 32_000}
+    return SimpleNamespace(
+        directory=Path("ckpt") / name, iteration=iteration, schedule=saved, args=args()
+    )
 
 
+SCHEDULE = {"min_lr": 0.0, "lr_warmup_steps": 0, "lr_decay_style": "linear"}
 NOWHERE = Start(None, "--load", resumed=False)
 UNLEARNING = UnlearnConfig(forget_data_path=["qa"], forget_batch_size=4)
 
@@ -57,6 +71,7 @@ def test_a_resumed_run_counts_what_is_left():
     found = lines(args(), UNLEARNING, start, None)
     assert found["starts"] == "from iteration 500 of ckpt/run (--load)"
     assert found["steps"] == "1,500 of 2,000, of 16 samples of 64 tokens: 1,536,000 tokens"
+    assert found["rate"] == "7.5e-04 at iteration 500, 7.5e-04 from here, 0.0e+00 at the end"
     assert "KL" not in found["objective"]
 
 
@@ -70,3 +85,63 @@ def test_what_is_not_known_yet_is_not_counted():
     found = lines(args(save=None, chat_digest="a1"), plain, NOWHERE, None)
     assert found["saves"] == "nothing, for there is no --save"
     assert found["objective"] == "cross-entropy of the assistant's words"
+
+
+OVERRIDE, KEPT = (
+    {"override_opt_param_scheduler": True},
+    {"use_checkpoint_opt_param_scheduler": True},
+)
+LARGER = {"global_batch_size": 64}
+
+
+@pytest.mark.parametrize(
+    ("changes", "rates", "remedy"),
+    [
+        ({"lr": 2e-3, **OVERRIDE}, "1.5e-03 from here, 0.0e+00 at the end", None),
+        ({"lr": 2e-3, **KEPT}, "7.5e-04 from here, 0.0e+00 at the end", None),
+        ({"no_load_optim": True}, "1.0e-03 from here, 2.5e-04 at the end", "--lr-decay-iters 1500"),
+        # 128,000 samples of the schedule, of which 8,000 + 1,500 x 64 are trained on.
+        ({**LARGER, **OVERRIDE}, "9.4e-04 from here, 1.9e-04 at the end", "--lr-decay-iters 1625"),
+        # 24,000 samples are left of its 32,000, which are 375 steps; rates stay at the least from there.
+        ({**LARGER, **KEPT}, "7.5e-04 from here, 0.0e+00 at the end", "--train-iters 875"),
+        (
+            {**LARGER, **OVERRIDE, "train_iters": None, "train_samples": 128_000},
+            "9.4e-04 from here, 1.9e-04 at the end",
+            "--lr-decay-samples 104000",
+        ),
+        # What was asked for.
+        (
+            {**LARGER, **OVERRIDE, "lr_decay_iters": 3000},
+            "9.6e-04 from here, 4.6e-04 at the end",
+            None,
+        ),
+        (
+            {**LARGER, **OVERRIDE, "lr_decay_style": "constant"},
+            "1.0e-03 from here, 1.0e-03 at",
+            None,
+        ),
+        (
+            {**OVERRIDE, "lr_decay_style": "WSD", "lr_wsd_decay_iters": 400}
+            | {"lr_wsd_decay_style": "linear", "train_iters": 1000},
+            "1.0e-03 from here, 0.0e+00 at the end",
+            None,
+        ),
+        ({**LARGER, **OVERRIDE, "train_iters": 500}, "7.5e-04 from here, 7.5e-04 at the end", None),
+        ({**OVERRIDE, "step_batch_size_schedule": "0:16 9:32"}, "7.5e-04 from here", None),
+    ],
+)
+def test_a_resumed_run_tells_its_rates_and_where_it_misses_the_end(changes, rates, remedy, caplog):
+    start = Start(checkpoint("run", 500), "--load", resumed=True)
+    found = describe_rate(args(**changes), start)
+    assert found.startswith(f"7.5e-04 at iteration 500, {rates}")
+    warn_of_end(args(**changes), start)
+    assert len(caplog.messages) == (remedy is not None)
+    if remedy is not None:
+        assert f"; {remedy} would let both end together" in caplog.messages[0]
+        # It does.
+        flag, value = remedy.split()
+        caplog.clear()
+        name = flag.removeprefix("--").replace("-", "_")
+        assert find_rates(args(**changes | {name: int(value)}), start.checkpoint).last < 1e-5
+        warn_of_end(args(**changes | {name: int(value)}), start)
+        assert not caplog.messages
