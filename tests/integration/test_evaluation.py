@@ -276,27 +276,22 @@ def test_what_is_missing_is_named(world, tmp_path):
     judge = ("--judge-url", "http://127.0.0.1:9/v1", "--judge-model", "x")
     bench = ("--followbench", world / "bench", "--constraint-types", "content", *name)
     questions = ("--questions", world / "question.jsonl", *name)
+    prompts = ("--judge-prompts", world / "judge_prompts.jsonl")
     for verb, arguments, error, message in (
         (followbench_run, bench, ConfigError, "--model to answer"),
         (followbench_run, (*bench, *judge[:2]), ConfigError, "--judge-model: expected both"),
         (followbench_run, (*bench, *judge), DataError, "content_constraint.jsonl"),
         (followbench_run, ("--followbench", tmp_path, *name, *judge), DataError, "a checkout"),
         (mtbench_run, (*questions, *judge), ConfigError, "--judge-prompts"),
-        (
-            mtbench_run,
-            (*questions, *judge, "--judge-prompts", world / "judge_prompts.jsonl"),
-            ConfigError,
-            "--reference-answers",
-        ),
+        (mtbench_run, (*questions, *judge, *prompts), ConfigError, "--reference-answers"),
     ):
         with pytest.raises(error, match=re.escape(message)):
             run(verb, *arguments)
 
 
 def test_the_tool_ends_without_a_traceback(server, tmp_path):
-    arguments = ("mt-bench", "--questions", "nowhere.jsonl", "--name", "x")
-    arguments += ("--output-dir", tmp_path, "--model", "nowhere")
-    launch = Launch(arguments, script=ROOT / "tools" / "evaluate.py")
+    words = ("mt-bench", "--questions", "nowhere.jsonl", "--name", "x", "--model", "nowhere")
+    launch = Launch((*words, "--output-dir", tmp_path), script=ROOT / "tools" / "evaluate.py")
     ((code, output),) = server.results([launch])
     assert code == 2
     assert "nowhere.jsonl" in output.splitlines()[-1]
