@@ -26,7 +26,7 @@ $(READY): requirements.txt tools/find_python.sh
 	@python=$$(PYTHON_3_12="$(PYTHON_3_12)" sh tools/find_python.sh) && { test -x $(PYTHON) || "$$python" -m venv $(VENV); }
 	$(PYTHON) -m pip install --quiet --upgrade pip
 	$(PYTHON) -m pip install --quiet --no-compile --requirement requirements.txt
-	@$(PYTHON) -m compileall -qq -j 0 $(VENV)/lib || true  # pip compiles on one core; some files are not Python 3's
+	@$(PYTHON) -W ignore -m compileall -qq -j 0 $(VENV)/lib || true  # pip compiles on one core; some files are not Python 3's
 	@touch $@
 
 demo: $(READY)
