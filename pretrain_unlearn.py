@@ -48,6 +48,7 @@ def main() -> None:
         from megatron_ext.runtime import children, compat, console, cpu, optimizer
 
         console.quiet()
+        console.show_times()
         compat.ask_for_one_queue()
         cpu.enable()  # before anything of Megatron is imported; does nothing where a CUDA device exists
 

@@ -56,7 +56,7 @@ def find_rates(args: Namespace, checkpoint: Checkpoint) -> Rates:
     saved, before = checkpoint.schedule, None
     done = 0 if saved is None or args.no_load_optim else int(saved["num_steps"])
     if saved is not None:
-        before = _rate(saved, checkpoint.args, int(saved["num_steps"]))
+        before = rate_of(saved, checkpoint.args, samples=int(saved["num_steps"]))
     kept = args.use_checkpoint_opt_param_scheduler and saved is not None and not args.no_load_optim
     schedule = saved if kept and saved is not None else schedule_of(args)
     end = None
@@ -65,19 +65,26 @@ def find_rates(args: Namespace, checkpoint: Checkpoint) -> Rates:
         end = done + max(0, iterations - checkpoint.iteration) * args.global_batch_size
     return Rates(
         before=before,
-        now=_rate(schedule, args, done),
-        last=None if end is None else _rate(schedule, args, end),
+        now=rate_of(schedule, args, samples=done),
+        last=None if end is None else rate_of(schedule, args, samples=end),
         end=end,
         length=schedule["lr_decay_steps"],
     )
 
 
-def _rate(schedule: dict[str, Any], args: Namespace, samples: int) -> float:
-    """Megatron's rate behind some samples; what the schedule's state does not hold is read from the flags."""
-    decay = args.lr_wsd_decay_samples
-    if args.lr_wsd_decay_iters is not None:
-        decay = args.lr_wsd_decay_iters * args.global_batch_size
-    flags = {"init_lr": args.lr_warmup_init, "lr_wsd_decay_style": args.lr_wsd_decay_style}
+def rate_of(schedule: dict[str, Any], args: Namespace, *, samples: int) -> float:
+    """Megatron's learning rate behind some samples.
+
+    Args:
+        schedule: the state of the scheduler, or what would be.
+        args: Megatron's arguments, which have what that state does not hold.
+        samples: how far the schedule has come.
+    """
+    names = ("lr_wsd_decay_iters", "lr_wsd_decay_samples", "lr_wsd_decay_style")
+    iterations, decay, style = (getattr(args, name, None) for name in names)  # of an older Megatron
+    if iterations is not None:
+        decay = iterations * args.global_batch_size
+    flags = {"init_lr": getattr(args, "lr_warmup_init", 0.0), "lr_wsd_decay_style": style}
     state = {**schedule, **flags, "num_steps": samples, "wsd_decay_steps": decay}
     scheduler: Any = SimpleNamespace(**state)
     return float(OptimizerParamScheduler.get_lr(scheduler, {}))

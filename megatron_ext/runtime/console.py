@@ -59,6 +59,10 @@ def quiet() -> None:
     for message in _WARNINGS:
         warnings.filterwarnings("ignore", message=message)
     leave_out(_LOGS)
+
+
+def show_times() -> None:
+    """Show what Megatron's loop logs for whoever watches a run; tools, whose output is a result, do not."""
     for name in _NEWS:
         logging.getLogger(name).setLevel(logging.INFO)
 

@@ -78,6 +78,8 @@ def test_times_and_changes_of_the_schedule_are_shown_where_warnings_are(monkeypa
     for logger in (timers, schedule):
         monkeypatch.setattr(logger, "level", logging.NOTSET)
     console.quiet()
+    timers.info("of a tool")
+    console.show_times()
     timers.info("(min, max) time across ranks (ms):")
     schedule.info(" > overriding learning rate value to 0.1")
     schedule.info(" > using checkpoint value 0.1 for learning rate")
