@@ -1,5 +1,6 @@
 """A conversation becomes a document whose tokens are those that chat tuning trains on."""
 
+import gzip
 import hashlib
 import json
 from dataclasses import replace
@@ -163,6 +164,20 @@ def test_bad_records_are_named_or_left_out_and_counted(specs, tmp_path):
     message = r"b\.jsonl:1: the chat template refuses it \(expected no special token in the text of turn 1"
     with pytest.raises(DataError, match=message):
         run([special], tmp_path / "p", spec)
+
+
+def test_of_a_file_that_ends_early_what_is_there_is_read_and_the_rest_counted(specs, tmp_path):
+    spec = specs["HuggingFaceTokenizer"]
+    turns = [{"query": f"{n} by {n * n}", "response": f"{n**3}"} for n in range(200)]
+    whole = write_jsonl(tmp_path / "a.jsonl", turns)
+    cut = tmp_path / "b.jsonl.gz"
+    cut.write_bytes(gzip.compress(Path(whole).read_bytes())[:-400])
+    documents, result = run([whole, cut], tmp_path / "o", spec, on_error="skip")
+    assert result.skipped == {"file ends early": 1}
+    assert len(turns) < len(documents) < 2 * len(turns)
+    assert documents[len(turns) :] == documents[: len(documents) - len(turns)]
+    with pytest.raises(DataError, match=r"b\.jsonl\.gz cannot be read"):
+        run([whole, cut], tmp_path / "p", spec)
 
 
 @pytest.mark.parametrize(
