@@ -175,7 +175,8 @@ def test_of_a_file_that_ends_early_what_is_there_is_read_and_the_rest_counted(sp
     documents, result = run([whole, cut], tmp_path / "o", spec, on_error="skip")
     assert result.skipped == {"file ends early": 1}
     assert len(turns) < len(documents) < 2 * len(turns)
-    assert documents[len(turns) :] == documents[: len(documents) - len(turns)]
+    for again, first in zip(documents[len(turns) :], documents, strict=False):
+        np.testing.assert_array_equal(again, first)
     with pytest.raises(DataError, match=r"b\.jsonl\.gz cannot be read"):
         run([whole, cut], tmp_path / "p", spec)
 
