@@ -103,6 +103,7 @@ def unlearn_step(shape: Shape, variant: Variant, reference: torch.nn.Module) -> 
         unpadded_vocab_size=shape.vocab,
         create_attention_mask_in_dataloader=False,
         check_for_nan_in_loss_and_grad=False,
+        log_straggler=False,
     )
     config = UnlearnConfig(forget_data_path=["random"])
     frozen = RandomReference()

@@ -10,7 +10,6 @@ import zstandard
 
 from megatron_ext.data import documents
 from megatron_ext.data.documents import parse_block, read_blocks
-from megatron_ext.data.encode import parse_texts
 from megatron_ext.data.records import BadRecord
 from megatron_ext.data.train_tokenizer import TrainTokenizerConfig, _Lines
 from megatron_ext.exceptions import DataError
@@ -136,14 +135,19 @@ def test_small_texts_are_read_together_and_named_apart(tmp_path, monkeypatch):
     assert len(blocks) < 12
     assert [block.index for block in blocks] == list(range(len(blocks)))
     assert sum(block.consumed for block in blocks) == sum(path.stat().st_size for path in order)
-    found = [text for block in blocks for text in parse_texts(block, ["text"])]
+    parsed = [
+        (block, text)
+        for block in blocks
+        for record in parse_block(block, ["text"])
+        if not isinstance(record, BadRecord)
+        for text in record[0]
+    ]
+    found = [text for _, text in parsed]
     texts = [content.decode() for content in contents if content != b"\xff"]
     assert found == [*texts[:39], "record", "another", *texts[39:]]
     _, (bad,) = read(order)
     assert str(bad).startswith(f"{paths[33]}:1: not UTF-8 (")
-    owners = {
-        text: block.file_of(text) for block in blocks for text in parse_texts(block, ["text"])
-    }
+    owners = {text: block.file_of(text) for block, text in parsed}
     assert owners[texts[20]] == str(paths[20])
     assert owners["record"] == str(records)
 

@@ -75,11 +75,9 @@ def test_what_changed_in_the_objective_is_said_once(caplog):
         ),
     ],
 )
-def test_data_without_ends_of_documents_are_told_of(monkeypatch, caplog, ends, said):
+def test_data_without_ends_of_documents_are_told_of(caplog, ends, said):
     manifests = {k: v if v is None else SimpleNamespace(append_eod=v) for k, v in ends.items()}
-    monkeypatch.setattr(checks, "read_manifest", manifests.get)
-    blends = [checks._NamedBlend("--data-path", ([name], None), {}) for name in ends]
-    checks._tell_of_open_ends([*blends, checks._NamedBlend("--valid-data-path", None, {})])
+    checks._tell_of_open_ends(manifests)
     assert len(caplog.messages) == (said is not None)
     if said is not None:
         assert re.match(said, caplog.messages[0])
