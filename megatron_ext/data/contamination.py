@@ -16,9 +16,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_ext.data.documents import BadRecord, parse_block, read_blocks
+from megatron_ext.data.documents import parse_block, read_blocks
 from megatron_ext.data.indexed import bin_path, read_index_summary
 from megatron_ext.data.inputs import format_of
+from megatron_ext.data.records import BadRecord
 from megatron_ext.data.tokenizers import Tokenizer
 from megatron_ext.exceptions import ConfigError, DataError
 
