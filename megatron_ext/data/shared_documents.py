@@ -132,9 +132,8 @@ def _distinct(blocks: Iterable[Digests], remainder: int, parts: int) -> NDArray[
         values = block.values
         waiting.append(values[(values % parts == remainder) & (values != 0)])
         count += len(waiting[-1])
-        if count > max(
-            _BATCH, len(kept) // 2
-        ):  # or a text that is there a million times fills the memory
+        # Else a text that is there a million times would fill the memory.
+        if count > max(_BATCH, len(kept) // 2):
             kept, count = _merged([kept, *waiting]), 0
             waiting.clear()
     return _merged([kept, *waiting])
