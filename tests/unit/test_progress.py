@@ -9,13 +9,13 @@ import pytest
 import torch
 
 from megatron_ext.config import UnlearnConfig
-from megatron_ext.planning.architecture import Architecture
 from megatron_ext.planning.gpus import of_device
-from megatron_ext.planning.layout import Layout, Unlearning
+from megatron_ext.planning.layout import Unlearning
 from megatron_ext.planning.steps import step_flops
 from megatron_ext.runtime import progress
 from megatron_ext.runtime.progress import Progress, duration
 from megatron_ext.training import UnlearnStep
+from tests.unit.test_plan import ONE, SMALL
 
 
 def args(**changes):
@@ -84,17 +84,6 @@ def test_operations_are_those_of_the_plan_reference_included(monkeypatch, weight
     others += ("experimental_attention_variant", "multi_latent_attention", "attention_output_gate")
     others += ("moe_ffn_hidden_size", "moe_shared_expert_intermediate_size", "moe_router_topk")
     flags = Namespace(**sizes, **dict.fromkeys(others))
-    arch = Architecture(
-        layers=4,
-        hidden=8,
-        ffn=20,
-        heads=4,
-        query_groups=2,
-        head_size=3,
-        vocab_size=50,
-        vocab_multiple=8,
-    )
-    layout = Layout(gpus=1, micro_batch=2, global_batch=8, sequence=16)
     config = UnlearnConfig(forget_data_path=["x"], forget_batch_size=2, mitigation_weight=weight)
     wrapped = (
         "num_floating_point_operations",
@@ -105,7 +94,7 @@ def test_operations_are_those_of_the_plan_reference_included(monkeypatch, weight
     for name in wrapped:
         monkeypatch.setattr(loop, name, getattr(loop, name))
     UnlearnStep(flags, config, reference=lambda: None).install()
-    expected = step_flops(arch, layout, Unlearning(forget_batch=2, reference=reference))
+    expected = step_flops(SMALL, ONE, Unlearning(forget_batch=2, reference=reference))
     assert loop.num_floating_point_operations(flags, 8) == pytest.approx(expected, rel=1e-12)
 
 
