@@ -117,7 +117,7 @@ def main() -> None:
 
     model_config.post_wrap_hooks.append(share_software)
     built: list[FrozenReference] = []
-    step: PlainStep | UnlearnStep = PlainStep(args)
+    step: PlainStep | UnlearnStep = PlainStep(args, per_dataset=args.log_loss_per_dataset)
     if config.enabled:
         if source is not None:
 
@@ -131,7 +131,11 @@ def main() -> None:
                 return model
 
             model_config.post_wrap_hooks.append(build_reference)
-        step = UnlearnStep(args, config, reference=lambda: built[0] if built else None)
+        step = UnlearnStep(
+            *(args, config),
+            reference=lambda: built[0] if built else None,
+            per_dataset=args.log_loss_per_dataset,
+        )
     step.install()
 
     provider = datasets_provider(args, config) if chat is None else chat.provider()

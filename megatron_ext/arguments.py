@@ -18,6 +18,7 @@ from megatron.training import get_tokenizer
 from megatron.training.argument_utils import ArgumentGroupFactory
 from megatron.training.arguments import parse_and_validate_args, parse_args
 
+from megatron_ext import refusals
 from megatron_ext.batches import check_batches, check_layout
 from megatron_ext.chat import ChatRun, chat_run
 from megatron_ext.chat import check_resume as check_chat_resume
@@ -28,21 +29,10 @@ from megatron_ext.checkpoint.source import (
     resolve_start,
     warn_of_overwriting,
 )
-from megatron_ext.config import ChatConfig, UnlearnConfig
+from megatron_ext.config import ChatConfig, LogConfig, UnlearnConfig
 from megatron_ext.data.checks import check_vocabulary
 from megatron_ext.data.tokenizers import TOKENIZER_TYPES, TokenizerSpec, tokenizer_digest
 from megatron_ext.exceptions import ConfigError
-from megatron_ext.refusals import (
-    NEVER,
-    WITH_DISTRIBUTED_OPTIMIZER,
-    WITH_TORCH_NATIVE_LAYERS,
-    WITH_UNLEARNING,
-    WITHOUT_CUDA,
-    WITHOUT_NVML,
-    WITHOUT_TRANSFORMER_ENGINE,
-    WITHOUT_UNLEARNING,
-    refuse,
-)
 from megatron_ext.runtime import compat, console, cpu
 from megatron_ext.values import (
     check_index,
@@ -63,7 +53,8 @@ def add_arguments(parser: ArgumentParser) -> ArgumentParser:
     unlearning = ArgumentGroupFactory(UnlearnConfig).build_group(
         parser, "unlearning (arXiv 2406.12397)"
     )
-    for action in (*chat._group_actions, *unlearning._group_actions):
+    logs = ArgumentGroupFactory(LogConfig).build_group(parser, "logging per dataset")
+    for action in (*chat._group_actions, *unlearning._group_actions, *logs._group_actions):
         if action.default:  # those with another meaning say it themselves
             action.help = f"{action.help} Default: {action.default}."
     compat.repair_help(parser)
@@ -244,22 +235,32 @@ def check_before_megatron(args: Namespace, config: UnlearnConfig) -> None:
     Raises:
         ConfigError: names the flag, what was expected and what was found.
     """
-    refuse(args, NEVER, where="is not supported")
+    refusals.refuse(args, refusals.NEVER, where="is not supported")
     if not _installed("transformer_engine"):
-        refuse(args, WITHOUT_TRANSFORMER_ENGINE, where="is not supported")
+        refusals.refuse(args, refusals.WITHOUT_TRANSFORMER_ENGINE, where="is not supported")
     if args.use_distributed_optimizer or args.optimizer.startswith("dist_"):
-        refuse(args, WITH_DISTRIBUTED_OPTIMIZER, where="is not supported")
+        refusals.refuse(args, refusals.WITH_DISTRIBUTED_OPTIMIZER, where="is not supported")
     if cpu.is_enabled():
-        refuse(args, WITHOUT_CUDA, where="is not supported")
+        refusals.refuse(args, refusals.WITHOUT_CUDA, where="is not supported")
     if not _installed("pynvml"):
-        refuse(args, WITHOUT_NVML, where="is not supported")
+        refusals.refuse(args, refusals.WITHOUT_NVML, where="is not supported")
     if args.spec is None and args.transformer_impl == "local":
-        refuse(args, WITH_TORCH_NATIVE_LAYERS, where="is not supported")
+        refusals.refuse(args, refusals.WITH_TORCH_NATIVE_LAYERS, where="is not supported")
+    if args.log_loss_per_dataset:
+        refusals.refuse(
+            args,
+            refusals.WITH_LOSS_PER_DATASET,
+            where="cannot be combined with --log-loss-per-dataset",
+        )
     if config.enabled:
-        refuse(args, WITH_UNLEARNING, where="cannot be combined with --forget-data-path")
+        refusals.refuse(
+            args, refusals.WITH_UNLEARNING, where="cannot be combined with --forget-data-path"
+        )
         _check_start(args, flag="--forget-data-path")
     else:
-        refuse(args, WITHOUT_UNLEARNING, where="needs --forget-data-path, found none")
+        refusals.refuse(
+            args, refusals.WITHOUT_UNLEARNING, where="needs --forget-data-path, found none"
+        )
 
 
 def _check_start(args: Namespace, *, flag: str) -> None:

@@ -1,4 +1,4 @@
-"""The settings of unlearning and of chat tuning: one field is one flag, its docstring the flag's help text.
+"""The settings of unlearning, chat tuning and logs: a field is a flag, its docstring the flag's help text.
 
 arXiv 2406.12397 gives the objective and its weights; the defaults here are the paper's.
 """
@@ -200,3 +200,12 @@ class ChatConfig:
             raise ConfigError(
                 "--chat-valid-data-path: expected --chat-data-path beside it, found none"
             )
+
+
+@dataclass(kw_only=True)
+class LogConfig:
+    """What is logged beside Megatron's own."""
+
+    log_loss_per_dataset: bool = False
+    """Log the losses of each dataset of the blends apart as well: their means over the steps of a
+    --log-interval and over each validation, to TensorBoard, W&B and the console."""

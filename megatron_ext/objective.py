@@ -7,6 +7,8 @@ and ranks contribute sums, and the counts that divide them are those of the whol
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from megatron_ext.config import UnlearnConfig
@@ -15,6 +17,7 @@ from megatron_ext.losses import FORGET_LOSSES, cross_entropy
 TERMS = ("forget loss", "replay loss", "mitigation kl")
 PROBABILITY, INCREASE = "forget token probability", "replay increase"
 MEANS = (*TERMS, PROBABILITY, "reference replay loss")
+_OF_FORGOTTEN = (0, 3)  # the others are means over replayed tokens
 
 # Denominator of a term without tokens: its mean is then 0 instead of 0/0, and adding it to the token
 # counts of other batches changes nothing.
@@ -28,6 +31,8 @@ class Objective:
         config: the forgetting loss and the weights.
     """
 
+    width = len(MEANS)  # of the sums
+
     def __init__(self, config: UnlearnConfig) -> None:
         self._forget_loss = FORGET_LOSSES[config.forget_loss]
         self._weights = (config.forget_weight, config.replay_weight, config.mitigation_weight)
@@ -38,15 +43,15 @@ class Objective:
         self._logged = [i for i in range(len(MEANS)) if not absent.get(i, False)]
 
     def sums(self, terms: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        """Sums over the tokens of a microbatch.
+        """Sums over the tokens of a microbatch, or of each of its samples.
 
         Args:
-            terms: fp32 ``[2, n]``, target margin and reference KL of each token; ``[3, n]`` with the
-                reference's target margin.
-            mask: ``[n]``, +1 learn, -1 forget, 0 ignore.
+            terms: fp32 ``[2, ..., n]``, target margin and reference KL of each token; ``[3, ..., n]`` with
+                the reference's target margin.
+            mask: ``[..., n]``, +1 learn, -1 forget, 0 ignore.
 
         Returns:
-            fp64 ``[5]`` in the order of ``MEANS``; differentiable but for the last two, which are logged
+            fp64 ``[5, ...]`` in the order of ``MEANS``; differentiable but for the last two, which are logged
             only.
         """
         margin, kl = terms[0], terms[1]
@@ -56,11 +61,11 @@ class Objective:
         )
         return torch.stack(
             (
-                (self._forget_loss(margin) * forget).sum(),
-                (cross_entropy(margin) * replay).sum(),
-                (kl * replay).sum(),
-                (torch.sigmoid(margin.detach()) * forget).sum(),
-                (reference_loss.detach() * replay).sum(),
+                (self._forget_loss(margin) * forget).sum(dim=-1),
+                (cross_entropy(margin) * replay).sum(dim=-1),
+                (kl * replay).sum(dim=-1),
+                (torch.sigmoid(margin.detach()) * forget).sum(dim=-1),
+                (reference_loss.detach() * replay).sum(dim=-1),
             )
         ).double()
 
@@ -93,6 +98,20 @@ class Objective:
         """Everything that is logged of a step, fp32 scalars. Arguments as in :meth:`fractions`."""
         means = sums / _counts(tokens).clamp(min=_NO_TOKENS)
         return self.derive({MEANS[i]: means[i].float() for i in self._logged})
+
+    def of_dataset(self, sums: Sequence[float], tokens: float, forgotten: bool) -> dict[str, float]:
+        """What is logged of the samples of one dataset.
+
+        Args:
+            sums: their five, from :meth:`sums`.
+            tokens: of these samples, those that count.
+            forgotten: their role.
+        """
+        logged = [i for i in self._logged if (i in _OF_FORGOTTEN) == forgotten]
+        means = {MEANS[i]: sums[i] / tokens for i in logged}
+        if MEANS[4] in means:
+            means[INCREASE] = means["replay loss"] - means[MEANS[4]]
+        return means
 
     def derive(self, means: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Add to the means of the terms what is a function of them.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from argparse import Namespace
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -13,7 +13,8 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.utils import get_attr_wrapped_model
 from megatron.training import get_timers
 
-from megatron_ext.data.batch import read_micro_batch
+from megatron_ext.data.batch import MicroBatch, read_micro_batch
+from megatron_ext.dataset_losses import DatasetLosses
 from megatron_ext.finite import FiniteGuard
 from megatron_ext.head import head_loss, sequence_major
 from megatron_ext.losses import Places, cross_entropy
@@ -25,14 +26,18 @@ class PlainStep:
 
     Args:
         args: Megatron's validated arguments.
+        per_dataset: whether the loss of each dataset is logged too.
     """
 
-    def __init__(self, args: Namespace) -> None:
+    def __init__(self, args: Namespace, *, per_dataset: bool = False) -> None:
         self.args = args
         self.guard = FiniteGuard(args)
+        self.datasets = DatasetLosses(args, _Losses()) if per_dataset else None
 
     def install(self) -> None:
         """Put the guard against NaN around Megatron's schedule."""
+        if self.datasets is not None:
+            self.datasets.install()
         self.guard.install()
 
     def forward_step(
@@ -58,9 +63,22 @@ class PlainStep:
                 batch.attention_mask,
                 labels=batch.labels,
                 loss_mask=batch.loss_mask,
-                output_processor=summed_loss,
+                output_processor=self._head(batch, training=model.training),
             )
         return output, partial(self.loss, batch.loss_mask, index)
+
+    def _head(self, batch: MicroBatch, *, training: bool) -> Callable[..., torch.Tensor]:
+        """Megatron's ``output_processor`` on the last stage."""
+        if self.datasets is None:
+            return summed_loss
+        datasets = self.datasets
+
+        def process(**arguments: Any) -> torch.Tensor:
+            loss, terms = loss_and_terms(**arguments)
+            datasets.add(batch, terms, training=training)
+            return loss
+
+        return process
 
     def loss(
         self, loss_mask: torch.Tensor | None, index: int, loss: torch.Tensor
@@ -93,7 +111,12 @@ class PlainStep:
         )
 
 
-def summed_loss(
+def summed_loss(**arguments: Any) -> torch.Tensor:
+    """Megatron's ``output_processor`` of plain training: the loss of :func:`loss_and_terms`."""
+    return loss_and_terms(**arguments)[0]
+
+
+def loss_and_terms(
     *,
     loss_mask: torch.Tensor | None,
     hidden_states: torch.Tensor,
@@ -101,8 +124,8 @@ def summed_loss(
     output_weight: torch.Tensor | None,
     labels: torch.Tensor,
     **_: Any,
-) -> torch.Tensor:
-    """Megatron's ``output_processor`` of plain training: cross-entropy, summed over the tokens that count.
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cross-entropy, summed over the tokens that count, and the terms that it is made of.
 
     Padded vocabulary columns take part, as they do in Megatron's own loss.
 
@@ -114,7 +137,7 @@ def summed_loss(
         labels: see there.
 
     Returns:
-        fp32 scalar.
+        fp32 scalar; and the terms of :func:`~megatron_ext.head.head_loss`.
     """
     mask = sequence_major(loss_mask)
 
@@ -128,4 +151,16 @@ def summed_loss(
         output_weight=output_weight,
         labels=labels,
         vocab_size=None,
-    )[0]
+    )
+
+
+class _Losses:
+    """What is logged of each dataset."""
+
+    width = 1
+
+    def sums(self, terms: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        return (cross_entropy(terms[:1]) * mask).sum(dim=-1)
+
+    def of_dataset(self, sums: Sequence[float], tokens: float, _: bool) -> dict[str, float]:
+        return {"lm loss": sums[0] / tokens}

@@ -192,6 +192,16 @@ WITHOUT_NVML: tuple[Refusal, ...] = (
         "temperature and power of a GPU are read with pynvml (pip install nvidia-ml-py), which is not there",
     ),
 )
+WITH_LOSS_PER_DATASET: tuple[Refusal, ...] = (
+    Refusal("mock_data", "random tokens are of no dataset"),
+    Refusal("chat_data_path", "conversations are of no dataset"),
+    Refusal(
+        "cuda_graph_impl",
+        "a graph of a full iteration does not see which datasets its samples are from",
+        "none, local or transformer_engine",
+        lambda kind: kind == "full_iteration",
+    ),
+)
 WITH_UNLEARNING: tuple[Refusal, ...] = (
     Refusal("step_batch_size_schedule", "the composition of a batch is fixed for the whole run"),
     Refusal(

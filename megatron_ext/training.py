@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from argparse import Namespace
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -21,7 +20,9 @@ from megatron.core.utils import get_attr_wrapped_model
 from megatron.training import get_timers
 
 from megatron_ext.config import UnlearnConfig
-from megatron_ext.data.batch import MicroBatch, read_micro_batch
+from megatron_ext.data.batch import MicroBatch, StepContext, read_micro_batch
+from megatron_ext.data.providers import forget_blends
+from megatron_ext.dataset_losses import DatasetLosses
 from megatron_ext.finite import FiniteGuard
 from megatron_ext.head import head_loss, sequence_major
 from megatron_ext.losses import Places
@@ -31,23 +32,6 @@ from megatron_ext.runtime import straggler
 from megatron_ext.watch import Watch
 
 
-@dataclass
-class StepContext:
-    """What a microbatch needs to know of its step.
-
-    Attributes:
-        tokens: fp64 ``[2]``, forgotten and replayed tokens of the whole global batch.
-        scale: what Megatron will divide the loss by on its way to the gradient: microbatches times
-            data-parallel ranks.
-        reference_hidden: the reference's final hidden states, ``[s, b, H]``; ``None`` without a reference
-            or for a forget microbatch.
-    """
-
-    tokens: torch.Tensor
-    scale: float
-    reference_hidden: torch.Tensor | None = None
-
-
 class UnlearnStep:
     """One unlearning step, or validation step, around Megatron's own schedule.
 
@@ -55,6 +39,7 @@ class UnlearnStep:
         args: Megatron's validated arguments.
         config: the settings of unlearning.
         reference: returns the frozen reference, built by then, or ``None`` where the objective has none.
+        per_dataset: whether the terms of each dataset are logged too.
     """
 
     def __init__(
@@ -63,12 +48,16 @@ class UnlearnStep:
         config: UnlearnConfig,
         *,
         reference: Callable[[], FrozenReference | None],
+        per_dataset: bool = False,
     ) -> None:
         self.args = args
         self.config = config
         self.objective = Objective(config)
         self.watch = Watch(args, config)
         self.guard = FiniteGuard(args)
+        self.datasets = (
+            DatasetLosses(args, self.objective, forget_blends(config)) if per_dataset else None
+        )
         self._reference = reference
 
     def install(self) -> None:
@@ -88,6 +77,8 @@ class UnlearnStep:
         loop.evaluate = evaluate_and_derive
         count_operations(self.config)
         self.watch.install()
+        if self.datasets is not None:
+            self.datasets.install()
         self.guard.install()  # last, and so around the schedule of this step
 
     def forward_backward(
@@ -139,7 +130,9 @@ class UnlearnStep:
         )
         if not last:
             return []
-        return [self._metrics(reports, batches[-1][0].context.tokens, forward_only)]
+        context = batches[-1][0].context
+        assert context is not None
+        return [self._metrics(reports, context.tokens, forward_only)]
 
     def forward_step(
         self, data_iterator: Iterator[MicroBatch], model: MegatronModule
@@ -157,7 +150,7 @@ class UnlearnStep:
                 batch.attention_mask,
                 output_processor=partial(self._head, batch),
             )
-        return output, partial(self.loss, batch, index)
+        return output, partial(self.loss, batch, index, training=model.training)
 
     def _head(
         self,
@@ -170,6 +163,7 @@ class UnlearnStep:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Megatron's ``output_processor`` on the last stage: the loss and the terms, see :meth:`loss`."""
         assert batch.labels is not None
+        assert batch.context is not None
         hidden, batch.context.reference_hidden = batch.context.reference_hidden, None
         if hidden is not None:
             hidden = hidden.to(hidden_states.device, non_blocking=True)  # it may wait on the host
@@ -205,7 +199,12 @@ class UnlearnStep:
         return self.objective.loss(sums, context.tokens) * context.scale
 
     def loss(
-        self, batch: MicroBatch, index: int, output: tuple[torch.Tensor, torch.Tensor]
+        self,
+        batch: MicroBatch,
+        index: int,
+        output: tuple[torch.Tensor, torch.Tensor],
+        *,
+        training: bool,
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """A microbatch's part of the global batch's loss.
 
@@ -214,6 +213,7 @@ class UnlearnStep:
             index: its number, from the guard.
             output: the loss; and the terms, fp32 ``[2, s * b]`` or ``[3, s * b]``, as ``Objective.sums``
                 takes them, in the order of the head.
+            training: whether this is a step, or else validation.
 
         Returns:
             The loss, scaled so that Megatron's averaging over microbatches and ranks makes it a sum; and
@@ -221,6 +221,8 @@ class UnlearnStep:
         """
         loss, terms = output
         self.guard.check_loss(loss, index)
+        if self.datasets is not None:
+            self.datasets.add(batch, terms, training=training)
         return loss, {"sums": self.objective.sums(terms, sequence_major(batch.loss_mask))}
 
     def _forget_microbatches(self, num_microbatches: int, micro_batch_size: int) -> int:

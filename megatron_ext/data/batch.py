@@ -18,6 +18,23 @@ _KEYS = ("tokens", "labels", "loss_mask", "position_ids", "attention_mask")
 
 
 @dataclass
+class StepContext:
+    """What a microbatch needs to know of its step.
+
+    Attributes:
+        tokens: fp64 ``[2]``, forgotten and replayed tokens of the whole global batch.
+        scale: what Megatron will divide the loss by on its way to the gradient: microbatches times
+            data-parallel ranks.
+        reference_hidden: the reference's final hidden states, ``[s, b, H]``; ``None`` without a reference
+            or for a forget microbatch.
+    """
+
+    tokens: torch.Tensor
+    scale: float
+    reference_hidden: torch.Tensor | None = None
+
+
+@dataclass
 class MicroBatch:
     """One microbatch; every tensor is ``None`` on a pipeline stage that does not use it.
 
@@ -31,6 +48,8 @@ class MicroBatch:
         attention_mask: bool ``[b, 1, s, s]`` if the loader builds one.
         sources: where each of the ``b`` samples comes from; ``None`` on ranks that receive the batch from
             another.
+        datasets: prefixes of the datasets that the ``b`` samples are from; ``None`` where ``sources`` is.
+        forget: the role of the samples, where it was asked for.
         context: what the step attaches for the head of the last stage.
     """
 
@@ -40,7 +59,9 @@ class MicroBatch:
     position_ids: torch.Tensor | None = None
     attention_mask: torch.Tensor | None = None
     sources: list[str] | None = None
-    context: Any = field(default=None, repr=False)
+    datasets: list[str] | None = None
+    forget: bool | None = None
+    context: StepContext | None = field(default=None, repr=False)
 
 
 def read_micro_batch(
@@ -68,10 +89,11 @@ def read_micro_batch(
     tp_rank = parallel_state.get_tensor_model_parallel_rank()
     batch: dict[str, Any] = {}
     sources: list[str] | None = None
+    datasets: list[str] | None = None
     if tp_rank == 0:
         assert data_iterator is not None
         sample: dict[str, Any] = next(data_iterator)
-        sources = sample.get("source")
+        sources, datasets = sample.get("source"), sample.get("dataset")
         if forget is not None:
             _check_role(sample["loss_mask"], forget)
         batch = {
@@ -102,7 +124,8 @@ def read_micro_batch(
     batch = get_batch_on_this_cp_rank(
         batch, is_hybrid_cp=False, cp_group=parallel_state.get_context_parallel_group()
     )
-    return MicroBatch(**{key: batch.get(key) for key in _KEYS}, sources=sources)
+    tensors = {key: batch.get(key) for key in _KEYS}
+    return MicroBatch(**tensors, sources=sources, datasets=datasets, forget=forget)
 
 
 def _check_role(loss_mask: torch.Tensor, forget: bool) -> None:

@@ -21,7 +21,7 @@ _SPOT_BYTES = 4096
 
 
 class SourcedGPTDataset(GPTDataset):
-    """Samples with a key ``source``; indices whose cache belongs to this very data.
+    """Samples with keys ``source`` and ``dataset``; indices whose cache belongs to this very data.
 
     Megatron names cached indices by a digest of the settings and of the data set's path, not of its
     content. Text that is tokenised again under the same prefix meets the indices of the text before, and
@@ -60,11 +60,11 @@ class SourcedGPTDataset(GPTDataset):
         return queried
 
     def __getitem__(self, idx: int | None) -> dict[str, Any]:
-        """Megatron's sample, and under ``source`` the data set, the sample and its documents."""
+        """Megatron's sample; under ``dataset`` its prefix, under ``source`` also sample and documents."""
         sample: dict[str, Any] = super().__getitem__(idx)
         documents = np.unique(self._documents).tolist()
         source = f"sample {idx} of {self.dataset_path} (documents {_shorten(documents)})"
-        return {**sample, "source": source}
+        return {**sample, "source": source, "dataset": self.dataset_path}
 
 
 def content_key(prefix: str | None) -> str | None:
