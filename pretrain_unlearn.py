@@ -117,7 +117,9 @@ def main() -> None:
 
     model_config.post_wrap_hooks.append(share_software)
     built: list[FrozenReference] = []
-    step: PlainStep | UnlearnStep = PlainStep(args, per_dataset=args.log_loss_per_dataset)
+    step: PlainStep | UnlearnStep = PlainStep(
+        args, per_dataset=args.dataset_log_interval is not None
+    )
     if config.enabled:
         if source is not None:
 
@@ -134,7 +136,7 @@ def main() -> None:
         step = UnlearnStep(
             *(args, config),
             reference=lambda: built[0] if built else None,
-            per_dataset=args.log_loss_per_dataset,
+            per_dataset=args.dataset_log_interval is not None,
         )
     step.install()
 

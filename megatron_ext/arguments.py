@@ -53,7 +53,7 @@ def add_arguments(parser: ArgumentParser) -> ArgumentParser:
     unlearning = ArgumentGroupFactory(UnlearnConfig).build_group(
         parser, "unlearning (arXiv 2406.12397)"
     )
-    logs = ArgumentGroupFactory(LogConfig).build_group(parser, "logging per dataset")
+    logs = ArgumentGroupFactory(LogConfig).build_group(parser, "logs")
     for action in (*chat._group_actions, *unlearning._group_actions, *logs._group_actions):
         if action.default:  # those with another meaning say it themselves
             action.help = f"{action.help} Default: {action.default}."
@@ -113,6 +113,7 @@ def parse() -> tuple[Namespace, UnlearnConfig, ChatRun | None]:
         check_layout(raw)
     check_index(raw)
     check_places(raw)
+    _config(LogConfig, raw)
     chat, chat_config = None, _config(ChatConfig, raw)
     if chat_config.enabled:
         _check_start(raw, flag="--chat-data-path")
@@ -225,7 +226,9 @@ def unlearn_config(args: Namespace) -> UnlearnConfig:
     return _config(UnlearnConfig, args)
 
 
-def _config[Config: (UnlearnConfig, ChatConfig)](of: type[Config], args: Namespace) -> Config:
+def _config[Config: (UnlearnConfig, ChatConfig, LogConfig)](
+    of: type[Config], args: Namespace
+) -> Config:
     return of(**{f.name: getattr(args, f.name) for f in fields(of)})
 
 
@@ -246,11 +249,11 @@ def check_before_megatron(args: Namespace, config: UnlearnConfig) -> None:
         refusals.refuse(args, refusals.WITHOUT_NVML, where="is not supported")
     if args.spec is None and args.transformer_impl == "local":
         refusals.refuse(args, refusals.WITH_TORCH_NATIVE_LAYERS, where="is not supported")
-    if args.log_loss_per_dataset:
+    if args.dataset_log_interval is not None:
         refusals.refuse(
             args,
-            refusals.WITH_LOSS_PER_DATASET,
-            where="cannot be combined with --log-loss-per-dataset",
+            refusals.WITH_DATASET_LOG,
+            where="cannot be combined with --dataset-log-interval",
         )
     if config.enabled:
         refusals.refuse(

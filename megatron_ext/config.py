@@ -206,6 +206,18 @@ class ChatConfig:
 class LogConfig:
     """What is logged beside Megatron's own."""
 
-    log_loss_per_dataset: bool = False
-    """Log the losses of each dataset of the blends apart as well: their means over the steps of a
-    --log-interval and over each validation, to TensorBoard, W&B and the console."""
+    dataset_log_interval: int | None = None
+    """Log the losses of each dataset of the blends apart as well: every so many steps their means over these,
+    and their means over each validation. TensorBoard and W&B have all, the console has the objective's terms.
+    """
+
+    def __post_init__(self) -> None:
+        """Refuse what no run could use.
+
+        Raises:
+            ConfigError: names the flag, what was expected and what was found.
+        """
+        if self.dataset_log_interval is not None and self.dataset_log_interval < 1:
+            raise ConfigError(
+                f"--dataset-log-interval: expected at least 1, found {self.dataset_log_interval}"
+            )

@@ -57,9 +57,15 @@ class _Sums:
 
 
 class Terms(Protocol):
-    """What a kind of training makes of the terms of tokens: ``width`` sums over them, and means to log."""
+    """What a kind of training makes of the terms of tokens.
+
+    Attributes:
+        width: how many sums.
+        told: names of the means that the console has; TensorBoard has them all.
+    """
 
     width: int
+    told: tuple[str, ...]
 
     def sums(self, terms: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         """``[width, ...]`` of terms ``[n, ..., s]`` and a mask ``[..., s]``, over the tokens that count."""
@@ -105,7 +111,7 @@ class DatasetLosses:
         def log_and_decide(
             model: Any, optimizer: Any, scheduler: Any, iteration: int, *more: Any
         ) -> Any:
-            if iteration % self.args.log_interval == 0:
+            if iteration % self.args.dataset_log_interval == 0:
                 self.log(iteration, training=True)
             return decide(model, optimizer, scheduler, iteration, *more)
 
@@ -180,9 +186,10 @@ class DatasetLosses:
                 writer.add_scalar(tag, mean, iteration)
         if wandb := get_wandb_writer():
             wandb.log(tags, iteration)
-        for name, means in found.items():
-            listed = " | ".join(f"{of}: {mean:.6E}" for of, mean in means.items())
-            print(f" {name} by dataset at iteration {iteration} | {listed} |", flush=True)
+        for name in self.terms.told:
+            if means := found[f"{name}{kind}"]:
+                listed = " | ".join(f"{of}: {mean:.6E}" for of, mean in means.items())
+                print(f" {name}{kind} by dataset at iteration {iteration} | {listed} |", flush=True)
 
     def _of(self, training: bool) -> _Sums:
         if training not in self._sums:

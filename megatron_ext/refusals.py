@@ -192,7 +192,7 @@ WITHOUT_NVML: tuple[Refusal, ...] = (
         "temperature and power of a GPU are read with pynvml (pip install nvidia-ml-py), which is not there",
     ),
 )
-WITH_LOSS_PER_DATASET: tuple[Refusal, ...] = (
+WITH_DATASET_LOG: tuple[Refusal, ...] = (
     Refusal("mock_data", "random tokens are of no dataset"),
     Refusal("chat_data_path", "conversations are of no dataset"),
     Refusal(

@@ -1,4 +1,4 @@
-"""`--log-loss-per-dataset`: the means of each dataset, at several layouts, against those of the blend."""
+"""`--dataset-log-interval`: the means of each dataset, at several layouts, against those of the blend."""
 
 import re
 
@@ -8,13 +8,8 @@ from tests.helpers.entry import Launch
 
 STEPS = 4
 FLAGS = (
-    "--log-loss-per-dataset",
-    "--train-iters",
-    STEPS,
-    "--eval-iters",
-    2,
-    "--eval-interval",
-    STEPS,
+    *("--dataset-log-interval", 1, "--train-iters", STEPS),
+    *("--eval-iters", 2, "--eval-interval", STEPS),
 )
 LAYOUTS = {
     "1": ((), 1),
@@ -36,12 +31,12 @@ def runs(tiny, server, runs_directory):
     more = ("--forget-batch-size", 8, "--max-replay-increase", 100)
     unlearn = tiny.unlearn(*forget, *replay, *more, *FLAGS)
     launches = {name: Launch((*unlearn, *flags), ranks) for name, (flags, ranks) in LAYOUTS.items()}
-    every = ("--log-interval", STEPS)
+    every = ("--dataset-log-interval", STEPS)
     launches["all steps at once"] = Launch((*unlearn, *every))
     launches["plain"] = Launch(tiny.plain(*FLAGS, "--load", tiny.base, "--finetune"))
     plain_tp = ("--tensor-model-parallel-size", 2)
     launches["plain, TP 2"] = Launch((*launches["plain"].arguments, *plain_tp), 2)
-    launches["without"] = Launch(unlearn[: unlearn.index("--log-loss-per-dataset")] + FLAGS[1:])
+    launches["without"] = Launch(unlearn[: unlearn.index("--dataset-log-interval")] + FLAGS[2:])
     return server.run_all(launches, runs_directory / "per_dataset")
 
 
@@ -124,7 +119,7 @@ def test_the_console_has_them_too(runs):
 
 
 def test_refused_where_there_are_no_datasets(tiny, server):
-    flags = tiny.flags("--log-loss-per-dataset", "--mock-data", "--train-iters", 1)
+    flags = tiny.flags("--dataset-log-interval", 1, "--mock-data", "--train-iters", 1)
     ((code, output),) = server.results([Launch(flags)])
     assert code == 2
     assert "random tokens are of no dataset" in output

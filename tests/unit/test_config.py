@@ -1,6 +1,6 @@
 import pytest
 
-from megatron_ext.config import ChatConfig, UnlearnConfig
+from megatron_ext.config import ChatConfig, LogConfig, UnlearnConfig
 from megatron_ext.exceptions import ConfigError
 
 
@@ -72,3 +72,9 @@ def test_conversations_turn_chat_tuning_on():
 def test_chat_settings_that_no_run_can_use(fields, message):
     with pytest.raises(ConfigError, match=message):
         ChatConfig(**fields)
+
+
+def test_losses_of_datasets_are_logged_at_whole_intervals():
+    assert LogConfig().dataset_log_interval is None
+    with pytest.raises(ConfigError, match=r"--dataset-log-interval: expected at least 1, found 0"):
+        LogConfig(dataset_log_interval=0)
