@@ -23,6 +23,7 @@ import sys  # noqa: E402
 from typing import NoReturn  # noqa: E402
 
 from megatron_ext.exceptions import MegatronExtError  # noqa: E402
+from megatron_ext.runtime import launched  # noqa: E402
 
 # Nothing heavy is imported up here: with --async-save Megatron starts processes that import this file again,
 # and waits for them. With torch and Megatron up here that took 7 s, without 2 s (2-core CPU).
@@ -65,7 +66,7 @@ def main() -> None:
         from megatron_ext import arguments, rates, summary
         from megatron_ext.chat import write_template
         from megatron_ext.checkpoint.source import find_reference
-        from megatron_ext.data.checks import check_datasets, checks_files
+        from megatron_ext.data.checks import check_datasets
         from megatron_ext.data.overlap import check_overlap
         from megatron_ext.data.providers import datasets_provider
         from megatron_ext.model.model_config import model_config_from_args
@@ -83,7 +84,7 @@ def main() -> None:
     if args.rank == 0:
         print(arguments.describe_runtime(args), flush=True)
         print(software.describe(args.software), flush=True)
-    if chat is None and checks_files():
+    if chat is None and launched.looks_at_files():
         check_datasets(args, config)
     if not args.async_save:
         children.report_in_process()
@@ -101,7 +102,7 @@ def main() -> None:
         if args.rank == 0:
             print(reason, flush=True)
         return
-    if checks_files():
+    if launched.looks_at_files():
         check_overlap(args, config)
     source = find_reference(args, config, start) if config.needs_reference else None
     if args.rank == 0:
@@ -172,13 +173,13 @@ if __name__ == "__main__":
     try:
         main()
     except MegatronExtError as error:
-        rank = os.environ.get("RANK", "0")
+        rank = launched.rank()
         where = f" (rank {rank})" if rank != "0" else ""
         print(
             f"{os.path.basename(sys.argv[0])}: error{where}: {error}", file=sys.stderr, flush=True
         )
         _leave(2)
     except KeyboardInterrupt:
-        if os.environ.get("RANK", "0") == "0":
+        if launched.rank() == "0":
             print(f"{os.path.basename(sys.argv[0])}: interrupted", file=sys.stderr, flush=True)
         _leave(130)

@@ -108,7 +108,7 @@ def main() -> None:
     """Run, print, and leave with 1 if anything failed."""
     args = parse_args()
     options = options_of(args)
-    if args.json is not None and launched.variables(os.environ).get("RANK", "0") == "0":
+    if args.json is not None and launched.rank() == "0":
         check_place(args.json, flag="--json")
         refuse_existing([args.json], overwrite=True)
     ranks = connect(os.environ, timeout=args.timeout)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_ext.checkpoint.complete import MARKS, defect
-from megatron_ext.checkpoint.inspect import TRACKER, folder_name
+from megatron_ext.checkpoint.inspect import TRACKER, folder_name, tracked
 from megatron_ext.exceptions import CheckpointError
 
 
@@ -43,8 +43,7 @@ def last_good(directory: Path, *, flag: str) -> Recovery | None:
     Raises:
         CheckpointError: checkpoints were written, and none of them is complete.
     """
-    tracker = directory / TRACKER
-    text = tracker.read_text(errors="replace").strip() if tracker.is_file() else None
+    tracker, text = directory / TRACKER, tracked(directory)
     found = _iterations(directory)
     if text == "release" or (text is None and not found):
         return None

@@ -20,10 +20,12 @@ from megatron_ext.checkpoint.inspect import (
     folder_name,
     has_checkpoint,
     open_checkpoint,
+    tracked,
 )
 from megatron_ext.checkpoint.recovery import last_good
 from megatron_ext.config import UnlearnConfig
 from megatron_ext.exceptions import CheckpointError, ConfigError
+from megatron_ext.runtime import launched
 from megatron_ext.values import saves_where_it_loads
 
 logger = logging.getLogger(__name__)
@@ -79,21 +81,26 @@ def resolve_start(args: Namespace, *, required: bool) -> Start:
     step = args.ckpt_step or None  # Megatron ignores 0
     if older is not None or has_checkpoint(args.load):
         start = Start(
-            open_checkpoint(args.load, flag="--load", iteration=step, folder=older),
+            _open(args.load, flag="--load", iteration=step, folder=older),
             "--load",
             resumed=not args.finetune,
         )
     elif args.pretrained_checkpoint is not None:
         flag = "--pretrained-checkpoint"
-        opened = open_checkpoint(args.pretrained_checkpoint, flag=flag, iteration=step)
+        opened = _open(args.pretrained_checkpoint, flag=flag, iteration=step)
         start = Start(opened, flag, resumed=False)
     elif required or _must_load(args):
-        start = Start(open_checkpoint(args.load, flag="--load", iteration=step), "--load", False)
+        start = Start(_open(args.load, flag="--load", iteration=step), "--load", False)
     else:
         return Start(None, "--load", resumed=False)
     assert start.checkpoint is not None
     check_architecture(start.checkpoint, args, flag=start.flag)
     return start
+
+
+def _open(directory: str, **which: Any) -> Checkpoint:
+    """Open a checkpoint; one rank of a node looks at its files, and all end if one of them is broken."""
+    return open_checkpoint(directory, **which, check_files=launched.looks_at_files())
 
 
 def _check_step(args: Namespace) -> None:
@@ -103,15 +110,14 @@ def _check_step(args: Namespace) -> None:
         ConfigError: ``--ckpt-step`` is before the latest checkpoint of one directory for both.
     """
     saves = not args.skip_train and args.ckpt_convert_format is None
-    if not (args.ckpt_step and saves and saves_where_it_loads(args) and has_checkpoint(args.load)):
+    if not (args.ckpt_step and saves and saves_where_it_loads(args)):
         return
-    tracker = Path(args.load) / TRACKER
-    latest = tracker.read_text(errors="replace").strip()
+    latest = tracked(args.load) or ""
     if latest.isdecimal() and int(latest) > args.ckpt_step:
         raise ConfigError(
             f"--ckpt-step: expected the latest iteration of --load and --save {args.load}, {latest}, found "
             f"{args.ckpt_step}; each restart would begin there again and write over what came after it. To "
-            f"go back once, leave the flag out and write {args.ckpt_step} into {tracker}"
+            f"go back once, leave the flag out and write {args.ckpt_step} into {Path(args.load) / TRACKER}"
         )
 
 
@@ -164,11 +170,11 @@ def warn_of_overwriting(args: Namespace, start: Start) -> None:
         args: Megatron's validated arguments.
         start: where the run begins.
     """
-    if not args.save or args.skip_train or not has_checkpoint(args.save):
+    if not args.save or args.skip_train:
         return
     first = start.checkpoint.iteration if start.checkpoint is not None and start.resumed else 0
     own = start.resumed and saves_where_it_loads(args)
-    latest = (Path(args.save) / TRACKER).read_text(errors="replace").strip()
+    latest = tracked(args.save) or ""
     if not own and latest.isdecimal() and int(latest) > first and args.rank == 0:
         logger.warning(
             "--save %s: holds the checkpoint of iteration %s already; this run begins at iteration %d and "
@@ -220,10 +226,10 @@ def find_reference(args: Namespace, config: UnlearnConfig, start: Start) -> Refe
                 "reference that it was started with, %s",
                 *(named, args.load, directory),
             )
-        opened = open_checkpoint(directory, flag=flag, folder=recorded["folder"])
+        opened = _open(directory, flag=flag, folder=recorded["folder"])
         source = ReferenceSource(opened, recorded["digest"])
     elif config.reference_load is not None:
-        source = ReferenceSource(open_checkpoint(config.reference_load, flag=flag), None)
+        source = ReferenceSource(_open(config.reference_load, flag=flag), None)
     elif start.resumed:
         raise CheckpointError(
             f"{flag}: expected the reference's checkpoint, because {args.load} was unlearned without one so "
@@ -256,10 +262,9 @@ def check_kept(args: Namespace, start: Start, reference: Checkpoint) -> None:
     place = Path(args.save) / reference.path.name
     same = place.resolve() == reference.path.resolve()
     # Megatron deletes what the tracker file has named before a save, unless it is a link.
-    tracker, kept = Path(args.save) / TRACKER, args.save_retain_interval
-    latest = tracker.read_text().strip() if same and tracker.is_file() else ""
+    kept = args.save_retain_interval
     is_deleted = kept and reference.iteration % kept and not place.is_symlink()
-    if latest == str(reference.iteration) and is_deleted:
+    if same and is_deleted and tracked(args.save) == str(reference.iteration):
         raise ConfigError(
             f"--save: expected another directory than {args.save}, found the reference's: by "
             f"--save-retain-interval {kept} the first save would delete {reference.path}"
