@@ -46,18 +46,25 @@ class Start:
     resumed: bool
 
     @property
+    def before(self) -> Checkpoint | None:
+        """The checkpoint that the run goes on from; ``None`` where it begins at iteration 0."""
+        return self.checkpoint if self.resumed else None
+
+    def recorded(self, name: str) -> Any:
+        """An argument of the run that is resumed; ``None`` if it recorded none, or none is resumed."""
+        return None if self.before is None else getattr(self.before.args, name, None)
+
+    @property
     def composition(self) -> dict[str, int] | None:
         """Batch sizes of the unlearning run that is resumed; ``None`` if it is none."""
-        if self.checkpoint is None or not self.resumed:
-            return None
-        return getattr(self.checkpoint.args, "unlearn_composition", None)
+        found: dict[str, int] | None = self.recorded("unlearn_composition")
+        return found
 
     @property
     def reference(self) -> dict[str, Any] | None:
         """What the resumed run recorded of its reference: ``directory``, ``folder`` and ``digest``."""
-        if self.checkpoint is None or not self.resumed:
-            return None
-        return getattr(self.checkpoint.args, "unlearn_reference", None)
+        found: dict[str, Any] | None = self.recorded("unlearn_reference")
+        return found
 
 
 def resolve_start(args: Namespace, *, required: bool) -> Start:
@@ -172,7 +179,7 @@ def warn_of_overwriting(args: Namespace, start: Start) -> None:
     """
     if not args.save or args.skip_train:
         return
-    first = start.checkpoint.iteration if start.checkpoint is not None and start.resumed else 0
+    first = 0 if start.before is None else start.before.iteration
     own = start.resumed and saves_where_it_loads(args)
     latest = tracked(args.save) or ""
     if not own and latest.isdecimal() and int(latest) > first and args.rank == 0:
@@ -257,7 +264,7 @@ def check_kept(args: Namespace, start: Start, reference: Checkpoint) -> None:
     """
     if not args.save or args.skip_train or reference.path.name == "release":
         return
-    resumed = start.checkpoint.iteration if start.checkpoint is not None and start.resumed else 0
+    resumed = 0 if start.before is None else start.before.iteration
     last = args.train_iters or math.inf  # not known yet with --train-samples
     place = Path(args.save) / reference.path.name
     same = place.resolve() == reference.path.resolve()
