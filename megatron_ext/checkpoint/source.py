@@ -24,6 +24,7 @@ from megatron_ext.checkpoint.inspect import (
 )
 from megatron_ext.checkpoint.recovery import last_good
 from megatron_ext.config import UnlearnConfig
+from megatron_ext.data.atomic import replace_file
 from megatron_ext.exceptions import CheckpointError, ConfigError
 from megatron_ext.runtime import launched
 from megatron_ext.values import saves_where_it_loads
@@ -157,11 +158,8 @@ def _go_on_from_complete(args: Namespace) -> str | None:
     if not choice.tracker_is_lost:
         args.ckpt_step = choice.iteration
     elif args.rank == 0:
-        # Replaced at once: no rank sees half of it.
-        partial = directory / f"{TRACKER}.partial"
         try:
-            partial.write_text(str(choice.iteration))
-            partial.replace(directory / TRACKER)
+            replace_file(directory / TRACKER, str(choice.iteration).encode())
         except OSError as error:
             raise CheckpointError(f"{directory / TRACKER} cannot be written: {error}") from error
     return folder_name(choice.iteration)
