@@ -175,12 +175,12 @@ def warn_of_overwriting(args: Namespace, start: Start) -> None:
         args: Megatron's validated arguments.
         start: where the run begins.
     """
-    if not args.save or args.skip_train:
+    if not args.save or args.skip_train or args.rank != 0:
         return
     first = 0 if start.before is None else start.before.iteration
     own = start.resumed and saves_where_it_loads(args)
     latest = tracked(args.save) or ""
-    if not own and latest.isdecimal() and int(latest) > first and args.rank == 0:
+    if not own and latest.isdecimal() and int(latest) > first:
         logger.warning(
             "--save %s: holds the checkpoint of iteration %s already; this run begins at iteration %d and "
             "will write over it (--load %s would go on from it)",
