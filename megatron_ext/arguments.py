@@ -184,18 +184,14 @@ def check_checkpoints(args: Namespace, config: UnlearnConfig) -> Start:
         args.unlearn_reference = start.reference
     elif args.chat_digest is None:
         check_plain(start, args)
-    if args.ckpt_convert_format is not None and start.resumed:
-        assert start.checkpoint is not None
-        # Without a step, or data, neither is made anew.
-        for name in ("unlearn_watch", "consumed_data"):
-            setattr(args, name, getattr(start.checkpoint.args, name, None))
-    if args.chat_digest is not None and start.resumed:
-        assert start.checkpoint is not None
-        check_chat_resume(start.checkpoint.args, args)
-    if start.resumed:
-        assert start.checkpoint is not None
-        check_resumable(start.checkpoint, args)
-        keep_buckets(start.checkpoint, args)
+    args.consumed_data = start.recorded("consumed_data")  # to be gone on with when there are data
+    if args.ckpt_convert_format is not None:  # without a step there is no other
+        args.unlearn_watch = start.recorded("unlearn_watch")
+    if start.before is not None:
+        if args.chat_digest is not None:
+            check_chat_resume(start.before.args, args)
+        check_resumable(start.before, args)
+        keep_buckets(start.before, args)
     return start
 
 

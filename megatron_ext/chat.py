@@ -18,13 +18,13 @@ from typing import Any
 from megatron.core.datasets.utils import Split
 
 from megatron_ext.config import ChatConfig
-from megatron_ext.data.atomic import write_atomically
+from megatron_ext.data.atomic import free_mib, replace_file
 from megatron_ext.data.chat_dataset import ChatDataset, Packing
 from megatron_ext.data.chat_template import TEMPLATE_FILE, ChatTemplate, load_template
 from megatron_ext.data.chat_tokens import load_tokens
 from megatron_ext.data.providers import Datasets, reads_data
 from megatron_ext.data.tokenizers import TokenizerSpec, tokenizer_digest
-from megatron_ext.exceptions import ConfigError
+from megatron_ext.exceptions import ConfigError, DataError
 from megatron_ext.refusals import REQUIRED_WITH_CHAT, WITH_CHAT, refuse
 
 
@@ -154,10 +154,21 @@ def chat_run(args: Namespace, config: ChatConfig) -> ChatRun:
 
 
 def write_template(args: Namespace) -> None:
-    """Put the template of the model's tuning beside the run's checkpoints, where inference looks for it."""
-    if args.save is not None and args.tuned_chat_template is not None:
-        path = Path(args.save) / TEMPLATE_FILE
-        write_atomically(path, args.tuned_chat_template.encode(), overwrite=True)
+    """Put the template of the model's tuning beside the run's checkpoints, where inference looks for it.
+
+    Raises:
+        DataError: it cannot be written.
+    """
+    if args.save is None or args.tuned_chat_template is None:
+        return
+    path = Path(args.save) / TEMPLATE_FILE
+    try:
+        replace_file(path, args.tuned_chat_template.encode())
+    except OSError as error:
+        free = free_mib(path.parent)
+        raise DataError(
+            f"{path} cannot be written, with {free:.1f} MiB free on its disk: {error}"
+        ) from error
 
 
 def check_resume(saved: Namespace, args: Namespace) -> None:

@@ -23,3 +23,8 @@ class CheckpointError(MegatronExtError):
 
 class TrainingError(MegatronExtError):
     """A step whose result no run may go on with: NaN or inf in a loss or a gradient."""
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says, in one line; its kind where it says nothing, as some of a GPU's driver do."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

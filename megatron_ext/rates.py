@@ -92,12 +92,12 @@ def rate_of(schedule: dict[str, Any], args: Namespace, *, samples: int) -> float
 
 def describe_rate(args: Namespace, start: Start) -> str | None:
     """The rates of a run that goes on, in words; ``None`` where there is none to tell."""
-    if start.checkpoint is None or not start.resumed or args.skip_train:
+    if start.before is None or args.skip_train:
         return None
-    found = find_rates(args, start.checkpoint)
+    found = find_rates(args, start.before)
     parts = [f"{found.now:.1e} from here"]
     if found.before is not None:
-        parts.insert(0, f"{found.before:.1e} at iteration {start.checkpoint.iteration:,}")
+        parts.insert(0, f"{found.before:.1e} at iteration {start.before.iteration:,}")
     if found.last is not None:
         parts.append(f"{found.last:.1e} at the end")
     return ", ".join(parts)
@@ -110,9 +110,9 @@ def warn_of_end(args: Namespace, start: Start) -> None:
         args: Megatron's validated arguments.
         start: where the run begins.
     """
-    if start.checkpoint is None or not start.resumed or args.skip_train or args.rank != 0:
+    if start.before is None or args.skip_train or args.rank != 0:
         return
-    checkpoint, batch = start.checkpoint, args.global_batch_size
+    checkpoint, batch = start.before, args.global_batch_size
     found = find_rates(args, checkpoint)
     kept = args.use_checkpoint_opt_param_scheduler and not args.no_load_optim
     source = checkpoint.args if kept else args

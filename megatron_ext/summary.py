@@ -67,7 +67,7 @@ def _steps(args: Namespace, start: Start) -> str:
     batch, length = args.global_batch_size, args.seq_length
     if args.train_iters is None:
         return f"as many as {args.train_samples:,} samples of {length:,} tokens take"
-    done = start.checkpoint.iteration if start.checkpoint is not None and start.resumed else 0
+    done = 0 if start.before is None else start.before.iteration
     left = max(0, args.train_iters - done)
     count = f"{left:,} of {args.train_iters:,}" if done else f"{left:,}"
     if args.rampup_batch_size or args.step_batch_size_schedule:

@@ -65,14 +65,14 @@ def reached_before(config: UnlearnConfig, start: Start) -> str | None:
         config: the limits of this run, which may be others than those of the run before.
         start: where the run begins.
     """
-    if start.checkpoint is None or not start.resumed:
+    if start.before is None:
         return None
-    found = getattr(start.checkpoint.args, "unlearn_watch", None) or {}
+    found = start.recorded("unlearn_watch") or {}
     for limit in limits(config):
         if limit.is_reached(found.get(limit.metric, math.nan)):
             return (
                 f"nothing left to train: {limit.metric} had reached {found[limit.metric]:.6g} at iteration "
-                f"{start.checkpoint.iteration} of {start.checkpoint.directory}, {limit.flag} is "
+                f"{start.before.iteration} of {start.before.directory}, {limit.flag} is "
                 f"{limit.value:.6g}; another limit, or none, goes on"
             )
     return None

@@ -253,7 +253,7 @@ def _session(options: Namespace) -> AbstractContextManager[Session]:
     compat.apply()
     first = open_named(options.checkpoint[0], flag="--checkpoint")
     options.tokenizer_type, options.tokenizer_model = choose_tokenizer(options, first)
-    return open_session(options, length=options.length)
+    return open_session(options, first, length=options.length)
 
 
 def _write(

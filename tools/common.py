@@ -79,7 +79,7 @@ def run_tool(main: Callable[[], None]) -> NoReturn:
         message = " ".join(str(error).split())
         sys.exit(_fail(f"{name}: error: {message}", 2))
     except KeyboardInterrupt as stop:
-        if launched.variables(os.environ).get("RANK", "0") != "0":
+        if launched.rank() != "0":
             sys.exit(130)
         # Raised by the interpreter it says nothing; a tool that has written something says what.
         kept = f"; {stop}" if str(stop) else ", nothing was written"

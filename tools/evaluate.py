@@ -16,7 +16,6 @@ between them are the projects' own. A Megatron checkpoint runs at any layout, un
 
 from __future__ import annotations
 
-import os
 import sys
 from pathlib import Path
 
@@ -38,7 +37,7 @@ def main() -> None:
     tasks = verbs.add_parser("harness", help="tasks of lm-evaluation-harness")
     harness.add_arguments(tasks)
     options = parser.parse_args()
-    options.is_writer = launched.variables(os.environ).get("RANK", "0") == "0"
+    options.is_writer = launched.rank() == "0"
     runs = {"followbench": followbench_run.run, "mt-bench": mtbench_run.run, "harness": harness.run}
     runs[options.verb](options)
 

@@ -13,7 +13,6 @@ same command goes on from there.
 
 from __future__ import annotations
 
-import os
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -50,7 +49,7 @@ def main() -> None:
     add_sampling_arguments(parser, max_new_tokens=256)
     options = parser.parse_args()
     sampling = sampling_from(options)
-    if launched.variables(os.environ).get("RANK", "0") == "0":
+    if launched.rank() == "0":
         check_place(options.output, flag="--output")
     records = read_prompts(options.input)
     refuse_existing([options.output], overwrite=options.overwrite)

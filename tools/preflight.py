@@ -25,7 +25,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from megatron_ext.data.atomic import check_place, refuse_existing
+from megatron_ext.data.atomic import check_place, refuse_existing, replace_file
 from megatron_ext.data.tokenizers import TOKENIZER_TYPES, TokenizerSpec
 from megatron_ext.exceptions import ConfigError
 from megatron_ext.preflight.ranks import connect
@@ -100,15 +100,14 @@ def write_json(path: Path, rows: Sequence[Row]) -> None:
     """The rows, and whether none of them failed."""
     passed = all(row.status != FAIL for row in rows)
     report = {"passed": passed, "rows": [dataclasses.asdict(row) for row in rows]}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(report, indent=2) + "\n")
+    replace_file(path, f"{json.dumps(report, indent=2)}\n".encode())
 
 
 def main() -> None:
     """Run, print, and leave with 1 if anything failed."""
     args = parse_args()
     options = options_of(args)
-    if args.json is not None and launched.variables(os.environ).get("RANK", "0") == "0":
+    if args.json is not None and launched.rank() == "0":
         check_place(args.json, flag="--json")
         refuse_existing([args.json], overwrite=True)
     ranks = connect(os.environ, timeout=args.timeout)

@@ -20,9 +20,9 @@ console.quiet()
 
 from megatron_ext.checkpoint.complete import defect  # noqa: E402
 from megatron_ext.checkpoint.inspect import (  # noqa: E402
-    TRACKER,
     Checkpoint,
     open_checkpoint,
+    tracked,
 )
 from megatron_ext.exceptions import CheckpointError  # noqa: E402
 from megatron_ext.rates import rate_of  # noqa: E402
@@ -58,10 +58,8 @@ def main() -> None:
 
 def checkpoints(directory: Path) -> dict[str, Any]:
     """What the tracker file names, and of each iteration on disk why it is not complete, or `None`."""
-    tracker = directory / TRACKER
-    latest = tracker.read_text(errors="replace").strip() if tracker.is_file() else None
     found = {path.name: defect(path) for path in sorted(directory.glob("iter_*"))}
-    return {"latest": latest, "on disk": found}
+    return {"latest": tracked(directory), "on disk": found}
 
 
 def contents(checkpoint: Checkpoint) -> dict[str, Any]:

@@ -57,11 +57,12 @@ def read_samples(prefix: str, *, count: int, length: int, seed: int) -> list[np.
     """
     summary = read_index_summary(prefix)
     lengths, offsets, bounds = map_index(prefix, summary)
-    chosen = np.arange(summary.documents)
     if count < summary.documents:
         generator = np.random.default_rng(seed)
         chosen = generator.choice(summary.documents, size=count, replace=False, shuffle=False)
         chosen.sort()
+    else:
+        chosen = np.arange(summary.documents)
     samples = []
     # Read, not mapped: the kernel maps far more of a file than is asked for, and it counts as ours.
     with bin_path(prefix).open("rb") as stream:

@@ -183,23 +183,25 @@ def _check_finite(loss: np.ndarray, directory: str, name: str) -> None:
 
 
 @contextlib.contextmanager
-def open_session(options: Namespace, *, length: int | None = None) -> Iterator[Session]:
-    """Set Megatron up for the architecture of the first checkpoint, behind `compat.apply`.
+def open_session(
+    options: Namespace, checkpoint: Checkpoint, *, length: int | None = None
+) -> Iterator[Session]:
+    """Set Megatron up for the architecture of a checkpoint, behind `compat.apply`.
 
     Args:
-        options: ``checkpoint``, ``tokenizer_type``, ``tokenizer_model``, ``micro_batch_size``,
-            ``tensor_model_parallel_size``, ``pipeline_model_parallel_size``, ``samples``, ``seed``.
+        options: ``tokenizer_type``, ``tokenizer_model``, ``micro_batch_size``,
+            ``tensor_model_parallel_size``, ``pipeline_model_parallel_size``; for what a session measures
+            also ``checkpoint``, ``samples``, ``seed``.
+        checkpoint: the first of the models.
         length: tokens of a sequence, if fewer than the model's: text is padded to it.
 
     Raises:
-        CheckpointError: a checkpoint cannot be read.
         ConfigError: Megatron refuses the settings.
     """
     from megatron.training import get_tokenizer
     from megatron.training import training as loop
     from megatron.training.global_vars import set_global_variables
 
-    checkpoint = open_named(options.checkpoint[0], flag="--checkpoint")
     with console.hidden():
         args = _arguments(options, checkpoint, length)
         try:

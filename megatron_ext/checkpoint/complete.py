@@ -46,10 +46,10 @@ def defect(path: Path) -> str | None:
     except Exception as error:  # a truncated pickle may raise anything
         return f".metadata cannot be read: {safe_load.reason(error)}"
     for name, expected in sorted(ends.items()):
-        file = path / name
-        if not file.is_file():
+        try:
+            found = (path / name).stat().st_size
+        except FileNotFoundError:
             return f"{name} is missing"
-        found = file.stat().st_size
         if found < expected:
             return f"{name} has {found} of {expected} bytes"
     return None

@@ -116,6 +116,13 @@ def has_checkpoint(directory: str | Path | None) -> bool:
     return directory is not None and (Path(directory) / TRACKER).is_file()
 
 
+def tracked(directory: str | Path) -> str | None:
+    """What the tracker file of a directory says, most often an iteration; ``None`` where there is none."""
+    tracker = Path(directory) / TRACKER
+    # A damaged one may hold any bytes.
+    return tracker.read_text(errors="replace").strip() if tracker.is_file() else None
+
+
 def open_checkpoint(
     directory: str | Path,
     *,
@@ -123,6 +130,7 @@ def open_checkpoint(
     iteration: int | None = None,
     folder: str | None = None,
     iteration_flag: str = "--ckpt-step",
+    check_files: bool = True,
 ) -> Checkpoint:
     """Read which checkpoint a directory holds, without its tensors.
 
@@ -132,6 +140,7 @@ def open_checkpoint(
         iteration: the iteration wanted; the latest by default.
         folder: the name of the folder wanted, ``release`` included, instead of an iteration.
         iteration_flag: the flag that named the iteration, for messages.
+        check_files: whether to look at the size of every file, of which a large run has thousands.
 
     Raises:
         CheckpointError: the directory, its tracker file or the iteration is missing or unreadable.
@@ -155,7 +164,7 @@ def open_checkpoint(
         raise CheckpointError(
             f"{flag}: expected a torch_dist checkpoint at {path}, found none (or one of another format)"
         )
-    if reason := defect(path):
+    if check_files and (reason := defect(path)):
         raise CheckpointError(f"{flag}: {path} cannot be read: {reason}")
     common = _load_common(path, flag)
     args = common.get("args") if isinstance(common, dict) else None
@@ -169,15 +178,14 @@ def open_checkpoint(
 
 def _latest(directory: Path, flag: str) -> str:
     """The folder that the tracker file names."""
-    tracker = directory / TRACKER
-    if not tracker.is_file():
+    tracker, text = directory / TRACKER, tracked(directory)
+    if text is None:
         hint = (
             f"; name the folder above, {directory.parent}"
             if has_checkpoint(directory.parent)
             else ""
         )
         raise CheckpointError(f"{flag}: expected a finished checkpoint, found no {tracker}{hint}")
-    text = tracker.read_text(errors="replace").strip()
     if not text.isdecimal() and text != "release":
         raise CheckpointError(
             f"{tracker}: expected an iteration number or 'release', found {text!r}"

@@ -24,12 +24,11 @@ def check_unlearning(start: Start, composition: dict[str, int]) -> None:
     Raises:
         ConfigError: the run goes on from another kind of run, or with other batches.
     """
-    if not start.resumed:
+    if start.before is None:
         return
-    assert start.checkpoint is not None
     if start.composition is None:
         raise ConfigError(
-            f"--load {start.checkpoint.directory}: expected the checkpoint of an unlearning run to go on "
+            f"--load {start.before.directory}: expected the checkpoint of an unlearning run to go on "
             "with, found one of another kind; to unlearn from it, name it with --pretrained-checkpoint, or "
             "add --finetune"
         )
@@ -37,7 +36,7 @@ def check_unlearning(start: Start, composition: dict[str, int]) -> None:
         expected = start.composition.get(flag, found)
         if expected != found:
             raise ConfigError(
-                f"{flag}: expected {expected} samples, with which {start.checkpoint.directory} was started, "
+                f"{flag}: expected {expected} samples, with which {start.before.directory} was started, "
                 f"found {found}"
             )
 
@@ -52,17 +51,16 @@ def check_plain(start: Start, args: Namespace) -> None:
     Raises:
         ConfigError: the run goes on from another kind of run.
     """
-    if not start.resumed or args.skip_train or args.ckpt_convert_format is not None:
+    if start.before is None or args.skip_train or args.ckpt_convert_format is not None:
         return
-    assert start.checkpoint is not None
     kinds = {
         "an unlearning run (--forget-data-path)": start.composition,
-        "chat tuning (--chat-data-path)": getattr(start.checkpoint.args, "chat_digest", None),
+        "chat tuning (--chat-data-path)": start.recorded("chat_digest"),
     }
     for kind, mark in kinds.items():
         if mark is not None:
             raise ConfigError(
-                f"--load {start.checkpoint.directory}: expected the checkpoint of plain training to go on "
+                f"--load {start.before.directory}: expected the checkpoint of plain training to go on "
                 f"with, found one of {kind}; to train on from its weights, name it with "
                 "--pretrained-checkpoint, or add --finetune"
             )
@@ -75,14 +73,13 @@ def tell_changes(start: Start, args: Namespace) -> None:
         start: where the run begins.
         args: Megatron's validated arguments, of an unlearning run.
     """
-    if not start.resumed or args.rank != 0:
+    if start.before is None or args.rank != 0:
         return
-    assert start.checkpoint is not None
     for name in _OBJECTIVE:
         found = getattr(args, name)
-        before = getattr(start.checkpoint.args, name, found)
+        before = getattr(start.before.args, name, found)
         if before != found:
             logger.warning(
                 "--%s: %s until iteration %d, %s from here on",
-                *(name.replace("_", "-"), before, start.checkpoint.iteration, found),
+                *(name.replace("_", "-"), before, start.before.iteration, found),
             )

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_ext.checkpoint.complete import MARKS, defect
-from megatron_ext.checkpoint.inspect import TRACKER, folder_name
+from megatron_ext.checkpoint.inspect import TRACKER, folder_name, tracked
 from megatron_ext.exceptions import CheckpointError
 
 
@@ -43,10 +43,8 @@ def last_good(directory: Path, *, flag: str) -> Recovery | None:
     Raises:
         CheckpointError: checkpoints were written, and none of them is complete.
     """
-    tracker = directory / TRACKER
-    text = tracker.read_text(errors="replace").strip() if tracker.is_file() else None
-    found = _iterations(directory)
-    if text == "release" or (text is None and not found):
+    tracker, text = directory / TRACKER, tracked(directory)
+    if text == "release":
         return None
     lost = text is None or not text.isdecimal()
     if text is None:
@@ -54,13 +52,16 @@ def last_good(directory: Path, *, flag: str) -> Recovery | None:
     elif lost:
         reason = f"{tracker}: expected an iteration number or 'release', found {text!r}"
     else:
-        latest = int(text)
-        # A newer folder was never finished, or belongs to what was gone on from an older iteration.
-        found = [iteration for iteration in found if iteration < latest]
-        broken = defect(folder(directory, latest))
+        broken = defect(folder(directory, int(text)))
         if broken is None:
             return None
-        reason = f"{folder(directory, latest)} is broken ({broken})"
+        reason = f"{folder(directory, int(text))} is broken ({broken})"
+    found = _iterations(directory)
+    if text is None and not found:
+        return None
+    if text is not None and not lost:
+        # A newer folder was never finished, or belongs to what was gone on from an older iteration.
+        found = [iteration for iteration in found if iteration < int(text)]
     return _choose(directory, found, reason, lost=lost, began=text is None, flag=flag)
 
 

@@ -20,10 +20,13 @@ from megatron_ext.checkpoint.inspect import (
     folder_name,
     has_checkpoint,
     open_checkpoint,
+    tracked,
 )
 from megatron_ext.checkpoint.recovery import last_good
 from megatron_ext.config import UnlearnConfig
+from megatron_ext.data.atomic import replace_file
 from megatron_ext.exceptions import CheckpointError, ConfigError
+from megatron_ext.runtime import launched
 from megatron_ext.values import saves_where_it_loads
 
 logger = logging.getLogger(__name__)
@@ -44,18 +47,25 @@ class Start:
     resumed: bool
 
     @property
+    def before(self) -> Checkpoint | None:
+        """The checkpoint that the run goes on from; ``None`` where it begins at iteration 0."""
+        return self.checkpoint if self.resumed else None
+
+    def recorded(self, name: str) -> Any:
+        """An argument of the run that is resumed; ``None`` if it recorded none, or none is resumed."""
+        return None if self.before is None else getattr(self.before.args, name, None)
+
+    @property
     def composition(self) -> dict[str, int] | None:
         """Batch sizes of the unlearning run that is resumed; ``None`` if it is none."""
-        if self.checkpoint is None or not self.resumed:
-            return None
-        return getattr(self.checkpoint.args, "unlearn_composition", None)
+        found: dict[str, int] | None = self.recorded("unlearn_composition")
+        return found
 
     @property
     def reference(self) -> dict[str, Any] | None:
         """What the resumed run recorded of its reference: ``directory``, ``folder`` and ``digest``."""
-        if self.checkpoint is None or not self.resumed:
-            return None
-        return getattr(self.checkpoint.args, "unlearn_reference", None)
+        found: dict[str, Any] | None = self.recorded("unlearn_reference")
+        return found
 
 
 def resolve_start(args: Namespace, *, required: bool) -> Start:
@@ -79,21 +89,26 @@ def resolve_start(args: Namespace, *, required: bool) -> Start:
     step = args.ckpt_step or None  # Megatron ignores 0
     if older is not None or has_checkpoint(args.load):
         start = Start(
-            open_checkpoint(args.load, flag="--load", iteration=step, folder=older),
+            _open(args.load, flag="--load", iteration=step, folder=older),
             "--load",
             resumed=not args.finetune,
         )
     elif args.pretrained_checkpoint is not None:
         flag = "--pretrained-checkpoint"
-        opened = open_checkpoint(args.pretrained_checkpoint, flag=flag, iteration=step)
+        opened = _open(args.pretrained_checkpoint, flag=flag, iteration=step)
         start = Start(opened, flag, resumed=False)
     elif required or _must_load(args):
-        start = Start(open_checkpoint(args.load, flag="--load", iteration=step), "--load", False)
+        start = Start(_open(args.load, flag="--load", iteration=step), "--load", False)
     else:
         return Start(None, "--load", resumed=False)
     assert start.checkpoint is not None
     check_architecture(start.checkpoint, args, flag=start.flag)
     return start
+
+
+def _open(directory: str, **which: Any) -> Checkpoint:
+    """Open a checkpoint; one rank of a node looks at its files, and all end if one of them is broken."""
+    return open_checkpoint(directory, **which, check_files=launched.looks_at_files())
 
 
 def _check_step(args: Namespace) -> None:
@@ -103,15 +118,14 @@ def _check_step(args: Namespace) -> None:
         ConfigError: ``--ckpt-step`` is before the latest checkpoint of one directory for both.
     """
     saves = not args.skip_train and args.ckpt_convert_format is None
-    if not (args.ckpt_step and saves and saves_where_it_loads(args) and has_checkpoint(args.load)):
+    if not (args.ckpt_step and saves and saves_where_it_loads(args)):
         return
-    tracker = Path(args.load) / TRACKER
-    latest = tracker.read_text(errors="replace").strip()
+    latest = tracked(args.load) or ""
     if latest.isdecimal() and int(latest) > args.ckpt_step:
         raise ConfigError(
             f"--ckpt-step: expected the latest iteration of --load and --save {args.load}, {latest}, found "
             f"{args.ckpt_step}; each restart would begin there again and write over what came after it. To "
-            f"go back once, leave the flag out and write {args.ckpt_step} into {tracker}"
+            f"go back once, leave the flag out and write {args.ckpt_step} into {Path(args.load) / TRACKER}"
         )
 
 
@@ -144,11 +158,8 @@ def _go_on_from_complete(args: Namespace) -> str | None:
     if not choice.tracker_is_lost:
         args.ckpt_step = choice.iteration
     elif args.rank == 0:
-        # Replaced at once: no rank sees half of it.
-        partial = directory / f"{TRACKER}.partial"
         try:
-            partial.write_text(str(choice.iteration))
-            partial.replace(directory / TRACKER)
+            replace_file(directory / TRACKER, str(choice.iteration).encode())
         except OSError as error:
             raise CheckpointError(f"{directory / TRACKER} cannot be written: {error}") from error
     return folder_name(choice.iteration)
@@ -164,12 +175,12 @@ def warn_of_overwriting(args: Namespace, start: Start) -> None:
         args: Megatron's validated arguments.
         start: where the run begins.
     """
-    if not args.save or args.skip_train or not has_checkpoint(args.save):
+    if not args.save or args.skip_train or args.rank != 0:
         return
-    first = start.checkpoint.iteration if start.checkpoint is not None and start.resumed else 0
+    first = 0 if start.before is None else start.before.iteration
     own = start.resumed and saves_where_it_loads(args)
-    latest = (Path(args.save) / TRACKER).read_text(errors="replace").strip()
-    if not own and latest.isdecimal() and int(latest) > first and args.rank == 0:
+    latest = tracked(args.save) or ""
+    if not own and latest.isdecimal() and int(latest) > first:
         logger.warning(
             "--save %s: holds the checkpoint of iteration %s already; this run begins at iteration %d and "
             "will write over it (--load %s would go on from it)",
@@ -220,10 +231,10 @@ def find_reference(args: Namespace, config: UnlearnConfig, start: Start) -> Refe
                 "reference that it was started with, %s",
                 *(named, args.load, directory),
             )
-        opened = open_checkpoint(directory, flag=flag, folder=recorded["folder"])
+        opened = _open(directory, flag=flag, folder=recorded["folder"])
         source = ReferenceSource(opened, recorded["digest"])
     elif config.reference_load is not None:
-        source = ReferenceSource(open_checkpoint(config.reference_load, flag=flag), None)
+        source = ReferenceSource(_open(config.reference_load, flag=flag), None)
     elif start.resumed:
         raise CheckpointError(
             f"{flag}: expected the reference's checkpoint, because {args.load} was unlearned without one so "
@@ -251,15 +262,14 @@ def check_kept(args: Namespace, start: Start, reference: Checkpoint) -> None:
     """
     if not args.save or args.skip_train or reference.path.name == "release":
         return
-    resumed = start.checkpoint.iteration if start.checkpoint is not None and start.resumed else 0
+    resumed = 0 if start.before is None else start.before.iteration
     last = args.train_iters or math.inf  # not known yet with --train-samples
     place = Path(args.save) / reference.path.name
     same = place.resolve() == reference.path.resolve()
     # Megatron deletes what the tracker file has named before a save, unless it is a link.
-    tracker, kept = Path(args.save) / TRACKER, args.save_retain_interval
-    latest = tracker.read_text().strip() if same and tracker.is_file() else ""
+    kept = args.save_retain_interval
     is_deleted = kept and reference.iteration % kept and not place.is_symlink()
-    if latest == str(reference.iteration) and is_deleted:
+    if same and is_deleted and tracked(args.save) == str(reference.iteration):
         raise ConfigError(
             f"--save: expected another directory than {args.save}, found the reference's: by "
             f"--save-retain-interval {kept} the first save would delete {reference.path}"

@@ -140,6 +140,22 @@ def write_atomically(path: Path, data: bytes, *, overwrite: bool = False) -> Non
         files.commit()
 
 
+def replace_file(path: Path, data: bytes) -> None:
+    """Writes a small file in the place of another; no reader sees half of it.
+
+    Takes no lock: for what one process of a run writes, on whatever file system its checkpoints are.
+
+    Raises:
+        OSError: The disk is full, or the folder cannot be written.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with _partial(path).open("wb") as stream:
+        stream.write(data)
+        stream.flush()
+        os.fsync(stream.fileno())
+    os.replace(_partial(path), path)
+
+
 def refuse_existing(paths: Sequence[Path], *, overwrite: bool = False) -> None:
     """Refuses, before any work, what `AtomicFiles` would refuse after it.
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import math
-import os
 from argparse import Namespace
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -41,15 +40,6 @@ class _NamedBlend:
     flag: str
     blend: Blend
     shares: dict[Split, tuple[float, float] | None]
-
-
-def checks_files() -> bool:
-    """Whether this rank looks at the files of the data before the start.
-
-    One rank of a node does, where torchrun ends the others if it fails: a file server has less to do, and the
-    user one line a node to read. Without torchrun nobody would end them.
-    """
-    return "TORCHELASTIC_RUN_ID" not in os.environ or os.environ.get("LOCAL_RANK") == "0"
 
 
 def check_vocabulary(args: Namespace) -> None:

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from megatron_ext.checkpoint.inspect import Checkpoint, open_checkpoint
 from megatron_ext.data.composition import ComposedDataset
 from megatron_ext.data.index_cache import blend_index_file
-from megatron_ext.exceptions import CheckpointError, DataError
+from megatron_ext.exceptions import DataError
 
 logger = logging.getLogger(__name__)
 
@@ -43,13 +43,18 @@ def record_start(args: Namespace, train: Any, *, forget_samples: int) -> None:
     another order than before is told so: its place is a number of samples, whichever these are.
 
     Args:
-        args: Megatron's validated arguments.
+        args: Megatron's validated arguments; what the run so far has recorded is in them.
         train: the training set; rank 0 has it.
         forget_samples: ``F``, forgotten samples of each global batch; 0 for plain training.
     """
-    args.consumed_data = None
+    history, args.consumed_data = args.consumed_data or [], None
     # Of these the order of the samples is another one.
-    if args.skip_train or args.phase_transition_iterations or args.dataloader_type != "single":
+    if (
+        args.skip_train
+        or args.mock_data
+        or args.phase_transition_iterations
+        or args.dataloader_type != "single"
+    ):
         return
     parts: list[Any] = [None]
     if torch.distributed.get_rank() == 0:
@@ -60,7 +65,6 @@ def record_start(args: Namespace, train: Any, *, forget_samples: int) -> None:
             "forget": forget_samples,
             "roles": _roles(train),
         }
-        history = _history(args)
         _compare_order(history, part)
         parts = [_append(history, part)]
     # The arguments of a checkpoint must be the same on all ranks.
@@ -113,17 +117,6 @@ def _compare_order(history: list[dict[str, Any]], part: dict[str, Any]) -> None:
                 part["start"],
                 role,
             )
-
-
-def _history(args: Namespace) -> list[dict[str, Any]]:
-    """What the checkpoint that the run goes on from has recorded."""
-    if args.consumed_train_samples == 0:
-        return []
-    try:
-        checkpoint = open_checkpoint(args.load, flag="--load", iteration=args.iteration)
-    except CheckpointError:  # of a kind that is read by Megatron alone
-        return []
-    return list(getattr(checkpoint.args, "consumed_data", None) or [])
 
 
 def _append(history: list[dict[str, Any]], part: dict[str, Any]) -> list[dict[str, Any]]:

@@ -168,6 +168,11 @@ class IndexSummary:
     tokens: int
     dtype: np.dtype
 
+    @property
+    def size(self) -> int:
+        """Bytes of tokens."""
+        return self.tokens * self.dtype.itemsize
+
 
 def read_index_summary(prefix: str | Path) -> IndexSummary:
     """Reads the size of a data set and checks, in a few small reads, that its files fit together.

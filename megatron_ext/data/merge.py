@@ -70,11 +70,6 @@ class _Part:
     summary: IndexSummary
     manifest: Manifest | None
 
-    @property
-    def size(self) -> int:
-        """Bytes of tokens."""
-        return self.summary.tokens * self.summary.dtype.itemsize
-
 
 def merge(
     prefixes: Sequence[str],
@@ -192,7 +187,7 @@ def _check_manifest(part: _Part, manifest: Manifest, first: Manifest, of: str) -
 
 
 def _check_room(parts: Sequence[_Part], output: str) -> None:
-    needed = sum(part.size + idx_path(part.prefix).stat().st_size for part in parts) / 2**20
+    needed = sum(part.summary.size + idx_path(part.prefix).stat().st_size for part in parts) / 2**20
     free = free_mib(Path(output).parent)
     if needed > free:
         raise ConfigError(
@@ -211,7 +206,7 @@ def _sum(parts: Sequence[_Part]) -> IndexSummary:
 
 def _copy(part: _Part, stream: DigestingStream, advance: Advance) -> None:
     """Appends the tokens of a data set; what it holds must be what its manifest says."""
-    content, left = sha256(), part.size
+    content, left = sha256(), part.summary.size
     known = part.manifest is not None and part.manifest.content_digest is not None
     for block in _blocks(bin_path(part.prefix)):
         stream.write(block)
@@ -250,7 +245,7 @@ def _write_index(parts: Sequence[_Part], summary: IndexSummary, stream: Digestin
     for part in parts:
         _, offsets, _ = map_index(part.prefix, part.summary)
         _write_shifted(stream, offsets, position)
-        position += part.size
+        position += part.summary.size
     stream.write(np.int64(0).tobytes())
     sequences = 0
     for part in parts:

@@ -41,7 +41,7 @@ def datasets_provider(args: Namespace, config: UnlearnConfig) -> Callable[..., D
     def provider(num_samples: Sequence[int], vp_stage: int | None = None) -> Datasets:
         datasets = build_datasets(args, config, num_samples, vp_stage)
         # Of the chunks of an interleaved pipeline the first is enough.
-        if not vp_stage and not args.mock_data:
+        if not vp_stage:
             forget = config.forget_samples(
                 args.global_batch_size, train_global_batch_size=args.global_batch_size
             )

@@ -47,11 +47,6 @@ class Comparable:
     eod_id: int | None
     dtype: np.dtype
 
-    @property
-    def size(self) -> int:
-        """Bytes of tokens."""
-        return self.summary.tokens * self.summary.dtype.itemsize
-
 
 @dataclass(frozen=True)
 class Digests:
@@ -136,7 +131,7 @@ def read_digests(
     Raises:
         DataError: An index is broken, or a worker died.
     """
-    total = sum(each.size for each in sets)
+    total = sum(each.summary.size for each in sets)
     workers = min(workers, total // _BLOCK + 1)
     spans = (span for place, data in enumerate(sets) for span in _spans(data, place))
     results: Iterable[Digests]
@@ -173,7 +168,7 @@ def _bounds(data: Comparable, first: int, last: int) -> NDArray[np.int64]:
     """Where documents begin, and the last of them ends, in bytes."""
     _, offsets, boundaries = map_index(data.prefix, data.summary)
     bounds = _begins(data, offsets, boundaries[first : last + 1])
-    if (np.diff(bounds, prepend=0, append=data.size) < 0).any():
+    if (np.diff(bounds, prepend=0, append=data.summary.size) < 0).any():
         raise DataError(
             f"{idx_path(data.prefix)} is broken: expected documents {first} to {last - 1} one behind the "
             "other, found one that begins before the one before it"
@@ -186,7 +181,7 @@ def _begins(
 ) -> NDArray[np.int64]:
     """Where sequences begin, in bytes; what is behind the last one begins at the end."""
     inside = sequences < data.summary.sequences
-    begins = np.full(len(sequences), data.size, dtype=np.int64)
+    begins = np.full(len(sequences), data.summary.size, dtype=np.int64)
     begins[inside] = offsets[sequences[inside]]
     return begins
 

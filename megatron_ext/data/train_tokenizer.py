@@ -3,7 +3,7 @@
 import io
 import logging
 import re
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -100,7 +100,7 @@ class _Lines:
         self.paths = find_inputs(config.inputs, input_format=config.input_format)
         self._sizes = [max(1, path.stat().st_size) for path in self.paths]
         self.text_bytes = self.files_read = self.files_cut = 0
-        self.probe: list[str] = []
+        self.probe: deque[str] = deque()
         self.skipped: Counter[str] = Counter()
         self.failure: BaseException | None = None
 
@@ -127,7 +127,7 @@ class _Lines:
                 self.probe.append(text)
                 kept += size
                 while kept - len(self.probe[0].encode()) >= _PROBE_BYTES:
-                    kept -= len(self.probe.pop(0).encode())
+                    kept -= len(self.probe.popleft().encode())
 
     def _texts(self) -> Iterator[str]:
         stored, all_stored = 0, sum(self._sizes)

@@ -155,14 +155,13 @@ def _megatron(options: Namespace, template: Path | None) -> Iterator[tuple[Gener
             "present place"
         ) from error
     wanted = Namespace(
-        checkpoint=[str(options.model)],
         tokenizer_type=spec.tokenizer_type,
         tokenizer_model=spec.tokenizer_model,
         micro_batch_size=options.micro_batch_size,
         tensor_model_parallel_size=options.tensor_model_parallel_size,
         pipeline_model_parallel_size=options.pipeline_model_parallel_size,
     )
-    with open_session(wanted) as session:
+    with open_session(wanted, checkpoint) as session:
         check_architecture(checkpoint, session.args, flag="--model")
         with console.hidden():
             model = FrozenModel(

@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 
+from megatron_ext.exceptions import first_line
+
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = ("torch", "megatron-core", "transformer-engine", "triton", "numpy")
 _QUERY = ("index", "driver_version", "ecc.errors.uncorrected.volatile.total", "memory.used")
@@ -78,7 +80,7 @@ def gpu(local_rank: int) -> dict[str, Any]:
         torch.cuda.set_device(local_rank)
         free, total = torch.cuda.mem_get_info()
     except RuntimeError as error:  # a GPU that fell off the bus
-        return {"devices": devices, "error": str(error).splitlines()[0]}
+        return {"devices": devices, "error": first_line(error)}
     return {"devices": devices, "name": torch.cuda.get_device_name(), "total": total, "free": free}
 
 
@@ -92,6 +94,7 @@ def driver() -> list[dict[str, str]]:
     except subprocess.TimeoutExpired:
         return [{"error": "nvidia-smi did not answer within 30 s"}]
     if result.returncode:
-        return [{"error": (result.stdout or result.stderr).strip().splitlines()[-1]}]
+        said = (result.stdout or result.stderr).strip().rpartition("\n")[2]
+        return [{"error": said or f"nvidia-smi ended with exit code {result.returncode}"}]
     rows = csv.reader(result.stdout.splitlines(), skipinitialspace=True)
     return [dict(zip(_QUERY, row, strict=True)) for row in rows]

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from megatron_ext.exceptions import first_line
 from megatron_ext.preflight.ranks import Ranks
 
 _REPEATS = 5
@@ -66,7 +67,7 @@ def _measure(
         links = _links(ranks, link_bytes, device, per_node)
     except (RuntimeError, ValueError) as error:
         # The group is left as it is: to end it could mean to wait for the rank that is stuck.
-        return {"error": (str(error).strip() or type(error).__name__).splitlines()[0]}
+        return {"error": first_line(error)}
     dist.destroy_process_group()
     return {"all_reduce": reduced, "links": links}
 

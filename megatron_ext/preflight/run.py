@@ -61,7 +61,7 @@ def run(ranks: Ranks, options: Options) -> list[Row]:
     return rows
 
 
-def _leaders(ranks: Ranks, nodes: Sequence[str], answers: Sequence) -> tuple[list[str], list]:
+def _leaders(nodes: Sequence[str], answers: Sequence) -> tuple[list[str], list]:
     """Nodes and their answers, of the ranks that answer for a node."""
     chosen = [(n, a) for n, a in zip(nodes, answers, strict=True) if a is not None]
     return [node for node, _ in chosen], [answer for _, answer in chosen]
@@ -71,7 +71,7 @@ def _clock(ranks: Ranks, nodes: Sequence[str], rows: list[Row]) -> None:
     """All were let go by the gather before this at once, up to the network's latency."""
     now = time.time() if ranks.leads_node else None
     if times := ranks.gather("clock", now):
-        rows += verdict.clock(*_leaders(ranks, nodes, times))
+        rows += verdict.clock(*_leaders(nodes, times))
 
 
 def _machine(ranks: Ranks, nodes: Sequence[str], rows: list[Row]) -> None:
@@ -79,7 +79,7 @@ def _machine(ranks: Ranks, nodes: Sequence[str], rows: list[Row]) -> None:
     answer = {"versions": facts.versions(), "driver": facts.driver()} if ranks.leads_node else None
     devices = ranks.gather("gpu", gpu)
     if answers := ranks.gather("versions", answer):
-        names, found = _leaders(ranks, nodes, answers)
+        names, found = _leaders(nodes, answers)
         rows += verdict.versions(names, [one["versions"] for one in found])
         drivers = {name: one["driver"] for name, one in zip(names, found, strict=True)}
         rows += verdict.gpus(nodes, devices, drivers)
@@ -112,7 +112,7 @@ def _files(ranks: Ranks, options: Options, nodes: Sequence[str], rows: list[Row]
             if ranks.leads_node and "error" not in probe:
                 read = files.read_probe(probe, patience=ranks.timeout / 2)
             if answers := ranks.gather("read", read):
-                names, found = _leaders(ranks, nodes, answers)
+                names, found = _leaders(nodes, answers)
                 needed = options.checkpoint_bytes
                 rows += verdict.shared(names or nodes[:1], probe, found, needed=needed)
         finally:
@@ -120,4 +120,4 @@ def _files(ranks: Ranks, options: Options, nodes: Sequence[str], rows: list[Row]
                 Path(probe["file"]).unlink(missing_ok=True)
     look = files.all_datasets(options.data, options.tokenizer) if ranks.leads_node else None
     if answers := ranks.gather("data", look):
-        rows += verdict.data(*_leaders(ranks, nodes, answers))
+        rows += verdict.data(*_leaders(nodes, answers))

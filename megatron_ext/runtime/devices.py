@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from megatron_ext.exceptions import ConfigError
+from megatron_ext.exceptions import ConfigError, first_line
 
 _HIDDEN = ("", "-1", "NoDevFiles")  # CUDA_VISIBLE_DEVICES where somebody, or Slurm, wants none
 _ALLOTTED = ("SLURM_GPUS_ON_NODE", "SLURM_STEP_GPUS", "SLURM_JOB_GPUS")
@@ -36,7 +36,7 @@ def check_packages() -> None:
     except (ImportError, OSError, RuntimeError) as error:
         raise ConfigError(
             f"transformer_engine: expected a build for torch {torch.__version__}, found one that cannot be "
-            f"imported ({str(error).splitlines()[0]}); `pip install --no-build-isolation` builds it for the "
+            f"imported ({first_line(error)}); `pip install --no-build-isolation` builds it for the "
             "torch that is installed, and without it the torch-native layers are used"
         ) from error
 
@@ -74,5 +74,5 @@ def _reason() -> str:
     try:
         torch._C._cuda_init()  # not torch.cuda.init, which the CPU runtime answers
     except RuntimeError as error:
-        return where + str(error).splitlines()[0]
+        return where + first_line(error)
     return where + "CUDA starts and has no device"

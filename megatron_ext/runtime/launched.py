@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 
 # How messages go on where none of these says it.
@@ -31,3 +32,17 @@ def tasks_of_node(environment: Mapping[str, str]) -> int:
         count, _, nodes = part.rstrip(")").partition("(x")
         counts += [int(count)] * int(nodes or 1)
     return counts[int(environment.get("SLURM_NODEID", "0"))]
+
+
+def rank() -> str:
+    """This process's rank, before there are process groups; ``0`` of one that runs alone."""
+    return variables(os.environ).get("RANK", "0")
+
+
+def looks_at_files() -> bool:
+    """Whether this rank looks at the files of data and checkpoints before the start.
+
+    One rank of a node does, where torchrun ends the others if it fails: a file server has less to do, and the
+    user one line a node to read. Without torchrun nobody would end them.
+    """
+    return "TORCHELASTIC_RUN_ID" not in os.environ or os.environ.get("LOCAL_RANK") == "0"

@@ -57,10 +57,8 @@ def tell_changes(args: Namespace, start: Start) -> None:
         args: Megatron's validated arguments.
         start: where the run begins.
     """
-    if args.software is None or start.checkpoint is None or not start.resumed:
-        return
-    before = getattr(start.checkpoint.args, "software", None)
-    if not isinstance(before, dict):  # of an older version, or of stock Megatron
+    before = start.recorded("software")  # an older version, or stock Megatron, recorded none
+    if args.software is None or start.before is None or not isinstance(before, dict):
         return
     others = [
         f"{name} {before[name]}, now {found}"
@@ -68,6 +66,4 @@ def tell_changes(args: Namespace, start: Start) -> None:
         if name not in ("job", "edited") and before.get(name, found) != found
     ]
     if others:
-        logger.warning(
-            "software: until iteration %d %s", start.checkpoint.iteration, "; ".join(others)
-        )
+        logger.warning("software: until iteration %d %s", start.before.iteration, "; ".join(others))

@@ -16,10 +16,12 @@ def main() -> None:
     output, prefix, options = sys.argv[1:]
     cpu.enable()
     from megatron_ext.analysis.session import open_session
+    from megatron_ext.checkpoint.named import open_named
 
     compat.apply()
     settings = Namespace(**json.loads(options))
-    with open_session(settings) as session:
+    first = open_named(settings.checkpoint[0], flag="--checkpoint")
+    with open_session(settings, first) as session:
         _, found = session.embeddings(settings.checkpoint[0], {"x": prefix})
         if session.is_writer:
             np.save(output, found["x"])

@@ -2,6 +2,7 @@
 
 import json
 import sys
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -104,6 +105,15 @@ def test_draw(sets, tmp_path):
     assert drawn == sorted(set(drawn))
     assert drawn == [sample[0] for sample in read_samples(prefix, count=40, length=9, seed=1)]
     assert drawn != [sample[0] for sample in read_samples(prefix, count=40, length=9, seed=2)]
+
+
+def test_a_draw_makes_no_list_of_all_documents(tmp_path):
+    prefix = str(write_dataset(tmp_path / "many", [[7]] * 50_000))
+    tracemalloc.start()
+    assert len(read_samples(prefix, count=20, length=9, seed=1)) == 20
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 100_000  # two bytes a document
 
 
 def test_documents_of_several_sequences(tmp_path):

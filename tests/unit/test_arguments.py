@@ -7,6 +7,7 @@ from argparse import Namespace
 
 import pytest
 
+from megatron_ext.runtime import launched
 from tests.helpers.entry import ROOT
 
 # In a process of its own: machine_defaults depends on the CPU runtime, which changes torch for good.
@@ -201,9 +202,7 @@ def test_under_torchrun_one_rank_of_a_node_looks_at_the_files(environment, expec
         monkeypatch.delenv(name, raising=False)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    from megatron_ext.data.checks import checks_files
-
-    assert checks_files() is expected
+    assert launched.looks_at_files() is expected
 
 
 REQUIRED = {

@@ -1,12 +1,14 @@
 """GPUs that cannot be used are named, where the run would have gone to the CPU without a word."""
 
+import subprocess
 import sys
 import types
 
 import pytest
 import torch
 
-from megatron_ext.exceptions import ConfigError
+from megatron_ext.exceptions import ConfigError, first_line
+from megatron_ext.preflight import facts
 from megatron_ext.runtime import devices
 
 
@@ -92,3 +94,12 @@ def test_a_transformer_engine_that_imports_is_taken(monkeypatch):
     for name in ("transformer_engine", "transformer_engine.pytorch"):
         monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
     devices.check_packages()
+
+
+def test_an_error_that_says_nothing_is_told_by_its_kind(monkeypatch):
+    assert first_line(RuntimeError()) == "RuntimeError"
+    assert first_line(OSError("no device\nand much more")) == "no device"
+    silent = subprocess.CompletedProcess([], 9, stdout="", stderr="\n")
+    monkeypatch.setattr(facts.shutil, "which", lambda _: "nvidia-smi")
+    monkeypatch.setattr(facts.subprocess, "run", lambda *_, **__: silent)
+    assert facts.driver() == [{"error": "nvidia-smi ended with exit code 9"}]

@@ -5,6 +5,7 @@ import logging
 
 import pytest
 
+from megatron_ext.checkpoint import inspect
 from megatron_ext.checkpoint.complete import MARKS, defect
 from megatron_ext.checkpoint.inspect import TRACKER, open_checkpoint
 from megatron_ext.checkpoint.recovery import folder, last_good
@@ -85,6 +86,25 @@ def test_a_lost_tracker_is_written_again_by_rank_0(directory, text):
     first = resolve_start(arguments(directory, **named), required=True)
     assert first == other
     assert tracker.read_text() == "6"
+
+
+def test_under_torchrun_one_rank_of_a_node_looks_at_what_all_are_told_to_load(
+    directory, monkeypatch
+):
+    monkeypatch.setattr(inspect, "defect", lambda path: "a file is missing")
+    named = {"load": None, "pretrained_checkpoint": str(directory)}
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "job")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert resolve_start(arguments(directory, **named), required=True).checkpoint.iteration == 6
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    with pytest.raises(CheckpointError, match=r"--pretrained-checkpoint: .*iter_0000006"):
+        resolve_start(arguments(directory, **named), required=True)
+    monkeypatch.undo()
+    # Which of the run's own checkpoints is the last good one, all ranks must know.
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "job")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    truncate(files(directory)[1], 1)
+    assert resolve_start(arguments(directory), required=True).checkpoint.iteration == 4
 
 
 def test_an_unfinished_newer_folder_is_left_alone(directory):

@@ -58,7 +58,7 @@ def test_shared_documents_are_counted_for_each_pair(sets, settings, block, monke
     ] == expected
     assert {pair[0] > 0 for of_first in expected for pair in of_first} == {True, False}
     # Every data set was read once for each part, whatever the number of the others.
-    size = sum(each.size for each in comparable(list(sets), eod_id=None))
+    size = sum(each.summary.size for each in comparable(list(sets), eod_id=None))
     parts = {None: 1, 3000: 3, 900: 8}[settings.get("max_bytes")]
     assert sum(read for read, _ in seen) == parts * size
     assert {total for _, total in seen} == {parts * size}

@@ -5,9 +5,11 @@ import fcntl
 import json
 import logging
 import os
+from argparse import Namespace
 
 import pytest
 
+from megatron_ext.chat import write_template
 from megatron_ext.data.atomic import AtomicFiles, write_atomically
 from megatron_ext.data.chat_tokens import load_tokens
 from megatron_ext.evaluation.journal import Journal
@@ -46,6 +48,19 @@ def test_what_is_locked_by_another_is_told_apart(tmp_path):
         pytest.raises(DataError, match="another run is writing"),
     ):
         AtomicFiles([tmp_path / "a"])
+
+
+def test_the_template_of_a_run_needs_no_lock(tmp_path, no_locks):
+    args = Namespace(save=str(tmp_path / "save"), tuned_chat_template="{{ messages }}")
+    for _ in "ab":  # a run that goes on writes it again
+        write_template(args)
+    (file,) = (tmp_path / "save").iterdir()
+    assert file.read_text() == "{{ messages }}"
+    args.save = str(file)
+    with pytest.raises(
+        DataError, match=r"chat_template\.jinja cannot be written, with .* MiB free"
+    ):
+        write_template(args)
 
 
 def test_conversations_need_no_lock(tmp_path, no_locks, caplog):
