@@ -43,8 +43,8 @@ def main() -> None:
     """Parses the command line and prints."""
     parser = ToolParser(description=__doc__)
     parser.add_argument("directory", type=Path, help="the folder that --save named")
-    parser.add_argument("--iteration", type=int, help="by default the latest")
-    parser.add_argument("--json", action="store_true", help="as JSON")
+    parser.add_argument("--iteration", type=int, help="iteration to show; default: the latest")
+    parser.add_argument("--json", action="store_true", help="print as JSON")
     args = parser.parse_args()
     found = {"folder": str(args.directory), **checkpoints(args.directory)}
     flags = {"flag": "directory", "iteration_flag": "--iteration"}
