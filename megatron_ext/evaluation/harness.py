@@ -51,7 +51,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--data-dir",
         type=Path,
-        help="folder of data sets under their names on the hub, such as cais/mmlu; nothing is downloaded then",
+        help="folder of data sets under their names on the hub, such as cais/mmlu, in place of a download",
     )
     parser.add_argument("--name", required=True, help="name of the model in the table")
     parser.add_argument("--output", type=Path, required=True, help="JSON file to write")
