@@ -111,6 +111,10 @@ def _objective(saved: Namespace) -> dict[str, Any] | None:
     return {name: _of(saved, name) for name in names} | {"batches": saved.unlearn_composition}
 
 
+# Keys of the JSON that need a longer name in a line.
+_LABELS = {"of": "train iterations", "rate": "learning rate"}
+
+
 def lines(found: dict[str, Any]) -> list[str]:
     """A line for each thing that is known."""
     shown = dict(found)
@@ -118,7 +122,9 @@ def lines(found: dict[str, Any]) -> list[str]:
         name if broken is None else f"{name} (broken: {broken})"
         for name, broken in found["on disk"].items()
     )
-    texts = {name: _text(value) for name, value in shown.items() if value is not None}
+    texts = {
+        _LABELS.get(name, name): _text(value) for name, value in shown.items() if value is not None
+    }
     width = max(map(len, texts)) + 1
     return [f"{f'{name}:':{width}} {text}" for name, text in texts.items()]
 
