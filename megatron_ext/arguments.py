@@ -201,8 +201,8 @@ def _warn_of_dropout(args: Namespace, config: UnlearnConfig) -> None:
     if config.needs_reference and any(rates.values()) and args.rank == 0:
         found = ", ".join(f"--{name.replace('_', '-')} {rate:g}" for name, rate in rates.items())
         logger.warning(
-            "%s: the reference computes without dropout, so the KL measures this noise as well; models "
-            "that were trained without it need 0 for both",
+            "%s: the reference computes without dropout, so the KL also measures dropout noise; set both to "
+            "0 for a model that was trained without dropout",
             found,
         )
 

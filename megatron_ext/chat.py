@@ -184,14 +184,14 @@ def check_resume(saved: Namespace, args: Namespace) -> None:
     found = getattr(saved, "chat_digest", None)
     if found is None:
         raise ConfigError(
-            f"--load {args.load}: expected --finetune beside it, for this checkpoint is of no chat tuning "
-            "run; its iterations and samples would count as done"
+            f"--load {args.load}: expected the checkpoint of a chat tuning run to resume, found one of "
+            "another kind, whose iterations would count as done; add --finetune to start from its weights"
         )
     if saved.global_batch_size != args.global_batch_size:
         # Iterations are counted from the start, as if all had had the batch of today.
         raise ConfigError(
-            f"--global-batch-size: expected {saved.global_batch_size}, with which {args.load} was started "
-            f"and from which the number of iterations follows, found {args.global_batch_size}"
+            f"--global-batch-size: expected {saved.global_batch_size}, with which {args.load} was started, "
+            f"because the number of iterations depends on it; found {args.global_batch_size}"
         )
     if found != args.chat_digest:
         raise ConfigError(

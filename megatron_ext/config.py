@@ -17,8 +17,8 @@ class UnlearnConfig:
     """What is forgotten, how strongly, and against which reference."""
 
     forget_data_path: list[str] | None = field(default=None, metadata=_LIST)
-    """Text to forget, as weights and prefixes in the syntax of --data-path. Naming it turns unlearning
-    on; --data-path then names the text that is replayed. Split by --split."""
+    """Data sets to forget, as weights and prefixes in the syntax of --data-path, split by --split. This flag
+    turns unlearning on; --data-path then names the data sets that are replayed."""
 
     forget_train_data_path: list[str] | None = field(default=None, metadata=_LIST)
     """Like --forget-data-path for the training split alone; goes with --train-data-path."""
@@ -30,8 +30,9 @@ class UnlearnConfig:
     """Like --forget-data-path for the test split alone; goes with --test-data-path."""
 
     allow_data_overlap: bool = False
-    """Go on although text to forget seems to be replayed as well. Compared are files, their content and
-    samples of their documents, as the manifests have them; tools/verify_data.py compares all documents."""
+    """Run although some text is both forgotten and replayed. Without this flag such a run is refused. The
+    check compares files and, by their manifests, content and a sample of the documents;
+    tools/verify_data.py compares all documents."""
 
     forget_batch_size: int | None = None
     """Samples of each global batch that are forgotten; the rest are replayed. A multiple of
@@ -52,21 +53,21 @@ class UnlearnConfig:
     is built, unless --max-mitigation-kl or --max-replay-increase needs one."""
 
     reference_load: str | None = None
-    """Checkpoint directory of the frozen reference model. Default: the checkpoint that the run starts
-    from."""
+    """Checkpoint directory of the frozen reference model. Default: the checkpoint that the run starts from,
+    and on resume the reference that the checkpoint recorded."""
 
     reference_offload: bool = False
-    """Keep the reference's weights in pinned host memory between its passes, all but its output layer.
-    Frees 2 bytes a parameter on the GPU; each step copies them in once."""
+    """Keep the reference's weights, except its output layer, in pinned host memory between its forward
+    passes. Frees 2 bytes a parameter on the GPU; each step copies them to the GPU once."""
 
     reference_hidden_offload: bool = False
-    """Keep the reference's final hidden states in pinned host memory from its pass until the loss reads
-    them. Frees, on the last pipeline stage, 2 bytes times the hidden size for each token that the rank
-    replays in a step."""
+    """Keep the reference's final hidden states in pinned host memory from its forward pass until the
+    loss reads them. Frees, on the last pipeline stage, 2 bytes times the hidden size for each token that
+    the rank replays in a step."""
 
     fp32_logits: bool = False
-    """Leave the logits of the unlearning objective unrounded. bf16 logits carry a noise that drowns a KL
-    below about 1e-4 and its gradient; costs twice the head's memory traffic. No effect in fp32 runs."""
+    """Compute the logits of the unlearning objective in fp32. The rounding noise of bf16 logits hides a KL
+    below about 1e-4 and its gradient. Doubles the memory traffic of the head. No effect in fp32 runs."""
 
     max_mitigation_kl: float | None = None
     """Stop, with a checkpoint and exit code 0, after the first step whose KL(reference || model) is at least
@@ -171,8 +172,8 @@ class ChatConfig:
     """Which conversations a model is tuned on, and for how long."""
 
     chat_data_path: list[str] | None = field(default=None, metadata=_LIST)
-    """JSON lines of conversations (.jsonl, .jsonl.gz, .jsonl.zst) to tune on. Naming them turns chat tuning
-    on: only what the assistant writes is learnt. A turn is {"role", "content"} or {"from", "value"}; a
+    """JSON lines of conversations (.jsonl, .jsonl.gz, .jsonl.zst). This flag turns chat tuning on: the loss
+    covers the assistant's text only. A turn is {"role", "content"} or {"from", "value"}; a
     record is a list of turns, holds one at "messages" or "conversations", or is {"query", "response"}.
     --chat-template names a Jinja file; default: the Hugging Face tokenizer's own, else a plain one."""
 
@@ -180,8 +181,8 @@ class ChatConfig:
     """Like --chat-data-path, for validation."""
 
     chat_epochs: int = 2
-    """Times that each conversation is seen. Sets the number of iterations, the last batch being filled up
-    from one epoch more, unless --train-iters or --train-samples is given."""
+    """Number of epochs. Sets the number of iterations, unless --train-iters or --train-samples is given; the
+    last batch is filled up from one more epoch."""
 
     @property
     def enabled(self) -> bool:

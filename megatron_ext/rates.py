@@ -135,7 +135,7 @@ def warn_of_end(args: Namespace, start: Start) -> None:
         if not args.override_opt_param_scheduler and not args.no_load_optim:
             remedy += " --override-opt-param-scheduler"
     logger.warning(
-        "--train-%s: the run ends behind %d samples of the learning rate's schedule, which has %d; %s would "
+        "--train-%s: the run ends at sample %d of the learning rate schedule, which has %d samples; %s would "
         "let both end together",
         *(unit, found.end, found.length, remedy),
     )

@@ -46,133 +46,150 @@ def _differs_from(default: object) -> Callable[[Any], bool]:
 
 # These make another model of the same weights, or weights that no model here has.
 OF_THE_MODEL: tuple[Refusal, ...] = (
+    Refusal("multi_latent_attention", "multi-latent attention is not implemented here"),
+    Refusal("use_mup", "the fused head does not scale logits by width"),
     Refusal(
-        "multi_latent_attention", "multi-latent attention is not among the layers of this product"
+        "is_hybrid_model", "only Transformer layers (attention and MLP or experts) are supported"
     ),
-    Refusal("use_mup", "the head does not scale logits by width"),
-    Refusal("is_hybrid_model", "every layer here is attention and a feed-forward part"),
-    Refusal("hybrid_layer_pattern", "every layer here is attention and a feed-forward part"),
-    Refusal("hybrid_override_pattern", "every layer here is attention and a feed-forward part"),
-    Refusal("linear_attention_freq", "linear attention is not among the layers of this product"),
+    Refusal(
+        "hybrid_layer_pattern",
+        "only Transformer layers (attention and MLP or experts) are supported",
+    ),
+    Refusal(
+        "hybrid_override_pattern",
+        "only Transformer layers (attention and MLP or experts) are supported",
+    ),
+    Refusal("linear_attention_freq", "linear attention is not implemented here"),
 )
+_WHOLE_SAMPLE = "attention always covers the whole sample, across documents"
 _ONE_KIND = (
-    "a run goes on from complete checkpoints alone; --save-retain-interval deletes older ones"
+    "a run resumes only from ordinary checkpoints; to keep fewer of them use --save-retain-interval"
 )
 NEVER: tuple[Refusal, ...] = (
     *OF_THE_MODEL,
-    Refusal("yaml_cfg", "settings are given as flags"),
-    Refusal("use_torch_fsdp2", "the model is sharded by tensor and pipeline parallelism"),
-    Refusal("use_megatron_fsdp", "the model is sharded by tensor and pipeline parallelism"),
-    Refusal("fim_data", "fill-in-the-middle samples are not built here"),
-    Refusal("sft", "conversations are named by --chat-data-path"),
+    Refusal("yaml_cfg", "settings are given as flags only"),
+    Refusal(
+        "use_torch_fsdp2",
+        "FSDP is not supported; use tensor and pipeline parallelism and --use-distributed-optimizer",
+    ),
+    Refusal(
+        "use_megatron_fsdp",
+        "FSDP is not supported; use tensor and pipeline parallelism and --use-distributed-optimizer",
+    ),
+    Refusal("fim_data", "fill-in-the-middle samples are not implemented here"),
+    Refusal("sft", "use --chat-data-path for chat tuning"),
     Refusal(
         "mtp_num_layers",
-        "the head has no loss for further predictions, with --forget-data-path or without",
+        "the fused head has no loss for multi-token prediction, with --forget-data-path or without",
     ),
-    Refusal("reset_attention_mask", "attention is causal over the whole sample"),
-    Refusal("dataloader_inter_document_masking", "attention is causal over the whole sample"),
+    Refusal("reset_attention_mask", _WHOLE_SAMPLE),
+    Refusal("dataloader_inter_document_masking", _WHOLE_SAMPLE),
     Refusal(
-        "overlap_moe_expert_parallel_comm", "it replaces the schedule that runs the steps here"
+        "overlap_moe_expert_parallel_comm",
+        "it replaces the pipeline schedule that this program wraps",
     ),
-    Refusal("moe_use_upcycling", "a model goes on from a checkpoint of its own architecture"),
-    Refusal("moe_router_force_load_balancing", "tokens would go to experts at random"),
-    Refusal("moe_router_force_biased", "tokens would go to experts at random"),
-    Refusal("hybrid_context_parallel", "every sample is split over as many ranks"),
+    Refusal("moe_use_upcycling", "a checkpoint can only be resumed with its own architecture"),
     Refusal(
-        "defer_embedding_wgrad_compute", "the head computes the output layer's gradient itself"
+        "moe_router_force_load_balancing",
+        "tokens would be routed at random (it is a benchmark setting)",
     ),
-    Refusal("use_cpu_initialization", "Megatron-Core leaves such a model off the GPU"),
-    Refusal("perform_rl_step", "rewards are not among the losses of this product"),
-    Refusal("fake_process_group", "ranks that hear nothing of each other train nothing together"),
+    Refusal(
+        "moe_router_force_biased", "tokens would be routed at random (it is a benchmark setting)"
+    ),
+    Refusal("hybrid_context_parallel", "every sample is split over the same number of ranks"),
+    Refusal(
+        "defer_embedding_wgrad_compute",
+        "the fused head computes the gradient of the output layer itself",
+    ),
+    Refusal("use_cpu_initialization", "Megatron-Core would leave such a model on the CPU"),
+    Refusal("perform_rl_step", "reinforcement learning is not implemented here"),
+    Refusal("fake_process_group", "ranks would not communicate, so nothing would be trained"),
     # Megatron-Core 0.19.2 fails with these, or ends without a step.
-    Refusal("adlr_autoresume", "it needs the scheduler of a cluster of NVIDIA's own"),
-    Refusal(
-        "init_method_xavier_uniform", "Megatron-Core hands it to a config that does not take it"
-    ),
-    Refusal(
-        "init_model_with_meta_device", "Megatron-Core leaves the weights of such a model unset"
-    ),
+    Refusal("adlr_autoresume", "it needs NVIDIA's internal job scheduler"),
+    Refusal("init_method_xavier_uniform", "Megatron-Core 0.19.2 fails with it"),
+    Refusal("init_model_with_meta_device", "Megatron-Core would leave the weights uninitialised"),
     Refusal(
         "rerun_mode",
-        "Megatron-Core does not know the other one that its own parser offers",
+        "Megatron-Core's parser offers this value, but its code does not know it",
         "disabled or validate_results",
         lambda mode: mode == "report_stats",
     ),
-    Refusal("lazy_mpu_init", "the groups of ranks are needed from the start"),
-    Refusal("full_validation", "Megatron-Core fails with it at the first validation"),
+    Refusal("lazy_mpu_init", "process groups are needed from the start"),
+    Refusal("full_validation", "Megatron-Core 0.19.2 fails with it at the first validation"),
     Refusal("multiple_validation_sets", "it needs --full-validation"),
     Refusal(
         "dataloader_type",
-        "the data sets are no iterators",
+        "external iterators are not supported",
         "single or cyclic",
         lambda loader: loader == "external",
     ),
     # These six do nothing here, or only in Megatron-LM's pretrain_gpt.py; that must not go unsaid.
     Refusal(
         "rampup_batch_size",
-        "Megatron-Core does not read it any more; --step-batch-size-schedule is for plain runs",
+        "Megatron-Core ignores it; plain training can use --step-batch-size-schedule",
     ),
-    Refusal("freeze_all_layers", "the layers would be trained all the same"),
-    Refusal("check_for_spiky_loss", "losses are checked for NaN and inf alone"),
-    Refusal("inprocess_restart", "a run that fails is started again by torchrun or its job"),
-    Refusal("logits_save_dir", "the head never holds the logits of all tokens"),
-    Refusal("logits_load_dir", "the loss of distillation is not computed here"),
+    Refusal("freeze_all_layers", "Megatron-Core would train the layers all the same"),
+    Refusal("check_for_spiky_loss", "only NaN and inf are checked for here"),
+    Refusal("inprocess_restart", "torchrun or the cluster's job restarts a failed run"),
+    Refusal("logits_save_dir", "the fused head never holds the logits of all tokens"),
+    Refusal("logits_load_dir", "distillation from saved logits is not implemented here"),
     Refusal(
         "ckpt_format",
-        "a run goes on only from such a checkpoint",
+        "a run resumes from this format only",
         "torch_dist",
         lambda name: name != "torch_dist",
     ),
     Refusal(
         "override_ckpt_iteration",
-        "the learning rate's schedule would not go back with it; a run goes back to iteration N, once, if "
-        "latest_checkpointed_iteration.txt says N",
+        "the learning rate schedule would not go back with the weights; to go back to iteration N, write "
+        "N into latest_checkpointed_iteration.txt",
     ),
     Refusal("non_persistent_save_interval", _ONE_KIND),
     Refusal("non_persistent_ckpt_type", _ONE_KIND),
-    Refusal("tensor_parallel_num_weight_shards", "weights are sharded by tensor parallelism alone"),
+    Refusal("tensor_parallel_num_weight_shards", "weights are sharded by tensor parallelism only"),
 )
 WITHOUT_TRANSFORMER_ENGINE = (
     Refusal(
         "use_precision_aware_optimizer",
-        "its optimizer comes with Transformer Engine, which is not installed",
+        "it needs Transformer Engine's optimizer, which is not installed",
     ),
     Refusal(
         "recompute_modules",
-        "Megatron-Core makes norms again only with Transformer Engine, which is not installed",
+        "Megatron-Core recomputes norms only with Transformer Engine, which is not installed",
         "modules without layernorm",
         lambda modules: "layernorm" in modules,
     ),
     Refusal(
         "save_activations_interval",
-        "Megatron-Core looks for layers of Transformer Engine, which is not installed",
+        "Megatron-Core supports it only for Transformer Engine's layers, which are not installed",
     ),
     Refusal(
         "save_dgrads_interval",
-        "Megatron-Core looks for layers of Transformer Engine, which is not installed",
+        "Megatron-Core supports it only for Transformer Engine's layers, which are not installed",
     ),
 )
 WITH_TORCH_NATIVE_LAYERS = (
     Refusal(
         "attention_backend",
-        "Megatron-Core's own attention is not among these layers",
+        "the torch-native layers do not use Megatron-Core's own attention",
         "auto, flash, fused or unfused",
         lambda backend: backend.name == "local",
     ),
     Refusal(
         "cp_comm_type",
-        "context-parallel ranks gather keys and values here",
-        "all_gather (or p2p, Megatron's default, which is then not used)",
+        "the torch-native layers always all-gather keys and values over context-parallel ranks",
+        "all_gather (or p2p, Megatron's default, which is then ignored)",
         lambda kinds: not {*kinds} <= {"p2p", "all_gather"},
     ),
     Refusal(
-        "hierarchical_context_parallel_sizes", "context-parallel ranks gather keys and values here"
+        "hierarchical_context_parallel_sizes",
+        "the torch-native layers always all-gather keys and values over context-parallel ranks",
     ),
 )
 WITH_DISTRIBUTED_OPTIMIZER = (
     Refusal(
         "optimizer",
-        "Megatron-Core's builders of models do not lay out the parameters for the others",
+        "Megatron-Core lays out the parameters for the distributed optimizer with Adam only",
         "adam",
         lambda name: name != "adam",
     ),
@@ -189,7 +206,7 @@ WITHOUT_CUDA: tuple[Refusal, ...] = (
 WITHOUT_NVML: tuple[Refusal, ...] = (
     Refusal(
         "log_straggler",
-        "temperature and power of a GPU are read with pynvml (pip install nvidia-ml-py), which is not there",
+        "it reads GPU temperature and power with pynvml, which is not installed (pip install nvidia-ml-py)",
     ),
 )
 WITH_DATASET_LOG: tuple[Refusal, ...] = (
@@ -203,45 +220,52 @@ WITH_DATASET_LOG: tuple[Refusal, ...] = (
     ),
 )
 WITH_UNLEARNING: tuple[Refusal, ...] = (
-    Refusal("step_batch_size_schedule", "the composition of a batch is fixed for the whole run"),
     Refusal(
-        "decrease_batch_size_if_needed", "the composition of a batch is fixed for the whole run"
+        "step_batch_size_schedule",
+        "the number of forgotten and replayed samples per batch is fixed for the whole run",
     ),
-    Refusal("phase_transition_iterations", "the composition of a batch is fixed for the whole run"),
+    Refusal(
+        "decrease_batch_size_if_needed",
+        "the number of forgotten and replayed samples per batch is fixed for the whole run",
+    ),
+    Refusal(
+        "phase_transition_iterations",
+        "the number of forgotten and replayed samples per batch is fixed for the whole run",
+    ),
     Refusal(
         "calculate_per_token_loss",
-        "each term is already averaged over its tokens of the global batch",
+        "each term of the objective is already a mean over its tokens of the global batch",
     ),
     Refusal(
         "moe_expert_capacity_factor",
-        "what a token gets would depend on the others of its microbatch",
+        "a token's experts would depend on the other tokens of its microbatch",
     ),
-    Refusal("mock_data", "there is nothing to forget in random tokens"),
+    Refusal("mock_data", "mock data are random tokens, with nothing to forget"),
     Refusal(
         "dataloader_type",
-        "the order of forgotten and replayed samples is fixed",
+        "the order of forgotten and replayed samples is fixed, so that a run can resume",
         "single",
         _is_no_single,
     ),
     Refusal(
         "cuda_graph_impl",
-        "a graph of a full iteration cannot capture the reference's pass",
+        "a graph of a full iteration cannot contain the reference's forward pass",
         "none, local or transformer_engine",
         lambda kind: kind == "full_iteration",
     ),
 )
 # Every flag of unlearning, but those that name the text, which is what turns unlearning on.
 WITHOUT_UNLEARNING = tuple(
-    Refusal(field.name, "nothing is unlearned", is_refused=_differs_from(field.default))
+    Refusal(field.name, "it only affects unlearning", is_refused=_differs_from(field.default))
     for field in fields(UnlearnConfig)
     if not field.name.endswith("data_path")
 )
 
-_ONE_OF_TWO = "a run either unlearns or tunes; unlearn first, then tune the result"
-_OTHER_DATA = "the conversations are the data"
-_EVERY_TOKEN = "the template decides which tokens count"
-_PACKED = "positions and attention run on over a packed sequence"
-_FIXED = "the number of iterations follows from a fixed global batch"
+_ONE_OF_TWO = "a run either unlearns or tunes; unlearn first, then tune the result in a second run"
+_OTHER_DATA = "chat tuning reads only the files of --chat-data-path"
+_EVERY_TOKEN = "the chat template decides which tokens are in the loss"
+_PACKED = "positions and attention run through a packed sequence"
+_FIXED = "the number of iterations is computed from a fixed global batch size"
 WITH_CHAT: tuple[Refusal, ...] = (
     Refusal("forget_data_path", _ONE_OF_TWO),
     Refusal("forget_train_data_path", _ONE_OF_TWO),
@@ -260,11 +284,12 @@ WITH_CHAT: tuple[Refusal, ...] = (
     Refusal("decrease_batch_size_if_needed", _FIXED),
     Refusal("phase_transition_iterations", _FIXED),
     Refusal(
-        "ddp_average_in_collective", "gradients are summed and then divided by the counted tokens"
+        "ddp_average_in_collective",
+        "gradients are summed, then divided by the number of tokens in the loss",
     ),
     Refusal(
         "dataloader_type",
-        "the order of the conversations is a function of --seed and the epoch",
+        "the order of the conversations follows from --seed and the epoch",
         "single",
         _is_no_single,
     ),

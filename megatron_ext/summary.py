@@ -29,7 +29,7 @@ def describe(
         "steps": _steps(args, start),
     }
     if (rate := describe_rate(args, start)) is not None:
-        lines["rate"] = rate
+        lines["lr"] = rate
     lines["saves"] = _saves(args)
     return "\n".join(f"{name + ':':<11}{text}" for name, text in lines.items())
 
@@ -47,7 +47,7 @@ def _objective(args: Namespace, config: UnlearnConfig, source: ReferenceSource |
         return (
             "cross-entropy"
             if args.chat_digest is None
-            else "cross-entropy of the assistant's words"
+            else "cross-entropy on the assistant's tokens"
         )
     batch = args.global_batch_size
     forgotten = config.forget_samples(batch, train_global_batch_size=batch)
@@ -66,17 +66,19 @@ def _steps(args: Namespace, start: Start) -> str:
         return "none (--skip-train)"
     batch, length = args.global_batch_size, args.seq_length
     if args.train_iters is None:
-        return f"as many as {args.train_samples:,} samples of {length:,} tokens take"
+        return f"as many as {args.train_samples:,} samples of {length:,} tokens need"
     done = 0 if start.before is None else start.before.iteration
     left = max(0, args.train_iters - done)
-    count = f"{left:,} of {args.train_iters:,}" if done else f"{left:,}"
+    count = f"{left:,} left of {args.train_iters:,}" if done else f"{left:,}"
     if args.rampup_batch_size or args.step_batch_size_schedule:
-        return f"{count}, of up to {batch:,} samples of {length:,} tokens"
-    return f"{count}, of {batch:,} samples of {length:,} tokens: {left * batch * length:,} tokens"
+        return f"{count}, each of up to {batch:,} samples of {length:,} tokens"
+    return (
+        f"{count}, each of {batch:,} samples of {length:,} tokens: {left * batch * length:,} tokens"
+    )
 
 
 def _saves(args: Namespace) -> str:
     if args.skip_train or not args.save:
-        return "nothing" if args.skip_train else "nothing, for there is no --save"
+        return "nothing" if args.skip_train else "nothing (no --save)"
     often = f"every {args.save_interval:,} steps and " if args.save_interval else ""
     return f"{often}at the end, to {args.save}"

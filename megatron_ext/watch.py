@@ -73,7 +73,7 @@ def reached_before(config: UnlearnConfig, start: Start) -> str | None:
             return (
                 f"nothing left to train: {limit.metric} had reached {found[limit.metric]:.6g} at iteration "
                 f"{start.before.iteration} of {start.before.directory}, {limit.flag} is "
-                f"{limit.value:.6g}; another limit, or none, goes on"
+                f"{limit.value:.6g}; to continue, change the limit or leave it out"
             )
     return None
 

@@ -54,14 +54,20 @@ def main() -> None:
     _add_data(tokens)
     tokens.add_argument("--tokenizer-type", default="SentencePieceTokenizer")
     tokens.add_argument("--tokenizer-model", required=True)
-    tokens.add_argument("--baseline", metavar="NAME", help="set to compare with (the first)")
-    tokens.add_argument("--length", type=int, default=4096, help="tokens read of a document")
+    tokens.add_argument(
+        "--baseline",
+        metavar="NAME",
+        help="set that the others are compared with (default: the first)",
+    )
+    tokens.add_argument(
+        "--length", type=int, default=4096, help="read this many tokens of each document"
+    )
     tokens.add_argument(
         "--bandwidth",
         type=float,
         default=1.0,
-        help="token ids of the kernel that finds peaks (default %(default)s); pictures are drawn with one of "
-        "1/250 of the vocabulary, if that is wider",
+        help="bandwidth, in token ids, of the kernel density that finds peaks (default %(default)s); "
+        "pictures are drawn with one of 1/250 of the vocabulary, if that is wider",
     )
     tokens.add_argument("--top", type=int, default=20, help="tokens printed for each set")
     perplexity = verbs.add_parser("perplexity", help="per-sample perplexity of sets of text")
@@ -86,9 +92,11 @@ def _add_data(parser: ArgumentParser) -> None:
         "--data", nargs="+", required=True, metavar="NAME=PREFIX", help="tokenised datasets"
     )
     parser.add_argument("--samples", type=int, default=2000, help="documents drawn of each set")
-    parser.add_argument("--seed", type=int, default=1234, help="of the draws")
+    parser.add_argument("--seed", type=int, default=1234, help="seed of the drawing of documents")
     parser.add_argument("--output", required=True, help="JSON file to write")
-    parser.add_argument("--overwrite", action="store_true", help="replace it and its picture")
+    parser.add_argument(
+        "--overwrite", action="store_true", help="replace an existing output and its picture"
+    )
 
 
 def _add_layout(parser: ArgumentParser) -> None:
@@ -98,7 +106,9 @@ def _add_layout(parser: ArgumentParser) -> None:
         "--tokenizer-model", help="default: that recorded with the first checkpoint"
     )
     parser.add_argument(
-        "--length", type=int, help="tokens read of a document (the model's sequence length)"
+        "--length",
+        type=int,
+        help="read this many tokens of each document (default: the model's sequence length)",
     )
     parser.add_argument("--micro-batch-size", type=int, default=8)
     parser.add_argument("--tensor-model-parallel-size", type=int, default=1)
@@ -108,7 +118,9 @@ def _add_layout(parser: ArgumentParser) -> None:
 def _add_report(parser: ArgumentParser) -> None:
     """Flags of the report: files to read, and what models and sets are to each other."""
     parser.add_argument("--output", required=True, help="HTML file to write")
-    parser.add_argument("--overwrite", action="store_true", help="replace it and its picture")
+    parser.add_argument(
+        "--overwrite", action="store_true", help="replace an existing output and its picture"
+    )
     parser.add_argument("--title", default="What unlearning did to this model and its data")
     for verb in ("tokens", "embeddings"):
         parser.add_argument(f"--{verb}", nargs="+", default=[], help=f"JSON files of `{verb}`")

@@ -59,7 +59,7 @@ def run_flags(argv: Sequence[str]) -> list[str]:
     """
     parser = ToolParser(description=__doc__, usage="%(prog)s [-h] -- FLAGS", hint=BEHIND)
     parser.add_argument(
-        "flags", nargs="+", metavar="FLAGS", help="of pretrain_unlearn.py, after --"
+        "flags", nargs="+", metavar="FLAGS", help="flags of pretrain_unlearn.py, after --"
     )
     flags: list[str] = parser.parse_args(argv).flags
     names = {word.partition("=")[0] for word in flags}

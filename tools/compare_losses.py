@@ -33,9 +33,15 @@ def main() -> None:
     parser = ToolParser(description=__doc__)
     parser.add_argument("expected", type=Path, help="TensorBoard directory or text file")
     parser.add_argument("found", type=Path, nargs="?", help="the other run")
-    parser.add_argument("--tags", nargs="+", help="by default the losses that either side has")
-    parser.add_argument("--tolerance", type=float, default=1e-5, help="relative, default 1e-5")
-    parser.add_argument("--write", action="store_true", help="print the first as text and stop")
+    parser.add_argument(
+        "--tags", nargs="+", help="TensorBoard tags to compare; default: all losses of either side"
+    )
+    parser.add_argument(
+        "--tolerance", type=float, default=1e-5, help="relative tolerance, default 1e-5"
+    )
+    parser.add_argument(
+        "--write", action="store_true", help="print the losses of the first run as text and stop"
+    )
     args = parser.parse_args()
     if not args.tolerance >= 0:  # nor NaN, below which everything is
         raise ConfigError(f"--tolerance: expected 0 or more, found {args.tolerance}")

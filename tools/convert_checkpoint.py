@@ -6,9 +6,9 @@
     python tools/convert_checkpoint.py export --checkpoint ckpt/unlearn --output Llama-3.2-1B-unlearned
 
 One process on the CPU; training loads the result at any parallel layout, and export reads any. The
-tokenizer with its chat template stays with the model; of a SentencePiece model that `train_tokenizer.py` made
-one with the same ids is made. A model that does not fit is refused by the name
-of the field.
+tokenizer and its chat template are kept with the model. A SentencePiece model of `train_tokenizer.py` is
+exported as a Hugging Face tokenizer with the same ids. A model that is not supported is refused, naming the
+field of its config.
 """
 
 from __future__ import annotations
@@ -32,7 +32,9 @@ def parse_args() -> argparse.Namespace:
     parser = ToolParser(description=__doc__)
     verbs = parser.add_subparsers(dest="verb", required=True)
     to_megatron = verbs.add_parser("import", help="Hugging Face folder to Megatron checkpoint")
-    to_megatron.add_argument("--source", type=Path, required=True, help="folder of the model")
+    to_megatron.add_argument(
+        "--source", type=Path, required=True, help="folder of the Hugging Face model"
+    )
     to_huggingface = verbs.add_parser("export", help="Megatron checkpoint to Hugging Face folder")
     to_huggingface.add_argument(
         "--checkpoint",
@@ -40,22 +42,30 @@ def parse_args() -> argparse.Namespace:
         required=True,
         help="checkpoint directory, as --load names it, or an iteration of it (DIR/iter_NNNNNNN)",
     )
-    to_huggingface.add_argument("--iteration", type=int, help="which one; by default the latest")
+    to_huggingface.add_argument(
+        "--iteration", type=int, help="iteration to export; default: the latest"
+    )
     to_huggingface.add_argument(
         "--tokenizer",
         type=Path,
-        help="folder of the tokenizer, or a SentencePiece model; by default what the import kept, or the "
-        "model that the run was given",
+        help="folder of the tokenizer, or a SentencePiece model; default: the one that the import kept, "
+        "or the model that the run was given",
     )
     to_huggingface.add_argument(
-        "--max-shard-size", type=float, default=5.0, metavar="GB", help="of a safetensors file"
+        "--max-shard-size",
+        type=float,
+        default=5.0,
+        metavar="GB",
+        help="largest size of a safetensors file",
     )
     for verb in (to_megatron, to_huggingface):
         verb.add_argument("--output", type=Path, required=True, help="folder to write")
         verb.add_argument(
-            "--dtype", choices=["float32", "bfloat16"], help="of the weights; by default as stored"
+            "--dtype",
+            choices=["float32", "bfloat16"],
+            help="type of the weights; default: as stored",
         )
-        verb.add_argument("--overwrite", action="store_true", help="replace what is there")
+        verb.add_argument("--overwrite", action="store_true", help="replace an existing output")
     options = parser.parse_args()
     if options.verb == "export" and not 1e-9 <= options.max_shard_size < math.inf:
         raise ConfigError(

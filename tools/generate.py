@@ -42,9 +42,9 @@ def main() -> None:
     from megatron_ext.runtime import launched
 
     parser = ToolParser(description=__doc__)
-    parser.add_argument("--input", type=Path, required=True, help="JSON lines")
-    parser.add_argument("--output", type=Path, required=True, help="JSON lines")
-    parser.add_argument("--overwrite", action="store_true", help="replace the output")
+    parser.add_argument("--input", type=Path, required=True, help="JSON lines of prompts")
+    parser.add_argument("--output", type=Path, required=True, help="JSON lines to write")
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing output")
     add_model_arguments(parser)
     add_sampling_arguments(parser, max_new_tokens=256)
     options = parser.parse_args()

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-r"""Weights of a blend from the shares that its sources shall have; afterwards, the shares they had.
+r"""Find the weights of a blend from the shares of its sources; afterwards, count what a run has read.
 
     python tools/plan_blend.py --tokens 300e9 --seq-length 4096 --global-batch-size 1024 \
         --dataset 2% data/qa_text_document --dataset rest data/web_*_text_document.idx
@@ -43,16 +43,26 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     parser = ToolParser(description=__doc__, allow_abbrev=False)
     add = parser.add_argument
     source: dict[str, Any] = {"action": "append", "nargs": "+", "metavar": "SHARE PREFIX"}
-    add("--dataset", **source, help="a source: its share and its data sets; may be repeated")
-    add("--forget", **source, help="like --dataset, of what is forgotten")
-    add("--tokens", type=float, help="that the run reads")
-    add("--seq-length", type=int, help="tokens of a sample")
-    add("--global-batch-size", type=int, help="rounds up to whole batches")
-    add("--forget-batch-size", type=int, help="forgotten samples of each batch")
-    add("--split", default="969,30,1", help="as the run's; default: Megatron's, %(default)s")
-    add("--run", metavar="CHECKPOINTS", help="count what this run has consumed")
-    add("--iteration", type=int, help="of the checkpoint to count up to; default: the last")
-    add("--json", action="store_true", help="numbers instead of text")
+    add(
+        "--dataset",
+        **source,
+        help="a source of --data-path: its share and its data sets; may be repeated",
+    )
+    add("--forget", **source, help="the same for --forget-data-path")
+    add("--tokens", type=float, help="number of tokens that the run reads")
+    add("--seq-length", type=int, help="tokens per sample")
+    add(
+        "--global-batch-size",
+        type=int,
+        help="samples per batch; the run is rounded up to whole batches",
+    )
+    add("--forget-batch-size", type=int, help="forgotten samples per batch")
+    add("--split", default="969,30,1", help="--split of the run; default: Megatron's, %(default)s")
+    add(
+        "--run", metavar="CHECKPOINTS", help="checkpoint directory of a run: count what it has read"
+    )
+    add("--iteration", type=int, help="count up to this checkpoint; default: the last")
+    add("--json", action="store_true", help="print the numbers as JSON instead of text")
     options = parser.parse_args(argv)
     if options.run is not None:
         if options.dataset or options.forget or options.tokens:

@@ -32,13 +32,31 @@ def parse_options(words: Sequence[str]) -> Namespace:
     """The tool's own flags."""
     parser = ToolParser(description=__doc__, hint=BEHIND)
     add = parser.add_argument
-    add("--gpus", type=int, required=True, help="ranks of the run, all nodes")
-    add("--gpu-type", choices=(*GPUS, "CPU"), default="H100", help="default %(default)s")
-    add("--gpus-per-node", type=int, default=8, help="default %(default)s")
-    add("--mfu", type=float, default=0.45, help="model FLOPs utilisation to assume, %(default)s")
-    add("--peak-flops", type=float, help="of a GPU; default: the vendor's, bf16, dense")
-    add("--price", type=float, help="of a GPU-hour, in any currency")
-    add("--write-bandwidth", type=float, help="GB/s at which all ranks together write a checkpoint")
+    add("--gpus", type=int, required=True, help="number of ranks of the run, on all nodes together")
+    add(
+        "--gpu-type",
+        choices=(*GPUS, "CPU"),
+        default="H100",
+        help="type of GPU, default %(default)s",
+    )
+    add("--gpus-per-node", type=int, default=8, help="GPUs of a node, default %(default)s")
+    add(
+        "--mfu",
+        type=float,
+        default=0.45,
+        help="model FLOPs utilisation (MFU) to assume, default %(default)s",
+    )
+    add(
+        "--peak-flops",
+        type=float,
+        help="peak FLOP/s of a GPU; default: the vendor's dense bf16 figure",
+    )
+    add("--price", type=float, help="price of a GPU-hour, in any currency")
+    add(
+        "--write-bandwidth",
+        type=float,
+        help="write speed of a checkpoint, all ranks together, in GB/s",
+    )
     add(
         "--rank-layouts",
         type=int,
@@ -46,12 +64,16 @@ def parse_options(words: Sequence[str]) -> Namespace:
         const=10,
         default=0,
         metavar="N",
-        help="list the N layouts of these GPUs that fit and that a model of the step finds fastest; 10",
+        help="list the N layouts that fit and are fastest by a model of the step (10 without N)",
     )
-    add("--check", action="store_true", help="compare with the model that the entry point builds")
-    add("--check-rank", type=int, default=0, help="whose, with --check; default %(default)s")
-    add("--json", action="store_true", help="numbers instead of text")
-    add("--output", type=Path, help="also write the numbers to this file")
+    add(
+        "--check",
+        action="store_true",
+        help="compare the plan with the model that pretrain_unlearn.py builds on one rank",
+    )
+    add("--check-rank", type=int, default=0, help="the rank for --check, default %(default)s")
+    add("--json", action="store_true", help="print the numbers as JSON instead of text")
+    add("--output", type=Path, help="also write the numbers to this JSON file")
     return parser.parse_args(words)
 
 

@@ -43,10 +43,21 @@ def parse_args() -> argparse.Namespace:
         "--shared",
         type=Path,
         metavar="DIR",
-        help="folder that all nodes must see, for checkpoints; made if what it is in is there",
+        help="folder for checkpoints, which all nodes must see; created if its parent folder exists",
     )
-    add("--probe-mib", type=int, default=64, help="size of the file written there, default 64")
-    add("--checkpoint-bytes", type=float, default=0, metavar="N", help="that must be free there")
+    add(
+        "--probe-mib",
+        type=int,
+        default=64,
+        help="size in MiB of the test file written to --shared, default 64",
+    )
+    add(
+        "--checkpoint-bytes",
+        type=float,
+        default=0,
+        metavar="N",
+        help="bytes that must be free in --shared",
+    )
     add(
         "--data",
         nargs="+",
@@ -55,11 +66,31 @@ def parse_args() -> argparse.Namespace:
         help="data sets, as --data-path names them",
     )
     add("--tokenizer-type", choices=TOKENIZER_TYPES)
-    add("--tokenizer-model", help="without it, data sets are held against their own manifests")
-    add("--message-mib", nargs="+", type=float, metavar="N", help="sizes of the all-reduces")
-    add("--min-bus-bandwidth", type=float, metavar="GB/s", help="of the largest all-reduce")
-    add("--timeout", type=float, default=120, metavar="SECONDS", help="at each point, default 120")
-    add("--json", type=Path, metavar="FILE", help="write the table there as well")
+    add(
+        "--tokenizer-model",
+        help="tokenizer to check the data sets against; without it only their manifests are checked",
+    )
+    add(
+        "--message-mib",
+        nargs="+",
+        type=float,
+        metavar="N",
+        help="sizes in MiB of the measured all-reduces",
+    )
+    add(
+        "--min-bus-bandwidth",
+        type=float,
+        metavar="GB/s",
+        help="fail if the bus bandwidth of the largest all-reduce is lower",
+    )
+    add(
+        "--timeout",
+        type=float,
+        default=120,
+        metavar="SECONDS",
+        help="longest time that ranks wait for each other, default 120",
+    )
+    add("--json", type=Path, metavar="FILE", help="also write the table to this JSON file")
     args = parser.parse_args()
     if (args.tokenizer_type is None) != (args.tokenizer_model is None):
         raise ConfigError(

@@ -38,7 +38,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     group.add_argument(
         "--conversations",
         action="store_true",
-        help="records are conversations, each of which is rendered whole into one document",
+        help="records are conversations; each is rendered by the chat template into one document",
     )
     group.add_argument(
         "--chat-template",
@@ -53,13 +53,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "--text-unit",
         choices=["file", "line", "paragraph"],
         default="file",
-        help="one document of plain text: file, non-blank line, or lines up to a blank one",
+        help="what one document of plain text is: a file, a non-blank line, or a paragraph",
     )
     group.add_argument(
         "--on-error",
         choices=["fail", "skip"],
         default="fail",
-        help="stop at a bad record and write nothing, or leave it out and count it",
+        help="at a bad record, stop and write nothing, or skip and count it",
     )
     group = parser.add_argument_group("tokenizer")
     group.add_argument("--tokenizer-type", required=True, choices=TOKENIZER_TYPES)
@@ -73,12 +73,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "--tokenizer-backend",
         choices=["auto", "gigatoken", "reference"],
         default="auto",
-        help="auto: gigatoken if its ids are the same on a sample; checked throughout",
+        help="auto uses gigatoken if its ids equal the reference tokenizer's on a sample, and keeps checking",
     )
     group.add_argument(
         "--append-eod",
         action="store_true",
-        help="end each document with the EOS piece; a conversation only where it does not yet",
+        help="end each document with the EOS token; a conversation only if it does not end with it already",
     )
     group = parser.add_argument_group("output")
     group.add_argument(
@@ -90,7 +90,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "--workers",
         type=int,
         default=usable_cores(),
-        help="encoding processes; more than about 8 wait for the one that reads",
+        help="processes that tokenise; more than about 8 would wait for the one that reads",
     )
     group.add_argument(
         "--log-interval", type=int, default=10000, help="documents between progress lines"

@@ -43,8 +43,8 @@ def main() -> None:
     """Parses the command line and prints."""
     parser = ToolParser(description=__doc__)
     parser.add_argument("directory", type=Path, help="the folder that --save named")
-    parser.add_argument("--iteration", type=int, help="by default the latest")
-    parser.add_argument("--json", action="store_true", help="as JSON")
+    parser.add_argument("--iteration", type=int, help="iteration to show; default: the latest")
+    parser.add_argument("--json", action="store_true", help="print as JSON")
     args = parser.parse_args()
     found = {"folder": str(args.directory), **checkpoints(args.directory)}
     flags = {"flag": "directory", "iteration_flag": "--iteration"}
@@ -109,6 +109,10 @@ def _objective(saved: Namespace) -> dict[str, Any] | None:
     return {name: _of(saved, name) for name in names} | {"batches": saved.unlearn_composition}
 
 
+# Keys of the JSON that need a longer name in a line.
+_LABELS = {"of": "train iterations", "rate": "learning rate"}
+
+
 def lines(found: dict[str, Any]) -> list[str]:
     """A line for each thing that is known."""
     shown = dict(found)
@@ -116,7 +120,9 @@ def lines(found: dict[str, Any]) -> list[str]:
         name if broken is None else f"{name} (broken: {broken})"
         for name, broken in found["on disk"].items()
     )
-    texts = {name: _text(value) for name, value in shown.items() if value is not None}
+    texts = {
+        _LABELS.get(name, name): _text(value) for name, value in shown.items() if value is not None
+    }
     width = max(map(len, texts)) + 1
     return [f"{f'{name}:':{width}} {text}" for name, text in texts.items()]
 

@@ -32,9 +32,14 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "--on-error",
         choices=["fail", "skip"],
         default="fail",
-        help="stop at a bad record and write nothing, or leave it out and count it",
+        help="at a bad record, stop and write nothing, or skip and count it",
     )
-    parser.add_argument("--vocab-size", type=int, required=True, help="pieces, all kinds together")
+    parser.add_argument(
+        "--vocab-size",
+        type=int,
+        required=True,
+        help="number of pieces, control and byte pieces included",
+    )
     parser.add_argument("--output", required=True, help="the model file to write")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing model")
     parser.add_argument(
@@ -47,8 +52,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "--max-bytes",
         type=int,
         default=1_000_000_000,
-        help="text to learn from, of each file as much as its share of the input, from its start; training "
-        "holds it in memory",
+        help="bytes of text to learn from, taken from the start of each file in proportion to its size; "
+        "training holds it in memory",
     )
     return parser.parse_args(argv)
 

@@ -54,12 +54,27 @@ def parse_args() -> argparse.Namespace:
     data: dict[str, Any] = {"nargs": "+", "type": bare_prefix}
     parser.add_argument("prefix", **data, help="data sets, as --data-path names them")
     parser.add_argument("--tokenizer-type", choices=TOKENIZER_TYPES)
-    parser.add_argument("--tokenizer-model", help="without it, ids are held against the manifest")
-    parser.add_argument("--against", **data, default=[], metavar="PREFIX", help="other data sets")
+    parser.add_argument(
+        "--tokenizer-model",
+        help="tokenizer to check the ids against; without it they are checked against the manifest",
+    )
+    parser.add_argument(
+        "--against",
+        **data,
+        default=[],
+        metavar="PREFIX",
+        help="other data sets, to find documents that both sides have",
+    )
     parser.add_argument(
         "--duplicates", action="store_true", help="find copies of earlier documents"
     )
-    parser.add_argument("--max-memory", type=float, default=1.0, metavar="GB", help="of digests")
+    parser.add_argument(
+        "--max-memory",
+        type=float,
+        default=1.0,
+        metavar="GB",
+        help="memory for the digests of documents",
+    )
     parser.add_argument(
         "--workers", type=int, default=usable_cores(), help="processes that compare documents"
     )
@@ -69,14 +84,14 @@ def parse_args() -> argparse.Namespace:
         type=Path,
         default=[],
         metavar="FILE",
-        help="JSON lines or Parquet whose questions should not be in the data; needs a tokenizer",
+        help="JSON lines or Parquet with questions that should not be in the data; needs a tokenizer",
     )
     parser.add_argument(
         "--benchmark-keys",
         nargs="+",
         default=["question"],
         metavar="KEY",
-        help="fields of these files that are looked for (default: question)",
+        help="fields of these files that hold the questions (default: question)",
     )
     args = parser.parse_args()
     if args.benchmark and args.tokenizer_model is None:

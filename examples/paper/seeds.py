@@ -63,12 +63,13 @@ Nine models of 3.3 M parameters, a chat model of each, trained, evaluated and co
 the data are the same). Text is that of the installed Python and what [`examples/demo`](../examples/demo)
 makes of it. `examples/paper/seeds.py` wrote this page from the files of the runs.
 
-Models are 600 times smaller than the paper's, and their text 500,000 times. This page says which of the
-paper's effects such a small model shows, and which not; it is no evidence about models of 2 B parameters.
+The models are 600 times smaller than the paper's, and their text 500,000 times. This page says which of the
+paper's effects such a small model shows; it is no evidence about models of 2 B parameters.
 
-A change *appears* in a seed if its 95% interval (bootstrap over at most 400 samples of text; normal over a
-task's questions) lies on the side that is expected from the paper; "(no)" marks seeds in which it does not.
-A minus compares means of the log-perplexity (nats a token) or scores (points of percent), a slash variances.
+A change *appears* in a seed if its whole 95% interval (bootstrap over at most 400 samples of text; normal
+over a task's questions) lies on the side that the paper leads one to expect; "(no)" marks the other seeds.
+"a - b" is a difference of mean log-perplexities (nats a token) or of scores (percentage points), "a / b" a
+ratio of variances.
 """
 
 
@@ -224,7 +225,12 @@ def summary(seeds: Sequence[Seed]) -> list[str]:
 def page(seeds: Sequence[Seed]) -> str:
     """All of it as Markdown."""
     lines = [INTRODUCTION.format(count=len(seeds)), "![shifts of perplexity](miniature.png)", ""]
-    lines += ["Of the changes that the paper lets expect appear", "", *summary(seeds), ""]
+    lines += [
+        "Of the changes that the paper leads one to expect, these appear:",
+        "",
+        *summary(seeds),
+        "",
+    ]
     for question, effects in QUESTIONS.items():
         numbers = (f"seed {seed.number}" for seed in seeds)
         heads = ["change", "expected", *numbers, "mean ± deviation", "appears in"]

@@ -28,9 +28,9 @@ def check_unlearning(start: Start, composition: dict[str, int]) -> None:
         return
     if start.composition is None:
         raise ConfigError(
-            f"--load {start.before.directory}: expected the checkpoint of an unlearning run to go on "
-            "with, found one of another kind; to unlearn from it, name it with --pretrained-checkpoint, or "
-            "add --finetune"
+            f"--load {start.before.directory}: expected the checkpoint of an unlearning run to "
+            "resume, found one of another kind; to start unlearning from its weights, name it with "
+            "--pretrained-checkpoint, or add --finetune"
         )
     for flag, found in composition.items():
         expected = start.composition.get(flag, found)
@@ -60,8 +60,8 @@ def check_plain(start: Start, args: Namespace) -> None:
     for kind, mark in kinds.items():
         if mark is not None:
             raise ConfigError(
-                f"--load {start.before.directory}: expected the checkpoint of plain training to go on "
-                f"with, found one of {kind}; to train on from its weights, name it with "
+                f"--load {start.before.directory}: expected the checkpoint of plain training to resume, "
+                f"found one of {kind}; to start plain training from its weights, name it with "
                 "--pretrained-checkpoint, or add --finetune"
             )
 

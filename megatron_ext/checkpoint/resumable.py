@@ -47,8 +47,8 @@ _SETTINGS = {"sgd": ("sgd_momentum",), "adam": ("adam_beta1", "adam_beta2", "ada
 _ANEW = "--no-load-optim starts optimizer and learning rate schedule anew"
 BUCKETS = "distributed optimizer was saved without --dist-ckpt-optim-fully-reshardable"
 WAYS_OUT = (
-    "go on as it was saved and save once with that flag, or with --no-load-optim, which starts optimizer and "
-    "learning rate schedule anew"
+    "resume once with the old settings and that flag and save, or use --no-load-optim, which starts "
+    "optimizer and learning rate schedule anew"
 )
 
 
@@ -178,7 +178,7 @@ def _check_schedule(checkpoint: Checkpoint, args: Namespace) -> None:
             expected, found = (f"{steps:g} samples" for steps in (expected, found))
         raise ConfigError(
             f"{flag}: expected {expected}, the schedule of {checkpoint.path}, found {found}; "
-            "--override-opt-param-scheduler goes on with the schedule of these flags, "
+            "--override-opt-param-scheduler goes on with the schedule of this run's flags, "
             "--use-checkpoint-opt-param-scheduler with that of the checkpoint"
         )
 

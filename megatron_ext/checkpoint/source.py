@@ -124,7 +124,7 @@ def _check_step(args: Namespace) -> None:
     if latest.isdecimal() and int(latest) > args.ckpt_step:
         raise ConfigError(
             f"--ckpt-step: expected the latest iteration of --load and --save {args.load}, {latest}, found "
-            f"{args.ckpt_step}; each restart would begin there again and write over what came after it. To "
+            f"{args.ckpt_step}; each restart would go back again and overwrite the later checkpoints. To "
             f"go back once, leave the flag out and write {args.ckpt_step} into {Path(args.load) / TRACKER}"
         )
 
@@ -183,7 +183,7 @@ def warn_of_overwriting(args: Namespace, start: Start) -> None:
     if not own and latest.isdecimal() and int(latest) > first:
         logger.warning(
             "--save %s: holds the checkpoint of iteration %s already; this run begins at iteration %d and "
-            "will write over it (--load %s would go on from it)",
+            "will overwrite it (to resume it instead, use --load %s)",
             args.save,
             latest,
             first,
@@ -227,7 +227,7 @@ def find_reference(args: Namespace, config: UnlearnConfig, start: Start) -> Refe
         named = config.reference_load or args.pretrained_checkpoint or directory
         if Path(named).resolve() != Path(directory).resolve() and args.rank == 0:
             logger.warning(
-                "--pretrained-checkpoint %s: not read, for the run goes on from --load %s, against the "
+                "--pretrained-checkpoint %s: not read, because the run resumes from --load %s, against the "
                 "reference that it was started with, %s",
                 *(named, args.load, directory),
             )
@@ -238,7 +238,7 @@ def find_reference(args: Namespace, config: UnlearnConfig, start: Start) -> Refe
     elif start.resumed:
         raise CheckpointError(
             f"{flag}: expected the reference's checkpoint, because {args.load} was unlearned without one so "
-            "far and cannot be its own reference; found none"
+            "far, and an unlearned model cannot be its own reference; found none"
         )
     else:
         assert start.checkpoint is not None

@@ -112,8 +112,8 @@ def _compare_order(history: list[dict[str, Any]], part: dict[str, Any]) -> None:
         if "order" in old and any(old[key] != blend[key] for key in ("order", "weights")):
             logger.warning(
                 "from sample %d on, the samples to %s come from other data or in another order than those "
-                "before, for data, weights, --split, --seed, --seq-length or the number of epochs changed: "
-                "what was read may be read again, and some of the rest not at all",
+                "before, because data, weights, --split, --seed, --seq-length or the number of epochs "
+                "changed: some samples may be read twice and others never",
                 part["start"],
                 role,
             )

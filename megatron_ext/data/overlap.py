@@ -41,7 +41,7 @@ def check_overlap(args: Namespace, config: UnlearnConfig) -> None:
         forgotten, other, shared = found
         raise DataError(
             f"--forget-data-path {forgotten}: expected text that is not replayed, found {shared} as "
-            f"in {other}, which is; --allow-data-overlap goes on"
+            f"in {other}, which is replayed; --allow-data-overlap runs nevertheless"
         )
 
 

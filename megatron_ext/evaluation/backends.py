@@ -30,12 +30,14 @@ def add_model_arguments(parser: ArgumentParser, *, required: bool = True) -> Non
         default="megatron",
         help="what --model is: a Megatron checkpoint, run at any layout, or an exported model",
     )
-    group.add_argument("--tokenizer-type", choices=TOKENIZER_TYPES, help="default: the model's")
-    group.add_argument("--tokenizer-model", help="default: the model's")
+    group.add_argument(
+        "--tokenizer-type", choices=TOKENIZER_TYPES, help="default: the one stored with the model"
+    )
+    group.add_argument("--tokenizer-model", help="default: the one stored with the model")
     group.add_argument(
         "--chat-template", type=Path, help="Jinja file; default: the one stored with the model"
     )
-    group.add_argument("--micro-batch-size", type=int, default=8, help="prompts at a time")
+    group.add_argument("--micro-batch-size", type=int, default=8, help="prompts per batch")
     group.add_argument("--tensor-model-parallel-size", type=int, default=1)
     group.add_argument("--pipeline-model-parallel-size", type=int, default=1)
 

@@ -40,30 +40,39 @@ _KEPT = (
 def add_arguments(parser: ArgumentParser) -> None:
     """Flags of the verb."""
     parser.add_argument(
-        "--tasks", nargs="+", required=True, help="names of the harness, or of --include-path"
+        "--tasks",
+        nargs="+",
+        required=True,
+        help="names of tasks of the harness or of --include-path",
     )
-    parser.add_argument("--include-path", type=Path, nargs="+", default=[], help="folders of tasks")
+    parser.add_argument(
+        "--include-path", type=Path, nargs="+", default=[], help="folders with tasks of your own"
+    )
     parser.add_argument(
         "--data-dir",
         type=Path,
-        help="folder of data sets under their names on the hub, such as cais/mmlu; nothing is fetched then",
+        help="folder of data sets under their names on the hub, such as cais/mmlu, in place of a download",
     )
-    parser.add_argument("--name", required=True, help="of the model, in the table")
+    parser.add_argument("--name", required=True, help="name of the model in the table")
     parser.add_argument("--output", type=Path, required=True, help="JSON file to write")
-    parser.add_argument("--overwrite", action="store_true", help="replace the output")
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing output")
     parser.add_argument("--num-fewshot", type=int, help="default: the task's own")
-    parser.add_argument("--limit", type=int, help="samples of a task, to try it out")
     parser.add_argument(
-        "--apply-chat-template", action="store_true", help="for chat models: ask as a user"
+        "--limit", type=int, help="use only this many samples per task, to try it out"
+    )
+    parser.add_argument(
+        "--apply-chat-template",
+        action="store_true",
+        help="for chat models: ask through the chat template",
     )
     parser.add_argument(
         "--log-samples", action="store_true", help="keep every answer in the output"
     )
-    parser.add_argument("--seed", type=int, default=1234, help="of sampled text")
+    parser.add_argument("--seed", type=int, default=1234, help="seed of sampling")
     parser.add_argument(
         "--allow-code-execution",
         action="store_true",
-        help="humaneval and mbpp run what the model writes on this machine",
+        help="let humaneval and mbpp execute the model's code on this machine",
     )
     add_model_arguments(parser)
 

@@ -168,7 +168,7 @@ def add_judge_arguments(parser: ArgumentParser) -> None:
     group.add_argument(
         "--judge-url", help="OpenAI-compatible API, such as http://localhost:8000/v1"
     )
-    group.add_argument("--judge-model", help="its model")
+    group.add_argument("--judge-model", help="name of the judge's model")
     group.add_argument(
         "--judge-api-key-variable",
         default="OPENAI_API_KEY",
@@ -176,7 +176,9 @@ def add_judge_arguments(parser: ArgumentParser) -> None:
         help="environment variable that holds the API key, if one is needed",
     )
     group.add_argument("--judge-max-tokens", type=int, default=Judge.max_tokens)
-    group.add_argument("--judge-timeout", type=float, default=Judge.timeout, help="seconds")
+    group.add_argument(
+        "--judge-timeout", type=float, default=Judge.timeout, help="seconds per request"
+    )
     group.add_argument("--judge-attempts", type=int, default=Judge.attempts)
     group.add_argument("--judge-parallel", type=int, default=Judge.parallel)
 

@@ -42,9 +42,9 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--reference-answers", type=Path, help="reference_answer/gpt-4.jsonl, for maths and code"
     )
-    parser.add_argument("--name", required=True, help="of the model, in files and tables")
+    parser.add_argument("--name", required=True, help="name of the model in files and tables")
     parser.add_argument("--output-dir", type=Path, required=True)
-    parser.add_argument("--overwrite", action="store_true", help="answer again")
+    parser.add_argument("--overwrite", action="store_true", help="replace existing answers")
     add_model_arguments(parser, required=False)
     group = parser.add_argument_group("generation")
     group.add_argument("--max-new-tokens", type=int, default=1024)

@@ -24,7 +24,7 @@ def check_spelling(words: Sequence[str], *, known: Sequence[str]) -> None:
         name = word.partition("=")[0].replace("_", "-")
         like = difflib.get_close_matches(name, known, n=1, cutoff=_MISTYPED)
         if name.startswith("--") and like:
-            raise ConfigError(f"{word}: expected {like[0]}, found a flag that no run knows")
+            raise ConfigError(f"{word}: expected {like[0]}, found an unknown flag")
 
 
 def check_model(flags: Namespace) -> None:
@@ -34,22 +34,24 @@ def check_model(flags: Namespace) -> None:
         ConfigError: names the flag.
     """
     if flags.attention_backend == "unfused":
-        raise ConfigError("--attention-backend unfused is not known to this plan")
+        raise ConfigError("--attention-backend unfused is not supported by the plan")
     if flags.optimizer != "adam":
         raise ConfigError(
-            f"--optimizer: expected adam, for which this plan is, found {flags.optimizer}"
+            f"--optimizer: expected adam, the only one the plan supports, found {flags.optimizer}"
         )
     for name in ("swiglu", "disable-bias-linear"):
         if not getattr(flags, name.replace("-", "_")):
-            raise ConfigError(f"--{name}: expected, found none; the plan is for Llama-like models")
+            raise ConfigError(
+                f"--{name}: expected, found none; the plan supports Llama-like models only"
+            )
     if flags.normalization != "RMSNorm":
         raise ConfigError(
-            f"--normalization: expected RMSNorm, for which this plan is, found {flags.normalization}"
+            f"--normalization: expected RMSNorm, the only one the plan supports, found {flags.normalization}"
         )
     if flags.position_embedding_type in _TABLES and not flags.use_rotary_position_embeddings:
         raise ConfigError(
-            "--position-embedding-type: expected rope or another without weights, for which this plan is, "
-            f"found {flags.position_embedding_type}"
+            "--position-embedding-type: expected rope or another one without weights (the plan supports no "
+            f"other), found {flags.position_embedding_type}"
         )
 
 

@@ -86,7 +86,7 @@ def entry_flags(words: Sequence[str]) -> Namespace:
             raise ConfigError(f"--{name}: expected at least 1, found {value}")
     for name in _NOT_PLANNED:
         if getattr(flags, name.replace("-", "_")) is not None:
-            raise ConfigError(f"--{name} is not known to this plan")
+            raise ConfigError(f"--{name} is not supported by the plan")
     check_model(flags)
     check_run(flags)
     return flags

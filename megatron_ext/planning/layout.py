@@ -180,7 +180,7 @@ def check(arch: Architecture, layout: Layout, unlearning: Unlearning | None = No
     # With fewer groups than TP every rank gathers and keeps the whole projection.
     if arch.query_groups % layout.tp:
         raise ConfigError(
-            f"--num-query-groups: expected a multiple of TP {layout.tp}, for which this plan is, found "
+            f"--num-query-groups: expected a multiple of TP {layout.tp}, as the plan requires, found "
             f"{arch.query_groups}"
         )
     if arch.padded_vocab(layout.tp) % layout.tp:

@@ -78,12 +78,12 @@ def _memory_notes(n: dict[str, Any]) -> Iterator[str]:
     part = head["logits"] / head["needed"]
     yield f"              head: logits of a microbatch, {part:.0%} of them at a time"
     if any(stage["parts"]["layer at work"] for stage in n["stages"]):
-        yield "              layer: of a layer's backward pass, beyond the head's, which is free by then"
+        yield "              layer: needed by a layer's backward pass beyond the memory that the head frees"
     if "hidden-state cache" in n["stages"][-1]["parts"]:
         yield "              cache: reference hidden states of the replayed tokens"
     passes = [s["stage"] for s in n["stages"] if s["reference_pass"] >= sum(s["parts"].values())]
     if passes:
-        yield f"              the total is that of the reference's pass on stages {passes}"
+        yield f"              total of stages {passes}: the reference's forward pass, which needs most"
     if host := max(stage["host"] for stage in n["stages"]):
         unit, name = _unit_of_memory([host])
         yield f"              and {host / unit:.2f} {name} of pinned host memory a rank"

@@ -94,14 +94,18 @@ def test_what_chat_tuning_needs_exists(destinations):
 )
 def test_a_flag_of_unlearning_is_not_dropped_where_nothing_is_unlearned(name, value):
     flag = f"--{name.replace('_', '-')}"
-    with pytest.raises(ConfigError, match=f"^{flag} needs --forget-data-path: nothing is unlearn"):
+    with pytest.raises(
+        ConfigError, match=f"^{flag} needs --forget-data-path: it only affects unlearning"
+    ):
         refuse(Namespace(**{name: value}), WITHOUT_UNLEARNING, where="needs --forget-data-path")
     # What turns unlearning on cannot need itself.
     assert not [row.name for row in WITHOUT_UNLEARNING if row.name.endswith("data_path")]
 
 
 def test_the_first_row_that_applies_is_named():
-    with pytest.raises(ConfigError, match=r"^--use-mup is not supported: the head does not scale"):
+    with pytest.raises(
+        ConfigError, match=r"^--use-mup is not supported: the fused head does not scale"
+    ):
         refuse(Namespace(use_mup=True, sft=True), NEVER, where="is not supported")
     with pytest.raises(
         ConfigError, match=r"^--dataloader-type: expected single, found cyclic; the"
@@ -115,7 +119,9 @@ def test_the_first_row_that_applies_is_named():
         ConfigError, match=r"^--ckpt-format: expected torch_dist, found torch; a run"
     ):
         refuse(Namespace(ckpt_format="torch"), NEVER, where="")
-    with pytest.raises(ConfigError, match=r"^--logits-load-dir is not supported: the loss of dist"):
+    with pytest.raises(
+        ConfigError, match=r"^--logits-load-dir is not supported: distillation from"
+    ):
         refuse(Namespace(logits_load_dir="a"), NEVER, where="is not supported")
     backend = Namespace(attention_backend=AttnBackend.local)
     with pytest.raises(ConfigError, match=r"^--attention-backend: expected auto, .* found local; "):

@@ -164,7 +164,8 @@ def test_a_release_has_no_optimizer_to_go_on_with():
         (
             {"transformer_impl": "transformer_engine"},
             {},
-            "--transformer-impl: expected local, .* found transformer_engine; go on as it was saved",
+            "--transformer-impl: expected local, .* found transformer_engine; "
+            "resume once with the old settings",
         ),
         (
             {"expert_model_parallel_size": 1},

@@ -49,7 +49,7 @@ def test_plain_training_from_nothing():
     assert describe(args(), UnlearnConfig(), NOWHERE, None) == (
         "starts:    from random weights\n"
         "objective: cross-entropy\n"
-        "steps:     2,000, of 16 samples of 64 tokens: 2,048,000 tokens\n"
+        "steps:     2,000, each of 16 samples of 64 tokens: 2,048,000 tokens\n"
         "saves:     every 500 steps and at the end, to ckpt/run"
     )
 
@@ -70,21 +70,23 @@ def test_a_resumed_run_counts_what_is_left():
     start = Start(checkpoint("run", 500), "--load", resumed=True)
     found = lines(args(), UNLEARNING, start, None)
     assert found["starts"] == "from iteration 500 of ckpt/run (--load)"
-    assert found["steps"] == "1,500 of 2,000, of 16 samples of 64 tokens: 1,536,000 tokens"
-    assert found["rate"] == "7.5e-04 at iteration 500, 7.5e-04 from here, 0.0e+00 at the end"
+    assert (
+        found["steps"] == "1,500 left of 2,000, each of 16 samples of 64 tokens: 1,536,000 tokens"
+    )
+    assert found["lr"] == "7.5e-04 at iteration 500, 7.5e-04 from here, 0.0e+00 at the end"
     assert "KL" not in found["objective"]
 
 
 def test_what_is_not_known_yet_is_not_counted():
     plain = UnlearnConfig()
     found = lines(args(train_iters=None, train_samples=4096), plain, NOWHERE, None)
-    assert found["steps"] == "as many as 4,096 samples of 64 tokens take"
+    assert found["steps"] == "as many as 4,096 samples of 64 tokens need"
     found = lines(args(rampup_batch_size=["4", "4", "100"]), plain, NOWHERE, None)
-    assert found["steps"] == "2,000, of up to 16 samples of 64 tokens"
+    assert found["steps"] == "2,000, each of up to 16 samples of 64 tokens"
     assert lines(args(skip_train=True), plain, NOWHERE, None)["saves"] == "nothing"
     found = lines(args(save=None, chat_digest="a1"), plain, NOWHERE, None)
-    assert found["saves"] == "nothing, for there is no --save"
-    assert found["objective"] == "cross-entropy of the assistant's words"
+    assert found["saves"] == "nothing (no --save)"
+    assert found["objective"] == "cross-entropy on the assistant's tokens"
 
 
 OVERRIDE, KEPT = (
