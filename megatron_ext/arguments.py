@@ -38,8 +38,7 @@ from megatron_ext.refusals import (
     WITH_TORCH_NATIVE_LAYERS,
     WITH_UNLEARNING,
     WITHOUT_CUDA,
-    WITHOUT_NVML,
-    WITHOUT_TRANSFORMER_ENGINE,
+    WITHOUT_PACKAGE,
     WITHOUT_UNLEARNING,
     refuse,
 )
@@ -245,14 +244,13 @@ def check_before_megatron(args: Namespace, config: UnlearnConfig) -> None:
         ConfigError: names the flag, what was expected and what was found.
     """
     refuse(args, NEVER, where="is not supported")
-    if not _installed("transformer_engine"):
-        refuse(args, WITHOUT_TRANSFORMER_ENGINE, where="is not supported")
+    for package, rows in WITHOUT_PACKAGE.items():
+        if not _installed(package):
+            refuse(args, rows, where="is not supported")
     if args.use_distributed_optimizer or args.optimizer.startswith("dist_"):
         refuse(args, WITH_DISTRIBUTED_OPTIMIZER, where="is not supported")
     if cpu.is_enabled():
         refuse(args, WITHOUT_CUDA, where="is not supported")
-    if not _installed("pynvml"):
-        refuse(args, WITHOUT_NVML, where="is not supported")
     if args.spec is None and args.transformer_impl == "local":
         refuse(args, WITH_TORCH_NATIVE_LAYERS, where="is not supported")
     if config.enabled:

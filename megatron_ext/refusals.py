@@ -192,6 +192,20 @@ WITHOUT_NVML: tuple[Refusal, ...] = (
         "temperature and power of a GPU are read with pynvml (pip install nvidia-ml-py), which is not there",
     ),
 )
+WITHOUT_EMERGING_OPTIMIZERS = (
+    Refusal(
+        "optimizer",
+        "the others come with NVIDIA's package emerging-optimizers, which is not installed",
+        "adam or sgd",
+        lambda name: name not in ("adam", "sgd"),
+    ),
+)
+# By the module that is looked for.
+WITHOUT_PACKAGE = {
+    "transformer_engine": WITHOUT_TRANSFORMER_ENGINE,
+    "pynvml": WITHOUT_NVML,
+    "emerging_optimizers": WITHOUT_EMERGING_OPTIMIZERS,
+}
 WITH_UNLEARNING: tuple[Refusal, ...] = (
     Refusal("step_batch_size_schedule", "the composition of a batch is fixed for the whole run"),
     Refusal(

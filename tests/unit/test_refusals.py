@@ -15,7 +15,9 @@ from megatron_ext.refusals import (
     WITH_TORCH_NATIVE_LAYERS,
     WITH_UNLEARNING,
     WITHOUT_CUDA,
+    WITHOUT_EMERGING_OPTIMIZERS,
     WITHOUT_NVML,
+    WITHOUT_PACKAGE,
     WITHOUT_TRANSFORMER_ENGINE,
     WITHOUT_UNLEARNING,
     refuse,
@@ -25,7 +27,8 @@ from tools.list_refused import render
 
 TABLES = (
     *(NEVER, WITHOUT_TRANSFORMER_ENGINE, WITHOUT_CUDA, WITHOUT_NVML, WITH_DISTRIBUTED_OPTIMIZER),
-    *(WITH_TORCH_NATIVE_LAYERS, WITH_UNLEARNING, WITHOUT_UNLEARNING, WITH_CHAT),
+    *(WITHOUT_EMERGING_OPTIMIZERS, WITH_TORCH_NATIVE_LAYERS),
+    *(WITH_UNLEARNING, WITHOUT_UNLEARNING, WITH_CHAT),
 )
 ROWS = [row for table in TABLES for row in table]
 
@@ -114,3 +117,13 @@ def test_the_first_row_that_applies_is_named():
     with pytest.raises(ConfigError, match=r"^--attention-backend: expected auto, .* found local; "):
         refuse(backend, WITH_TORCH_NATIVE_LAYERS, where="")
     refuse(Namespace(use_mup=None, dataloader_type="single"), ROWS, where="")
+
+
+def test_optimizers_of_a_package_that_is_not_installed_are_named_before_a_model_is_built():
+    rows = WITHOUT_PACKAGE["emerging_optimizers"]
+    for name in ("muon", "adaptive_muon", "lion", "soap"):
+        with pytest.raises(
+            ConfigError, match=rf"^--optimizer: expected adam or sgd, found {name};"
+        ):
+            refuse(Namespace(optimizer=name), rows, where="")
+    refuse(Namespace(optimizer="sgd"), rows, where="")
