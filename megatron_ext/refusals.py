@@ -107,11 +107,13 @@ NEVER: tuple[Refusal, ...] = (
         "single or cyclic",
         lambda loader: loader == "external",
     ),
-    # These six do nothing here, or only in Megatron-LM's pretrain_gpt.py; that must not go unsaid.
+    # These eight do nothing here, or only in Megatron-LM's pretrain_gpt.py; that must not go unsaid.
     Refusal(
         "rampup_batch_size",
         "Megatron-Core does not read it any more; --step-batch-size-schedule is for plain runs",
     ),
+    Refusal("openai_gelu", "Megatron-Core computes GELU exactly all the same"),
+    Refusal("apply_residual_connection_post_layernorm", "Megatron-Core does not read it any more"),
     Refusal("freeze_all_layers", "the layers would be trained all the same"),
     Refusal("check_for_spiky_loss", "losses are checked for NaN and inf alone"),
     Refusal("inprocess_restart", "a run that fails is started again by torchrun or its job"),

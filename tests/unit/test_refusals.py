@@ -119,6 +119,12 @@ def test_the_first_row_that_applies_is_named():
     refuse(Namespace(use_mup=None, dataloader_type="single"), ROWS, where="")
 
 
+@pytest.mark.parametrize("name", ["openai_gelu", "apply_residual_connection_post_layernorm"])
+def test_what_would_be_another_model_and_is_not_read_by_megatron_does_not_go_unsaid(name):
+    with pytest.raises(ConfigError, match=f"^--{name.replace('_', '-')} is not supported: Mega"):
+        refuse(Namespace(**{name: True}), NEVER, where="is not supported")
+
+
 def test_optimizers_of_a_package_that_is_not_installed_are_named_before_a_model_is_built():
     rows = WITHOUT_PACKAGE["emerging_optimizers"]
     for name in ("muon", "adaptive_muon", "lion", "soap"):
