@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import importlib.util
 import logging
-import traceback
 from argparse import ArgumentParser, Namespace
 from dataclasses import fields
 from pathlib import Path
@@ -31,7 +30,7 @@ from megatron_ext.checkpoint.source import (
 from megatron_ext.config import ChatConfig, UnlearnConfig
 from megatron_ext.data.checks import check_vocabulary
 from megatron_ext.data.tokenizers import TOKENIZER_TYPES, TokenizerSpec, tokenizer_digest
-from megatron_ext.exceptions import ConfigError
+from megatron_ext.exceptions import ConfigError, refused_by_megatron
 from megatron_ext.refusals import (
     NEVER,
     WITH_DISTRIBUTED_OPTIMIZER,
@@ -135,7 +134,7 @@ def parse() -> tuple[Namespace, UnlearnConfig, ChatRun | None]:
     try:
         args = parse_and_validate_args(add_all)
     except (AssertionError, ValueError, RuntimeError) as error:
-        raise ConfigError(f"refused by Megatron-Core: {_reason(error)}") from error
+        raise refused_by_megatron(error) from error
     except SystemExit as leaving:
         if leaving.code:
             raise
@@ -148,12 +147,6 @@ def parse() -> tuple[Namespace, UnlearnConfig, ChatRun | None]:
     check_vocabulary(args)
     check_batches(args, config)
     return args, config, chat
-
-
-def _reason(error: Exception) -> str:
-    """What an exception says, or else the line that raised it: many of Megatron's assertions are bare."""
-    frame = traceback.extract_tb(error.__traceback__)[-1]
-    return str(error) or f"{frame.line} ({Path(frame.filename).name}, line {frame.lineno})"
 
 
 def record_tokenizer(args: Namespace) -> None:
