@@ -22,6 +22,7 @@ from megatron_ext.runtime import (
     devices,
     launched,
     progress,
+    recompute,
     resume,
     safe_load,
     signals,
@@ -264,6 +265,7 @@ def apply() -> None:
     console.apply()
     progress.apply()
     skip_on_every_layout()
+    recompute.return_copies()
     signals.ask_at_once()
     read_sizes_and_types()
     resume.apply()
