@@ -152,6 +152,8 @@ def parse() -> tuple[Namespace, UnlearnConfig, ChatRun | None]:
 def record_tokenizer(args: Namespace) -> None:
     """Keep in the arguments, and so in every checkpoint, which tokenizer the model was trained with."""
     args.unpadded_vocab_size = get_tokenizer().vocab_size
+    if args.padded_vocab_size is None:  # after --no-pad-vocab-size, and then nothing has a size
+        args.padded_vocab_size = args.unpadded_vocab_size
     args.tokenizer_digest = None
     if args.tokenizer_type in TOKENIZER_TYPES:
         spec = TokenizerSpec(

@@ -112,7 +112,7 @@ NEVER: tuple[Refusal, ...] = (
         "rampup_batch_size",
         "Megatron-Core does not read it any more; --step-batch-size-schedule is for plain runs",
     ),
-    Refusal("openai_gelu", "Megatron-Core computes GELU exactly all the same"),
+    Refusal("openai_gelu", "Megatron-Core does not read it any more"),
     Refusal("apply_residual_connection_post_layernorm", "Megatron-Core does not read it any more"),
     Refusal("freeze_all_layers", "the layers would be trained all the same"),
     Refusal("check_for_spiky_loss", "losses are checked for NaN and inf alone"),
