@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import importlib.util
 import logging
-import traceback
 from argparse import ArgumentParser, Namespace
 from dataclasses import fields
 from pathlib import Path
@@ -32,7 +31,7 @@ from megatron_ext.checkpoint.source import (
 from megatron_ext.config import ChatConfig, LogConfig, UnlearnConfig
 from megatron_ext.data.checks import check_vocabulary
 from megatron_ext.data.tokenizers import TOKENIZER_TYPES, TokenizerSpec, tokenizer_digest
-from megatron_ext.exceptions import ConfigError
+from megatron_ext.exceptions import ConfigError, refused_by_megatron
 from megatron_ext.runtime import compat, console, cpu
 from megatron_ext.values import (
     check_index,
@@ -128,7 +127,7 @@ def parse() -> tuple[Namespace, UnlearnConfig, ChatRun | None]:
     try:
         args = parse_and_validate_args(add_all)
     except (AssertionError, ValueError, RuntimeError) as error:
-        raise ConfigError(f"refused by Megatron-Core: {_reason(error)}") from error
+        raise refused_by_megatron(error) from error
     except SystemExit as leaving:
         if leaving.code:
             raise
@@ -143,15 +142,11 @@ def parse() -> tuple[Namespace, UnlearnConfig, ChatRun | None]:
     return args, config, chat
 
 
-def _reason(error: Exception) -> str:
-    """What an exception says, or else the line that raised it: many of Megatron's assertions are bare."""
-    frame = traceback.extract_tb(error.__traceback__)[-1]
-    return str(error) or f"{frame.line} ({Path(frame.filename).name}, line {frame.lineno})"
-
-
 def record_tokenizer(args: Namespace) -> None:
     """Keep in the arguments, and so in every checkpoint, which tokenizer the model was trained with."""
     args.unpadded_vocab_size = get_tokenizer().vocab_size
+    if args.padded_vocab_size is None:  # after --no-pad-vocab-size, and then nothing has a size
+        args.padded_vocab_size = args.unpadded_vocab_size
     args.tokenizer_digest = None
     if args.tokenizer_type in TOKENIZER_TYPES:
         spec = TokenizerSpec(
@@ -235,14 +230,13 @@ def check_before_megatron(args: Namespace, config: UnlearnConfig) -> None:
         ConfigError: names the flag, what was expected and what was found.
     """
     refusals.refuse(args, refusals.NEVER, where="is not supported")
-    if not _installed("transformer_engine"):
-        refusals.refuse(args, refusals.WITHOUT_TRANSFORMER_ENGINE, where="is not supported")
+    for package, rows in refusals.WITHOUT_PACKAGE.items():
+        if not _installed(package):
+            refusals.refuse(args, rows, where="is not supported")
     if args.use_distributed_optimizer or args.optimizer.startswith("dist_"):
         refusals.refuse(args, refusals.WITH_DISTRIBUTED_OPTIMIZER, where="is not supported")
     if cpu.is_enabled():
         refusals.refuse(args, refusals.WITHOUT_CUDA, where="is not supported")
-    if not _installed("pynvml"):
-        refusals.refuse(args, refusals.WITHOUT_NVML, where="is not supported")
     if args.spec is None and args.transformer_impl == "local":
         refusals.refuse(args, refusals.WITH_TORCH_NATIVE_LAYERS, where="is not supported")
     if args.dataset_log_interval is not None:

@@ -4,6 +4,11 @@ A message names the flag or file, what was expected and what was found; the entr
 print it without a traceback.
 """
 
+from __future__ import annotations
+
+import traceback
+from pathlib import Path
+
 
 class MegatronExtError(Exception):
     """Base of everything that the product raises on purpose."""
@@ -28,3 +33,10 @@ class TrainingError(MegatronExtError):
 def first_line(error: BaseException) -> str:
     """What an error says, in one line; its kind where it says nothing, as some of a GPU's driver do."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def refused_by_megatron(error: Exception) -> ConfigError:
+    """What Megatron-Core says against the flags, or else the line that does: many assertions are bare."""
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    reason = str(error) or f"{frame.line} ({Path(frame.filename).name}, line {frame.lineno})"
+    return ConfigError(f"refused by Megatron-Core: {reason}")

@@ -123,11 +123,13 @@ NEVER: tuple[Refusal, ...] = (
         "single or cyclic",
         lambda loader: loader == "external",
     ),
-    # These six do nothing here, or only in Megatron-LM's pretrain_gpt.py; that must not go unsaid.
+    # These eight do nothing here, or only in Megatron-LM's pretrain_gpt.py; that must not go unsaid.
     Refusal(
         "rampup_batch_size",
         "Megatron-Core ignores it; plain training can use --step-batch-size-schedule",
     ),
+    Refusal("openai_gelu", "Megatron-Core ignores it"),
+    Refusal("apply_residual_connection_post_layernorm", "Megatron-Core ignores it"),
     Refusal("freeze_all_layers", "Megatron-Core would train the layers all the same"),
     Refusal("check_for_spiky_loss", "only NaN and inf are checked for here"),
     Refusal("inprocess_restart", "torchrun or the cluster's job restarts a failed run"),
@@ -219,6 +221,20 @@ WITH_DATASET_LOG: tuple[Refusal, ...] = (
         lambda kind: kind == "full_iteration",
     ),
 )
+WITHOUT_EMERGING_OPTIMIZERS = (
+    Refusal(
+        "optimizer",
+        "the others come with NVIDIA's package emerging-optimizers, which is not installed",
+        "adam or sgd",
+        lambda name: name not in ("adam", "sgd"),
+    ),
+)
+# By the module that is looked for.
+WITHOUT_PACKAGE = {
+    "transformer_engine": WITHOUT_TRANSFORMER_ENGINE,
+    "pynvml": WITHOUT_NVML,
+    "emerging_optimizers": WITHOUT_EMERGING_OPTIMIZERS,
+}
 WITH_UNLEARNING: tuple[Refusal, ...] = (
     Refusal(
         "step_batch_size_schedule",

@@ -55,6 +55,8 @@ UNSUPPORTED = {
     "mrope_section": "multi-dimensional rotary embedding (--mrope-section)",
     "use_te_activation_func": "Transformer Engine's activation function (--use-te-activation-func)",
     "batch_invariant_mode": "--batch-invariant-mode",
+    # Megatron adds an expert's bias in place, to a view that autograd does not let it write to.
+    "add_bias_linear": "biases of experts (--num-experts without --disable-bias-linear)",
     "moe_grouped_gemm": "grouped GEMM of experts (--moe-grouped-gemm)",
     "moe_permute_fusion": "--moe-permute-fusion",
     "moe_router_fusion": "--moe-router-fusion",
@@ -77,6 +79,8 @@ def check_config(config: TransformerConfig) -> None:
             the message names all of it.
     """
     values = {field: getattr(config, field, None) for field in UNSUPPORTED}
+    if config.num_moe_experts is None:
+        del values["add_bias_linear"]
     wrong = [
         UNSUPPORTED[field] + (f", found {value}" if field in _FINE else "")
         for field, value in values.items()

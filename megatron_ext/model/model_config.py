@@ -7,6 +7,7 @@ from typing import Any
 
 from megatron.training.argument_utils import gpt_config_from_args
 
+from megatron_ext.exceptions import refused_by_megatron
 from megatron_ext.model.layer_spec import check_config, torch_native_spec_for_builder
 
 
@@ -14,7 +15,8 @@ def model_config_from_args(args: Namespace) -> Any:
     """The config that the model and its reference are built from.
 
     Megatron reads `--rope-scaling-factor` into its arguments and then does not hand it on, so every model
-    would be built with 8, the factor of Llama 3.1; Llama 3.2 has 32.
+    would be built with 8, the factor of Llama 3.1; Llama 3.2 has 32. By default it also asks for a fused
+    activation where its layers have none, and then fails.
 
     Args:
         args: Megatron's validated arguments.
@@ -23,9 +25,16 @@ def model_config_from_args(args: Namespace) -> Any:
         `megatron.training.models.gpt.GPTModelConfig`.
 
     Raises:
-        ConfigError: the torch-native layers are used and do not compute what is asked for.
+        ConfigError: Megatron-Core refuses the model, or the torch-native layers are used and do not compute
+            what is asked for.
     """
-    config = gpt_config_from_args(args)
+    # Of experts the second one is fused.
+    if args.squared_relu or (args.quick_geglu and args.num_experts is None):
+        args.bias_gelu_fusion = False
+    try:
+        config = gpt_config_from_args(args)
+    except (AssertionError, ValueError) as error:
+        raise refused_by_megatron(error) from error
     config.rope_scaling_factor = args.rope_scaling_factor
     if args.spec is None and args.transformer_impl == "local":
         # The builder checks too, but only once all process groups are up.

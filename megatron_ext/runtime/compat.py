@@ -22,6 +22,7 @@ from megatron_ext.runtime import (
     devices,
     launched,
     progress,
+    recompute,
     resume,
     safe_load,
     signals,
@@ -239,6 +240,25 @@ def read_sizes_and_types() -> None:
     strategies.TorchDistLoadShardedStrategy.load_tensors_metadata = load_tensors_metadata
 
 
+def warm_up_even_widths() -> None:
+    """Leave Megatron's warm-up of fused functions out where it would end the run.
+
+    For SwiGLU it halves a rank's feed-forward width, of which the layers have twice as much to halve; an odd
+    one does not part in two. Without a warm-up the first step compiles.
+    """
+    from megatron.training import initialize
+
+    warm_up = initialize._warmup_jit_function
+
+    def warm_up_if_even(tp_size: int | None = None) -> None:
+        args = initialize.get_args()
+        width = args.ffn_hidden_size // args.tensor_model_parallel_size
+        if not (args.swiglu and width % 2):
+            warm_up(tp_size=tp_size)
+
+    initialize._warmup_jit_function = warm_up_if_even
+
+
 def ask_for_one_queue() -> None:
     """Let kernels start in the order in which they were launched, so that communication begins in time.
 
@@ -264,6 +284,8 @@ def apply() -> None:
     console.apply()
     progress.apply()
     skip_on_every_layout()
+    recompute.return_copies()
+    warm_up_even_widths()
     signals.ask_at_once()
     read_sizes_and_types()
     resume.apply()

@@ -22,6 +22,7 @@ def apply() -> None:
     schedule.enable()
     complete_saves()
     prepare_saves()
+    measure_buckets()
     leave_enough_samples()
     prepare_loaders()
 
@@ -147,6 +148,30 @@ def prepare_saves() -> None:
 
     loop.setup_model_and_optimizer = set_up_after_looking
     loop.save_checkpoint = save_after_preparing
+
+
+def measure_buckets() -> None:
+    """Let a bucket of the distributed optimizer end with its last parameter where its state is saved.
+
+    The bucket before a tied embedding under pipeline parallelism ends where the embedding would start, on a
+    multiple of 64; Megatron then fills up to the next multiple of 128, beyond the size that it gives the
+    bucket, and no checkpoint could be saved.
+    """
+    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+
+    describe = DistributedOptimizer.sharded_param_state_dp_reshardable
+
+    def describe_measured(self: DistributedOptimizer, *args: Any, **more: Any) -> Any:
+        for buffer in self.buffers:
+            for bucket in buffer.buckets:
+                ends = [buffer.param_index_map[parameter][1] for parameter in bucket.params]
+                end = max(ends) - bucket.offset
+                # Where nothing is filled up, checkpoints with the larger size exist.
+                if bucket.numel_unpadded < bucket.grad_data.numel():
+                    bucket.numel_unpadded = end
+        return describe(self, *args, **more)
+
+    DistributedOptimizer.sharded_param_state_dp_reshardable = describe_measured
 
 
 def leave_enough_samples() -> None:

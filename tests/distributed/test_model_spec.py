@@ -29,6 +29,11 @@ CASES = {
         "recompute_granularity": "selective",
         "recompute_modules": ["core_attn"],
     },
+    "feed-forward parts with biases recomputed": {
+        "add_bias_linear": True,
+        "recompute_granularity": "selective",
+        "recompute_modules": ["mlp"],
+    },
     "all recomputed": {
         "recompute_granularity": "full",
         "recompute_method": "uniform",
@@ -57,7 +62,8 @@ def _compare(case: dict, *, tensor_parallel: int, sequence_parallel: bool) -> tu
 
     models.start(tensor_parallel)
     # Megatron's gradient-sum over ranks is what sequence parallelism of ours must equal.
-    stock = models.gpt(models.config(**case), native=False)
+    kept = {name: value for name, value in case.items() if not name.startswith("recompute_")}
+    stock = models.gpt(models.config(**kept), native=False)
     ours = models.gpt(models.config(**case, sequence_parallel=sequence_parallel), native=True)
     ours.load_state_dict(stock.state_dict())
     loss, gradients = models.loss_and_gradients(ours)
@@ -71,9 +77,10 @@ TP_CASES = [name for name in CASES if name not in ("one group", "all recomputed"
 
 def _everything(directory: str) -> dict[str, Any]:
     """All measurements of this file, since starting ranks costs more than any of them."""
-    from megatron_ext.runtime import compat
+    from megatron_ext.runtime import compat, recompute
 
     compat.read_sizes_and_types()
+    recompute.return_copies()
     results: dict[str, Any] = {
         layout: {
             name: _compare(CASES[name], tensor_parallel=tp, sequence_parallel=sp) for name in names

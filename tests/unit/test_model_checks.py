@@ -22,7 +22,7 @@ VALUES = {
 
 
 def _config(**changes):
-    plain = {"softmax_type": "vanilla", "cuda_graph_impl": "none"}
+    plain = {"softmax_type": "vanilla", "cuda_graph_impl": "none", "num_moe_experts": 4}
     return SimpleNamespace(**(plain | changes))
 
 
@@ -42,6 +42,12 @@ def test_the_message_lists_all_problems():
     cfg = _config(window_size=(8, 0), softmax_type="learnable", fp8="hybrid")
     with pytest.raises(ConfigError, match=r"--window-size.*; fp8; .* found learnable"):
         check_config(cfg)
+
+
+def test_biases_are_refused_of_experts_only():
+    check_config(_config(num_moe_experts=None, add_bias_linear=True))
+    with pytest.raises(ConfigError, match="--num-experts without --disable-bias-linear"):
+        check_config(_config(add_bias_linear=True))
 
 
 def test_a_stage_builds_its_own_layers_only():

@@ -32,7 +32,8 @@ def config(*flags):
         return parser
     args = parse_args(defaults)
     validate_args(args)
-    theirs, ours = gpt_config_from_args(args), model_config_from_args(args)
+    ours = model_config_from_args(args)
+    theirs = gpt_config_from_args(args)
     same = {k: v for k, v in vars(ours).items() if k not in ("transformer", "transformer_layer_spec",
             "rope_scaling_factor")}
     return {
@@ -40,6 +41,7 @@ def config(*flags):
         "torch-native": ours.transformer_layer_spec is torch_native_spec_for_builder,
         "others": all(getattr(theirs, k) == v for k, v in same.items()),
         "layers": ours.transformer.num_layers,
+        "fused": ours.transformer.bias_activation_fusion,
     }
 
 def refused(*flags):
@@ -56,6 +58,8 @@ result = {
     "llama": config("--use-rope-scaling", "--rope-scaling-factor", "32", "--position-embedding-type",
                     "rope"),
     "own spec": config("--spec", "megatron.core.models.gpt.gpt_layer_specs", "get_gpt_layer_local_spec"),
+    "activations": [config(*flags)["fused"] for flags in ([], ["--squared-relu"], ["--quick-geglu"])],
+    "one expert a token": refused("--num-experts", "2", "--moe-router-topk", "1"),
     "interleaved": refused("--position-embedding-type", "rope", "--rotary-interleaved"),
 }
 print(json.dumps(result))
@@ -88,6 +92,15 @@ def test_local_layers_are_torch_native_unless_a_spec_is_named(parsed):
 
 def test_what_the_layers_do_not_compute_is_refused_before_any_process_group(parsed):
     assert "(--rotary-interleaved)" in parsed["interleaved"]
+
+
+def test_an_activation_is_fused_only_where_the_layers_can(parsed):
+    assert parsed["activations"] == [True, False, False]
+
+
+def test_what_megatron_refuses_of_a_model_is_one_line(parsed):
+    assert parsed["one expert a token"].startswith("refused by Megatron-Core: ")
+    assert "--moe-router-pre-softmax" in parsed["one expert a token"]
 
 
 def test_the_rest_is_megatrons_config(parsed):

@@ -16,7 +16,9 @@ from megatron_ext.refusals import (
     WITH_TORCH_NATIVE_LAYERS,
     WITH_UNLEARNING,
     WITHOUT_CUDA,
+    WITHOUT_EMERGING_OPTIMIZERS,
     WITHOUT_NVML,
+    WITHOUT_PACKAGE,
     WITHOUT_TRANSFORMER_ENGINE,
     WITHOUT_UNLEARNING,
     refuse,
@@ -26,13 +28,8 @@ from tools.list_refused import render
 
 TABLES = (
     *(NEVER, WITHOUT_TRANSFORMER_ENGINE, WITHOUT_CUDA, WITHOUT_NVML, WITH_DISTRIBUTED_OPTIMIZER),
-    *(
-        WITH_TORCH_NATIVE_LAYERS,
-        WITH_DATASET_LOG,
-        WITH_UNLEARNING,
-        WITHOUT_UNLEARNING,
-        WITH_CHAT,
-    ),
+    *(WITHOUT_EMERGING_OPTIMIZERS, WITH_TORCH_NATIVE_LAYERS, WITH_DATASET_LOG),
+    *(WITH_UNLEARNING, WITHOUT_UNLEARNING, WITH_CHAT),
 )
 ROWS = [row for table in TABLES for row in table]
 
@@ -127,3 +124,19 @@ def test_the_first_row_that_applies_is_named():
     with pytest.raises(ConfigError, match=r"^--attention-backend: expected auto, .* found local; "):
         refuse(backend, WITH_TORCH_NATIVE_LAYERS, where="")
     refuse(Namespace(use_mup=None, dataloader_type="single"), ROWS, where="")
+
+
+@pytest.mark.parametrize("name", ["openai_gelu", "apply_residual_connection_post_layernorm"])
+def test_what_would_be_another_model_and_is_not_read_by_megatron_does_not_go_unsaid(name):
+    with pytest.raises(ConfigError, match=f"^--{name.replace('_', '-')} is not supported: Mega"):
+        refuse(Namespace(**{name: True}), NEVER, where="is not supported")
+
+
+def test_optimizers_of_a_package_that_is_not_installed_are_named_before_a_model_is_built():
+    rows = WITHOUT_PACKAGE["emerging_optimizers"]
+    for name in ("muon", "adaptive_muon", "lion", "soap"):
+        with pytest.raises(
+            ConfigError, match=rf"^--optimizer: expected adam or sgd, found {name};"
+        ):
+            refuse(Namespace(optimizer=name), rows, where="")
+    refuse(Namespace(optimizer="sgd"), rows, where="")

@@ -8,6 +8,7 @@ from unittest import mock
 import pytest
 import torch
 from megatron.core.dist_checkpointing.strategies import torch as strategies
+from megatron.training import initialize
 from torch.distributed.checkpoint.metadata import (
     BytesStorageMetadata,
     Metadata,
@@ -53,6 +54,22 @@ def test_what_else_a_newer_torch_stores_of_a_tensor_is_no_obstacle(monkeypatch):
     compat.read_sizes_and_types()
     (read,) = strategy().load_tensors_metadata("", metadata).values()
     assert (read.key, read.global_shape, read.dtype) == ("weight", (2, 3), torch.bfloat16)
+
+
+@pytest.mark.parametrize(
+    ("swiglu", "ffn", "warmed"), [(True, 90, False), (True, 92, True), (False, 90, True)]
+)
+def test_a_feed_forward_width_that_is_odd_on_a_rank_is_not_warmed_up(
+    monkeypatch, swiglu, ffn, warmed
+):
+    """Megatron's own warm-up halves it, and fails."""
+    calls = []
+    monkeypatch.setattr(initialize, "_warmup_jit_function", lambda tp_size: calls.append(tp_size))
+    args = SimpleNamespace(swiglu=swiglu, ffn_hidden_size=ffn, tensor_model_parallel_size=2)
+    monkeypatch.setattr(initialize, "get_args", lambda: args)
+    compat.warm_up_even_widths()
+    initialize.set_jit_fusion_options(tp_size=2)
+    assert calls == ([2] if warmed else [])
 
 
 def test_help_with_a_bare_per_cent_sign_is_repaired_and_others_are_left():

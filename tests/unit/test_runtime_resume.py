@@ -11,6 +11,7 @@ import pytest
 import torch
 from megatron.core.dist_checkpointing import serialization
 from megatron.core.dist_checkpointing.mapping import LocalNonpersistentObject, ShardedObject
+from megatron.core.optimizer import distrib_optimizer
 from megatron.training import checkpointing
 
 from megatron_ext.checkpoint.complete import MARKS
@@ -108,6 +109,26 @@ def test_a_load_leaves_a_model_its_extra_states_and_explains_other_buckets(tmp_p
         (str(tmp_path), False, own, 0, True, {}),
     ]
     assert read == [f"{tmp_path}/iter_0000004", f"{tmp_path}/release"]
+
+
+@pytest.mark.parametrize(("padded", "wanted"), [(7680, 7588), (7616, 7616)])
+def test_a_bucket_before_a_tied_embedding_is_saved_with_its_own_size(monkeypatch, padded, wanted):
+    """It holds 7588 numbers, and Megatron counts them up to 7616; padded to 7680 that cannot be saved."""
+    kind = distrib_optimizer.DistributedOptimizer
+    seen = []
+    monkeypatch.setattr(
+        kind,
+        "sharded_param_state_dp_reshardable",
+        lambda self: seen.extend(b.numel_unpadded for b in self.buffers[0].buckets),
+    )
+    bucket = types.SimpleNamespace(
+        offset=64, numel_unpadded=7616, grad_data=torch.empty(padded), params=["weight", "norm"]
+    )
+    places = {"weight": (64, 7504, 0), "norm": (7616, 7652, 0)}
+    buffer = types.SimpleNamespace(buckets=[bucket], param_index_map=places)
+    resume.measure_buckets()
+    kind.sharded_param_state_dp_reshardable(types.SimpleNamespace(buffers=[buffer]))
+    assert seen == [wanted]
 
 
 def test_reading_data_leaves_the_random_state_alone(monkeypatch):

@@ -191,3 +191,14 @@ def _holds(check, values, message):
         return
     with pytest.raises(ConfigError, match=f"^{message}"):
         check(Namespace(**values))
+
+
+@pytest.mark.parametrize(("given", "rows"), [(None, 500), (512, 512)])
+def test_a_vocabulary_that_is_not_padded_has_the_rows_of_the_tokenizer(monkeypatch, given, rows):
+    """Megatron leaves the number out with --no-pad-vocab-size."""
+    from megatron_ext import arguments
+
+    monkeypatch.setattr(arguments, "get_tokenizer", lambda: Namespace(vocab_size=500))
+    args = Namespace(padded_vocab_size=given, tokenizer_type="NullTokenizer")
+    arguments.record_tokenizer(args)
+    assert (args.padded_vocab_size, args.unpadded_vocab_size) == (rows, 500)
