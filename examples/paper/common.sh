@@ -19,6 +19,7 @@ begin() {
     EXTRA=()
     START=()
     ARCHITECTURE=()
+    DATASET_LOG=(--dataset-log-interval 10)
     local word
     for word; do
         if [[ $word == --dry-run ]]; then DRY_RUN=1; else EXTRA+=("$word"); fi
@@ -220,6 +221,7 @@ need_files() {
 # tune_chat: chat tuning of START on the files of CHAT_DATA; the entry point counts the iterations of the epochs.
 tune_chat() {
     words_of CHAT_DATA
+    DATASET_LOG=() # conversations are no blend
     launch --global-batch-size "${GLOBAL_BATCH:-$CHAT_BATCH}" \
         --chat-data-path "${WORDS[@]}" --chat-epochs "$CHAT_EPOCHS" \
         --lr "$CHAT_LR" --lr-decay-style constant --eval-iters 0 \
@@ -244,6 +246,7 @@ launch() {
         "${START[@]}" --load "$OUT" --save "$OUT" --tensorboard-dir "$OUT/tensorboard"
         --data-cache-path "${DATA_CACHE:-$OUT/data-cache}" --log-interval 1
         --log-throughput --log-timers-to-tensorboard --log-progress --log-world-size-to-tensorboard
+        "${DATASET_LOG[@]}"
         --manual-gc --manual-gc-interval 100
         # SIGTERM (preemption, or shortly before a time limit) saves and ends.
         --exit-signal-handler
