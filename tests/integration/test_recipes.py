@@ -67,6 +67,7 @@ def test_blends_and_what_is_forgotten(world, commands):
         if name == "chat":
             assert after(commands[name], "--chat-data-path") == [world.settings["CHAT_DATA"]]
             assert after(commands[name], "--chat-epochs") == ["2"]
+            assert "--dataset-log-interval" not in commands[name]
             continue
         blend = ["0.75", web, "0.25", code]
         if len(recipe.data) == 2:
