@@ -176,7 +176,7 @@ def check_checkpoints(args: Namespace, config: UnlearnConfig) -> Start:
         check_unlearning(start, args.unlearn_composition)
         tell_changes(start, args)
         # A part of the run without the mitigation term hands the record on.
-        args.unlearn_reference = start.reference
+        args.unlearn_reference = start.recorded("unlearn_reference")
     elif args.chat_digest is None:
         check_plain(start, args)
     args.consumed_data = start.recorded("consumed_data")  # to be gone on with when there are data

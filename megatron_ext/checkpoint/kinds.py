@@ -26,14 +26,15 @@ def check_unlearning(start: Start, composition: dict[str, int]) -> None:
     """
     if start.before is None:
         return
-    if start.composition is None:
+    recorded = start.recorded("unlearn_composition")
+    if recorded is None:
         raise ConfigError(
             f"--load {start.before.directory}: expected the checkpoint of an unlearning run to "
             "resume, found one of another kind; to start unlearning from its weights, name it with "
             "--pretrained-checkpoint, or add --finetune"
         )
     for flag, found in composition.items():
-        expected = start.composition.get(flag, found)
+        expected = recorded.get(flag, found)
         if expected != found:
             raise ConfigError(
                 f"{flag}: expected {expected} samples, with which {start.before.directory} was started, "
@@ -54,7 +55,7 @@ def check_plain(start: Start, args: Namespace) -> None:
     if start.before is None or args.skip_train or args.ckpt_convert_format is not None:
         return
     kinds = {
-        "an unlearning run (--forget-data-path)": start.composition,
+        "an unlearning run (--forget-data-path)": start.recorded("unlearn_composition"),
         "chat tuning (--chat-data-path)": start.recorded("chat_digest"),
     }
     for kind, mark in kinds.items():

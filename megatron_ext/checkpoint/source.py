@@ -55,18 +55,6 @@ class Start:
         """An argument of the run that is resumed; ``None`` if it recorded none, or none is resumed."""
         return None if self.before is None else getattr(self.before.args, name, None)
 
-    @property
-    def composition(self) -> dict[str, int] | None:
-        """Batch sizes of the unlearning run that is resumed; ``None`` if it is none."""
-        found: dict[str, int] | None = self.recorded("unlearn_composition")
-        return found
-
-    @property
-    def reference(self) -> dict[str, Any] | None:
-        """What the resumed run recorded of its reference: ``directory``, ``folder`` and ``digest``."""
-        found: dict[str, Any] | None = self.recorded("unlearn_reference")
-        return found
-
 
 def resolve_start(args: Namespace, *, required: bool) -> Start:
     """Find the checkpoint that Megatron will load.
@@ -216,7 +204,7 @@ def find_reference(args: Namespace, config: UnlearnConfig, start: Start) -> Refe
         ConfigError: the run would overwrite it.
     """
     flag = "--reference-load"
-    recorded = start.reference
+    recorded = start.recorded("unlearn_reference")
     if recorded is not None:
         directory = config.reference_load or recorded["directory"]
         if not Path(directory).is_dir():

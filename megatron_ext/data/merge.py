@@ -5,7 +5,7 @@ against them, and the files appear complete or not at all. Blocks of 32 MB and o
 in memory at a time, whatever the sizes.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -40,7 +40,7 @@ from megatron_ext.data.manifest import (
     manifest_path,
     read_manifest,
 )
-from megatron_ext.data.verify import check_index
+from megatron_ext.data.verify import check_index, file_blocks
 from megatron_ext.exceptions import ConfigError, DataError
 
 _BLOCK = 1 << 25
@@ -208,7 +208,7 @@ def _copy(part: _Part, stream: DigestingStream, advance: Advance) -> None:
     """Appends the tokens of a data set; what it holds must be what its manifest says."""
     content, left = sha256(), part.summary.size
     known = part.manifest is not None and part.manifest.content_digest is not None
-    for block in _blocks(bin_path(part.prefix)):
+    for block in file_blocks(bin_path(part.prefix), _BLOCK):
         stream.write(block)
         if known:
             content.update(block)
@@ -218,19 +218,13 @@ def _copy(part: _Part, stream: DigestingStream, advance: Advance) -> None:
         raise DataError(f"{bin_path(part.prefix)} has changed its size by {-left} bytes meanwhile")
     if known:
         assert part.manifest is not None
-        for block in _blocks(idx_path(part.prefix)):
+        for block in file_blocks(idx_path(part.prefix), _BLOCK):
             content.update(block)
         if content.hexdigest() != part.manifest.content_digest:
             raise DataError(
                 f"{manifest_path(part.prefix)}: expected content_digest {content.hexdigest()}, as the data "
                 f"have it, found {part.manifest.content_digest}"
             )
-
-
-def _blocks(path: Path) -> Iterator[bytes]:
-    with path.open("rb") as stream:
-        while block := stream.read(_BLOCK):
-            yield block
 
 
 def _write_index(parts: Sequence[_Part], summary: IndexSummary, stream: DigestingStream) -> None:

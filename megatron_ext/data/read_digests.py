@@ -20,7 +20,7 @@ from megatron_ext.data.indexed import (
     map_index,
     read_index_summary,
 )
-from megatron_ext.data.manifest import manifest_path, read_manifest
+from megatron_ext.data.manifest import Manifest, manifest_path, read_manifest
 from megatron_ext.data.workers import in_order, start_worker
 from megatron_ext.exceptions import DataError
 
@@ -75,15 +75,18 @@ class _Span:
     last: int
 
 
-def check_tokenizers(prefixes: Sequence[str | Path]) -> None:
+def check_tokenizers(prefixes: Sequence[str | Path]) -> list[Manifest | None]:
     """Check that ids of data sets mean the same; one without a manifest is taken to fit.
+
+    Returns:
+        The manifests.
 
     Raises:
         DataError: A manifest is unreadable or names another tokenizer than the first one.
     """
     known: tuple[str | Path, str] | None = None
-    for prefix in prefixes:
-        manifest = read_manifest(prefix)
+    manifests = [read_manifest(prefix) for prefix in prefixes]
+    for prefix, manifest in zip(prefixes, manifests, strict=True):
         if manifest is None:
             continue
         known = known or (prefix, manifest.tokenizer_digest)
@@ -92,6 +95,7 @@ def check_tokenizers(prefixes: Sequence[str | Path]) -> None:
                 f"{manifest_path(prefix)}: expected data of the tokenizer of {known[0]}, so that ids can be "
                 "compared, found another tokenizer's"
             )
+    return manifests
 
 
 def comparable(prefixes: Sequence[str | Path], *, eod_id: int | None) -> list[Comparable]:
@@ -104,8 +108,7 @@ def comparable(prefixes: Sequence[str | Path], *, eod_id: int | None) -> list[Co
     Raises:
         DataError: A file is missing or broken, or two were made with different tokenizers.
     """
-    check_tokenizers(prefixes)
-    manifests = [read_manifest(prefix) for prefix in prefixes]
+    manifests = check_tokenizers(prefixes)
     summaries = [read_index_summary(prefix) for prefix in prefixes]
     if eod_id is None:
         eod_id = next((each.eod_id for each in manifests if each is not None), None)

@@ -3,7 +3,7 @@
 Memory does not grow with the data: tokens are read in blocks of 32 MB, the index is mapped.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -130,22 +130,26 @@ def _read_tokens(
 ) -> tuple[int, str]:
     """Largest id and digest of the content."""
     path, digest, largest = bin_path(prefix), sha256(), 0
-    with path.open("rb") as stream:
-        for number in range(-(-path.stat().st_size // _BLOCK)):
-            block = stream.read(_BLOCK)
-            digest.update(block)
-            ids = np.frombuffer(block, dtype=summary.dtype)
-            top, bottom = int(ids.max()), int(ids.min())
-            largest = max(largest, top)
-            if bottom < 0 or (vocab_size is not None and top >= vocab_size):
-                wrong = (ids < 0) | (ids >= (vocab_size or 2**63))
-                first = int(np.argmax(wrong))
-                place = number * (_BLOCK // summary.dtype.itemsize) + first
-                raise DataError(
-                    f"{path}: expected ids from 0 to {vocab_size} - 1, found {ids[first]} at token {place}"
-                )
-            advance(len(block))
-    with idx_path(prefix).open("rb") as stream:
-        while block := stream.read(_BLOCK):
-            digest.update(block)
+    for number, block in enumerate(file_blocks(path, _BLOCK)):
+        digest.update(block)
+        ids = np.frombuffer(block, dtype=summary.dtype)
+        top, bottom = int(ids.max()), int(ids.min())
+        largest = max(largest, top)
+        if bottom < 0 or (vocab_size is not None and top >= vocab_size):
+            wrong = (ids < 0) | (ids >= (vocab_size or 2**63))
+            first = int(np.argmax(wrong))
+            place = number * (_BLOCK // summary.dtype.itemsize) + first
+            raise DataError(
+                f"{path}: expected ids from 0 to {vocab_size} - 1, found {ids[first]} at token {place}"
+            )
+        advance(len(block))
+    for block in file_blocks(idx_path(prefix), _BLOCK):
+        digest.update(block)
     return largest, digest.hexdigest()
+
+
+def file_blocks(path: Path, size: int) -> Iterator[bytes]:
+    """The content of a file, at most so many bytes at a time."""
+    with path.open("rb") as stream:
+        while block := stream.read(size):
+            yield block

@@ -54,11 +54,15 @@ def enable() -> None:
             for path, key, (objects, tensors) in writer.write_buckets
         ]
 
+    def start_reports(mp_mode: str = "spawn") -> Any:
+        # A fork of the rank would outlive it.
+        with termination_held():
+            return results("spawn")
+
     setattr(_Caller, "_get_process", staticmethod(start_and_watch))  # noqa: B010
     setattr(_Caller, "async_loop", staticmethod(serve))  # noqa: B010
     filesystem_async.FileSystemWriterAsync.prepare_write_data = prepare_copies
-    # A fork of the rank would outlive it.
-    filesystem_async.get_write_results_queue = lambda mp_mode="spawn": results("spawn")
+    filesystem_async.get_write_results_queue = start_reports
 
 
 def serve(*arguments: Any) -> None:

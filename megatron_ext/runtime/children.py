@@ -61,19 +61,6 @@ def termination_held() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def enable() -> None:
-    """Start the process through which Megatron's writers of a checkpoint report so that SIGTERM spares it."""
-    from megatron.core.dist_checkpointing.strategies import filesystem_async
-
-    start = filesystem_async.get_write_results_queue
-
-    def start_held(*args: Any, **kwargs: Any) -> Any:
-        with termination_held():
-            return start(*args, **kwargs)
-
-    filesystem_async.get_write_results_queue = start_held
-
-
 def report_in_process() -> None:
     """Let the writers of a checkpoint report within this process: without `--async-save` no other one writes.
 

@@ -194,19 +194,15 @@ def _patch_random_states() -> None:
 
 
 def _patch_tensors() -> None:
-    original_to: Callable[..., Any] = torch.Tensor.to
     original_type: Callable[..., Any] = torch.Tensor.type
-    original_module_to: Callable[..., Any] = torch.nn.Module.to
 
-    def to(self: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        if "device" in kwargs:
-            kwargs["device"] = _on_cpu(kwargs["device"])
-        return original_to(self, *map(_on_cpu, args), **kwargs)
+    def staying(original_to: Callable[..., Any]) -> Callable[..., Any]:
+        def to(self: Any, *args: Any, **kwargs: Any) -> Any:
+            if "device" in kwargs:
+                kwargs["device"] = _on_cpu(kwargs["device"])
+            return original_to(self, *map(_on_cpu, args), **kwargs)
 
-    def module_to(self: torch.nn.Module, *args: Any, **kwargs: Any) -> torch.nn.Module:
-        if "device" in kwargs:
-            kwargs["device"] = _on_cpu(kwargs["device"])
-        return original_module_to(self, *map(_on_cpu, args), **kwargs)
+        return to
 
     def type_(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         # clip_grads and the mixed-precision optimizer compare the name with torch.cuda.FloatTensor.
@@ -214,18 +210,15 @@ def _patch_tensors() -> None:
             return original_type(self, *args, **kwargs)
         return original_type(self).replace("torch.", "torch.cuda.", 1)
 
-    def pinned(self: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        return self
-
     tensor: Any = torch.Tensor
     module: Any = torch.nn.Module
-    tensor.to = to
+    tensor.to = staying(torch.Tensor.to)
     tensor.type = type_
     tensor.cuda = lambda self, *args, **kwargs: self
-    tensor.pin_memory = pinned
+    tensor.pin_memory = lambda self, *args, **kwargs: self
     tensor.record_stream = lambda self, stream: None
     module.cuda = lambda self, device=None: self
-    module.to = module_to
+    module.to = staying(torch.nn.Module.to)
 
 
 def _makes_on_cpu(factory: Callable[..., Any]) -> Callable[..., Any]:

@@ -10,14 +10,13 @@ from torch.distributed.checkpoint import CheckpointException
 
 from megatron_ext.data.atomic import free_mib
 from megatron_ext.exceptions import CheckpointError
-from megatron_ext.runtime import children, packed, safe_load, schedule
+from megatron_ext.runtime import packed, safe_load, schedule
 from megatron_ext.values import saves_where_it_loads
 
 
 def apply() -> None:
     """Apply all of the following and what checkpoints need; called once before training."""
     packed.apply()
-    children.enable()
     prepare_loads()
     schedule.enable()
     complete_saves()

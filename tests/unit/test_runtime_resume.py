@@ -221,7 +221,8 @@ if __name__ == "__main__":
     cpu.enable()
     import psutil
     from megatron.core.dist_checkpointing.strategies import filesystem_async
-    children.enable()
+    from megatron_ext.runtime import async_saves
+    async_saves.enable()
     struck = []
 
     def strike():
