@@ -134,6 +134,7 @@ NEVER: tuple[Refusal, ...] = (
     Refusal("non_persistent_ckpt_type", _ONE_KIND),
     Refusal("tensor_parallel_num_weight_shards", "weights are sharded by tensor parallelism alone"),
 )
+_LOOKED_FOR = "Megatron-Core looks for layers of Transformer Engine, which is not installed"
 WITHOUT_TRANSFORMER_ENGINE = (
     Refusal(
         "use_precision_aware_optimizer",
@@ -145,14 +146,8 @@ WITHOUT_TRANSFORMER_ENGINE = (
         "modules without layernorm",
         lambda modules: "layernorm" in modules,
     ),
-    Refusal(
-        "save_activations_interval",
-        "Megatron-Core looks for layers of Transformer Engine, which is not installed",
-    ),
-    Refusal(
-        "save_dgrads_interval",
-        "Megatron-Core looks for layers of Transformer Engine, which is not installed",
-    ),
+    Refusal("save_activations_interval", _LOOKED_FOR),
+    Refusal("save_dgrads_interval", _LOOKED_FOR),
 )
 WITH_TORCH_NATIVE_LAYERS = (
     Refusal(
@@ -208,19 +203,22 @@ WITHOUT_PACKAGE = {
     "pynvml": WITHOUT_NVML,
     "emerging_optimizers": WITHOUT_EMERGING_OPTIMIZERS,
 }
+_COMPOSED = "the composition of a batch is fixed for the whole run"
+_BY_OTHERS = "what a token gets would depend on the others of its microbatch"
 WITH_UNLEARNING: tuple[Refusal, ...] = (
-    Refusal("step_batch_size_schedule", "the composition of a batch is fixed for the whole run"),
-    Refusal(
-        "decrease_batch_size_if_needed", "the composition of a batch is fixed for the whole run"
-    ),
-    Refusal("phase_transition_iterations", "the composition of a batch is fixed for the whole run"),
+    Refusal("step_batch_size_schedule", _COMPOSED),
+    Refusal("decrease_batch_size_if_needed", _COMPOSED),
+    Refusal("phase_transition_iterations", _COMPOSED),
     Refusal(
         "calculate_per_token_loss",
         "each term is already averaged over its tokens of the global batch",
     ),
+    Refusal("moe_expert_capacity_factor", _BY_OTHERS),
     Refusal(
-        "moe_expert_capacity_factor",
-        "what a token gets would depend on the others of its microbatch",
+        "moe_router_load_balancing_type",
+        f"{_BY_OTHERS}, and the reference would route it by another rule",
+        "aux_loss, seq_aux_loss, global_aux_loss, quantile_balancing or none",
+        lambda kinds: "sinkhorn" in kinds,
     ),
     Refusal("mock_data", "there is nothing to forget in random tokens"),
     Refusal(
