@@ -150,6 +150,9 @@ NEVER: tuple[Refusal, ...] = (
     Refusal("non_persistent_ckpt_type", _ONE_KIND),
     Refusal("tensor_parallel_num_weight_shards", "weights are sharded by tensor parallelism only"),
 )
+_LOOKED_FOR = (
+    "Megatron-Core supports it only for Transformer Engine's layers, which are not installed"
+)
 WITHOUT_TRANSFORMER_ENGINE = (
     Refusal(
         "use_precision_aware_optimizer",
@@ -161,14 +164,8 @@ WITHOUT_TRANSFORMER_ENGINE = (
         "modules without layernorm",
         lambda modules: "layernorm" in modules,
     ),
-    Refusal(
-        "save_activations_interval",
-        "Megatron-Core supports it only for Transformer Engine's layers, which are not installed",
-    ),
-    Refusal(
-        "save_dgrads_interval",
-        "Megatron-Core supports it only for Transformer Engine's layers, which are not installed",
-    ),
+    Refusal("save_activations_interval", _LOOKED_FOR),
+    Refusal("save_dgrads_interval", _LOOKED_FOR),
 )
 WITH_TORCH_NATIVE_LAYERS = (
     Refusal(
@@ -235,26 +232,22 @@ WITHOUT_PACKAGE = {
     "pynvml": WITHOUT_NVML,
     "emerging_optimizers": WITHOUT_EMERGING_OPTIMIZERS,
 }
+_COMPOSED = "the number of forgotten and replayed samples per batch is fixed for the whole run"
+_BY_OTHERS = "a token's experts would depend on the other tokens of its microbatch"
 WITH_UNLEARNING: tuple[Refusal, ...] = (
-    Refusal(
-        "step_batch_size_schedule",
-        "the number of forgotten and replayed samples per batch is fixed for the whole run",
-    ),
-    Refusal(
-        "decrease_batch_size_if_needed",
-        "the number of forgotten and replayed samples per batch is fixed for the whole run",
-    ),
-    Refusal(
-        "phase_transition_iterations",
-        "the number of forgotten and replayed samples per batch is fixed for the whole run",
-    ),
+    Refusal("step_batch_size_schedule", _COMPOSED),
+    Refusal("decrease_batch_size_if_needed", _COMPOSED),
+    Refusal("phase_transition_iterations", _COMPOSED),
     Refusal(
         "calculate_per_token_loss",
         "each term of the objective is already a mean over its tokens of the global batch",
     ),
+    Refusal("moe_expert_capacity_factor", _BY_OTHERS),
     Refusal(
-        "moe_expert_capacity_factor",
-        "a token's experts would depend on the other tokens of its microbatch",
+        "moe_router_load_balancing_type",
+        f"{_BY_OTHERS}, and the reference would route by another rule",
+        "aux_loss, seq_aux_loss, global_aux_loss, quantile_balancing or none",
+        lambda kinds: "sinkhorn" in kinds,
     ),
     Refusal("mock_data", "mock data are random tokens, with nothing to forget"),
     Refusal(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,14 @@ from megatron_ext.exceptions import CheckpointError
 from megatron_ext.runtime import packed, safe_load, schedule
 from megatron_ext.values import saves_where_it_loads
 
+logger = logging.getLogger(__name__)
+
 
 def apply() -> None:
     """Apply all of the following and what checkpoints need; called once before training."""
     packed.apply()
     prepare_loads()
+    verify_what_can_be()
     schedule.enable()
     complete_saves()
     prepare_saves()
@@ -79,6 +83,32 @@ def prepare_loads() -> None:
         return state, *rest
 
     checkpointing._load_global_dist_base_checkpoint = load_or_explain
+
+
+def verify_what_can_be() -> None:
+    """Let ``--verify-integrity`` name what is damaged, and start where a checkpoint was saved without it.
+
+    Hashes are written with a checkpoint only where the flag is there already. Megatron ends in a traceback
+    where they are missing, so no run could be started with it from any other model.
+    """
+    from megatron.core.dist_checkpointing import serialization
+    from megatron.core.dist_checkpointing.core import CheckpointingException
+
+    verify = serialization.verify_integrity_manifest
+
+    def verify_or_tell(checkpoint_dir: str) -> None:
+        try:
+            verify(checkpoint_dir)
+        except CheckpointingException as error:  # the same on every rank
+            if "manifest not found" not in str(error):
+                raise CheckpointError(f"--verify-integrity: {error}") from error
+            if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
+                logger.warning(
+                    "--verify-integrity: %s was saved without this flag and is not verified",
+                    checkpoint_dir,
+                )
+
+    serialization.verify_integrity_manifest = verify_or_tell
 
 
 def complete_saves() -> None:

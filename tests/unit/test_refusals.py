@@ -132,6 +132,14 @@ def test_what_would_be_another_model_and_is_not_read_by_megatron_does_not_go_uns
         refuse(Namespace(**{name: True}), NEVER, where="is not supported")
 
 
+def test_experts_are_not_shared_out_over_a_microbatch_where_the_reference_does_not():
+    name = "moe_router_load_balancing_type"
+    for kinds in ("aux_loss", ["none"], ["seq_aux_loss", "global_aux_loss"]):
+        refuse(Namespace(**{name: kinds}), WITH_UNLEARNING, where="")
+    with pytest.raises(ConfigError, match=r"^--moe-router-load-balancing-type: .*'sinkhorn'.*; wh"):
+        refuse(Namespace(**{name: ["sinkhorn"]}), WITH_UNLEARNING, where="")
+
+
 def test_optimizers_of_a_package_that_is_not_installed_are_named_before_a_model_is_built():
     rows = WITHOUT_PACKAGE["emerging_optimizers"]
     for name in ("muon", "adaptive_muon", "lion", "soap"):
