@@ -17,6 +17,7 @@ from typing import Any
 
 from megatron.core.datasets.utils import Split
 
+from megatron_ext.chat_refusals import REQUIRED_WITH_CHAT, WITH_CHAT
 from megatron_ext.config import ChatConfig
 from megatron_ext.data.atomic import free_mib, replace_file
 from megatron_ext.data.chat_dataset import ChatDataset, Packing
@@ -25,7 +26,7 @@ from megatron_ext.data.chat_tokens import load_tokens
 from megatron_ext.data.providers import Datasets, reads_data
 from megatron_ext.data.tokenizers import TokenizerSpec, tokenizer_digest
 from megatron_ext.exceptions import ConfigError, DataError
-from megatron_ext.refusals import REQUIRED_WITH_CHAT, WITH_CHAT, refuse
+from megatron_ext.refusals import refuse
 
 
 @dataclass(frozen=True)

@@ -32,7 +32,7 @@ class Objective:
     """
 
     width = len(MEANS)  # of the sums
-    told = TERMS  # of a dataset, on the console
+    told: tuple[str, ...] = TERMS  # of a dataset, on the console
 
     def __init__(self, config: UnlearnConfig) -> None:
         self._forget_loss = FORGET_LOSSES[config.forget_loss]

@@ -158,7 +158,7 @@ class _Losses:
     """What is logged of each dataset."""
 
     width = 1
-    told = ("lm loss",)
+    told: tuple[str, ...] = ("lm loss",)
 
     def sums(self, terms: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         return (cross_entropy(terms[:1]) * mask).sum(dim=-1)

@@ -1,4 +1,6 @@
-"""Every flag and combination of flags that is refused, with the reason; docs/refused.md lists them.
+"""The flags and combinations of flags that are refused, with the reason; docs/refused.md lists them.
+
+Those of chat tuning are in chat_refusals.py.
 
 A row is checked against the parsed arguments before Megatron validates them, so that nothing has started yet.
 """
@@ -36,7 +38,8 @@ class Refusal:
         return f"--{self.name.replace('_', '-')}"
 
 
-def _is_no_single(loader: str) -> bool:
+def is_no_single(loader: str) -> bool:
+    """Whether a ``--dataloader-type`` reads samples in another order than that of their indices."""
     return loader != "single"
 
 
@@ -254,7 +257,7 @@ WITH_UNLEARNING: tuple[Refusal, ...] = (
         "dataloader_type",
         "the order of forgotten and replayed samples is fixed, so that a run can resume",
         "single",
-        _is_no_single,
+        is_no_single,
     ),
     Refusal(
         "cuda_graph_impl",
@@ -269,41 +272,6 @@ WITHOUT_UNLEARNING = tuple(
     for field in fields(UnlearnConfig)
     if not field.name.endswith("data_path")
 )
-
-_ONE_OF_TWO = "a run either unlearns or tunes; unlearn first, then tune the result in a second run"
-_OTHER_DATA = "chat tuning reads only the files of --chat-data-path"
-_EVERY_TOKEN = "the chat template decides which tokens are in the loss"
-_PACKED = "positions and attention run through a packed sequence"
-_FIXED = "the number of iterations is computed from a fixed global batch size"
-WITH_CHAT: tuple[Refusal, ...] = (
-    Refusal("forget_data_path", _ONE_OF_TWO),
-    Refusal("forget_train_data_path", _ONE_OF_TWO),
-    Refusal("forget_valid_data_path", _ONE_OF_TWO),
-    Refusal("forget_test_data_path", _ONE_OF_TWO),
-    Refusal("data_path", _OTHER_DATA),
-    Refusal("data_args_path", _OTHER_DATA),
-    Refusal("per_split_data_args_path", _OTHER_DATA),
-    Refusal("train_data_path", _OTHER_DATA),
-    Refusal("valid_data_path", _OTHER_DATA),
-    Refusal("test_data_path", _OTHER_DATA),
-    Refusal("mock_data", _OTHER_DATA),
-    Refusal("eod_mask_loss", _EVERY_TOKEN),
-    Refusal("reset_position_ids", _PACKED),
-    Refusal("step_batch_size_schedule", _FIXED),
-    Refusal("decrease_batch_size_if_needed", _FIXED),
-    Refusal("phase_transition_iterations", _FIXED),
-    Refusal(
-        "ddp_average_in_collective",
-        "gradients are summed, then divided by the number of tokens in the loss",
-    ),
-    Refusal(
-        "dataloader_type",
-        "the order of the conversations follows from --seed and the epoch",
-        "single",
-        _is_no_single,
-    ),
-)
-REQUIRED_WITH_CHAT = ("seq_length", "global_batch_size", "tokenizer_type", "tokenizer_model")
 
 
 def refuse(args: Namespace, refusals: Iterable[Refusal], *, where: str) -> None:

@@ -11,11 +11,10 @@ from megatron_ext.runtime import console  # noqa: E402
 
 console.quiet()
 
+from megatron_ext.chat_refusals import REQUIRED_WITH_CHAT, WITH_CHAT  # noqa: E402
 from megatron_ext.data.atomic import write_atomically  # noqa: E402
 from megatron_ext.refusals import (  # noqa: E402
     NEVER,
-    REQUIRED_WITH_CHAT,
-    WITH_CHAT,
     WITH_DATASET_LOG,
     WITH_DISTRIBUTED_OPTIMIZER,
     WITH_TORCH_NATIVE_LAYERS,

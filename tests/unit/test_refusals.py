@@ -6,11 +6,10 @@ from argparse import ArgumentParser, Namespace
 import pytest
 from megatron.core.transformer.enums import AttnBackend
 
+from megatron_ext.chat_refusals import REQUIRED_WITH_CHAT, WITH_CHAT
 from megatron_ext.exceptions import ConfigError
 from megatron_ext.refusals import (
     NEVER,
-    REQUIRED_WITH_CHAT,
-    WITH_CHAT,
     WITH_DATASET_LOG,
     WITH_DISTRIBUTED_OPTIMIZER,
     WITH_TORCH_NATIVE_LAYERS,
