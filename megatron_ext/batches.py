@@ -27,6 +27,12 @@ def check_layout(args: Namespace) -> None:
     """
     sizes = {name: getattr(args, f"{name}_parallel_size") for name in _PARALLEL}
     check_ranks(args.world_size, sizes, named="ranks (torchrun's --nnodes x --nproc-per-node)")
+    if args.num_experts and sizes["tensor_model"] > 1 and not args.sequence_parallel:
+        # Megatron's layers of experts say so in their first step, in a traceback.
+        raise ConfigError(
+            f"--sequence-parallel: expected it beside --num-experts {args.num_experts} with "
+            f"--tensor-model-parallel-size {sizes['tensor_model']}, found none"
+        )
     micro, batch = args.micro_batch_size, args.global_batch_size
     if micro is None:
         return

@@ -8,6 +8,7 @@ from torch.distributed.checkpoint import CheckpointException
 
 from tests.helpers.distributed import run_ranks
 
+_SELECTIVE = {"recompute_granularity": "selective"}
 # What a config may ask for; each is compared in loss and in every gradient.
 CASES = {
     "grouped queries": {},
@@ -25,24 +26,15 @@ CASES = {
     "SwiGLU with biases": {"add_bias_linear": True},
     "query bias": {"add_qkv_bias": True},
     "GEGLU": {"activation_func": torch.nn.functional.gelu},
-    "core attention recomputed": {
-        "recompute_granularity": "selective",
-        "recompute_modules": ["core_attn"],
-    },
-    "feed-forward parts with biases recomputed": {
-        "add_bias_linear": True,
-        "recompute_granularity": "selective",
-        "recompute_modules": ["mlp"],
-    },
+    "core attention recomputed": _SELECTIVE | {"recompute_modules": ["core_attn"]},
+    "biases recomputed": _SELECTIVE | {"recompute_modules": ["mlp"], "add_bias_linear": True},
     "all recomputed": {
-        "recompute_granularity": "full",
-        "recompute_method": "uniform",
+        **{"recompute_granularity": "full", "recompute_method": "uniform"},
         "recompute_num_layers": 1,
     },
     "head size not hidden / heads": {"kv_channels": 12},
     "scores scaled by layer": {
-        "apply_query_key_layer_scaling": True,
-        "attention_softmax_in_fp32": True,
+        **{"apply_query_key_layer_scaling": True, "attention_softmax_in_fp32": True},
     },
     "layers without rotation": {"no_rope_freq": [1, 0]},
     "experts": {
@@ -62,7 +54,7 @@ def _compare(case: dict, *, tensor_parallel: int, sequence_parallel: bool) -> tu
 
     models.start(tensor_parallel)
     # Megatron's gradient-sum over ranks is what sequence parallelism of ours must equal.
-    kept = {name: value for name, value in case.items() if not name.startswith("recompute_")}
+    kept = {key: case[key] for key in case if not key.startswith("recompute_")}
     stock = models.gpt(models.config(**kept), native=False)
     ours = models.gpt(models.config(**case, sequence_parallel=sequence_parallel), native=True)
     ours.load_state_dict(stock.state_dict())

@@ -171,6 +171,7 @@ def test_a_run_without_a_step_is_refused():
         ({"micro_batch_size": None}, None),  # named as missing elsewhere
         ({"eval_global_batch_size": 6}, r"--eval-global-batch-size: .* \(--micro-.*, found 6"),
         ({"eval_micro_batch_size": 3}, r"--eval-global-batch-size: .* \(--eval-micro-.*, found 16"),
+        ({"num_experts": 4, "sequence_parallel": False}, "--sequence-parallel: .* --num-experts 4"),
     ],
 )
 def test_ranks_and_batches_that_do_not_divide_are_named_by_their_flags(changes, message):
@@ -179,7 +180,7 @@ def test_ranks_and_batches_that_do_not_divide_are_named_by_their_flags(changes, 
 
     sizes = {"tensor_model_parallel_size": 2, "context_parallel_size": 1, "world_size": 8}
     unset = {"eval_global_batch_size": None, "eval_micro_batch_size": None}
-    unset |= {"decrease_batch_size_if_needed": False}
+    unset |= {"decrease_batch_size_if_needed": False, "num_experts": None}
     args = arguments(**(sizes | unset | changes))
     if message is None:
         check_layout(args)
