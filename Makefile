@@ -49,7 +49,7 @@ gpu-check: $(READY)
 lint: $(READY)
 	$(PYTHON) -m ruff format --check .
 	$(PYTHON) -m ruff check .
-	$(PYTHON) -m mypy
+	$(PYTHON) -m mypy --num-workers auto
 
 check: lint test
 

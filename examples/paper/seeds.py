@@ -225,12 +225,8 @@ def summary(seeds: Sequence[Seed]) -> list[str]:
 def page(seeds: Sequence[Seed]) -> str:
     """All of it as Markdown."""
     lines = [INTRODUCTION.format(count=len(seeds)), "![shifts of perplexity](miniature.png)", ""]
-    lines += [
-        "Of the changes that the paper leads one to expect, these appear:",
-        "",
-        *summary(seeds),
-        "",
-    ]
+    expected = "Of the changes that the paper leads one to expect, these appear:"
+    lines += [expected, "", *summary(seeds), ""]
     for question, effects in QUESTIONS.items():
         numbers = (f"seed {seed.number}" for seed in seeds)
         heads = ["change", "expected", *numbers, "mean ± deviation", "appears in"]
