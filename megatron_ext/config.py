@@ -208,9 +208,9 @@ class LogConfig:
     """What is logged beside Megatron's own."""
 
     dataset_log_interval: int | None = None
-    """Log the losses of each dataset of the blends apart as well: every so many steps their means over these,
-    and their means over each validation. TensorBoard and W&B have all, the console has the objective's terms.
-    """
+    """Interval, in steps, at which the losses of each dataset of the blends are logged by themselves: means
+    over the steps since the last time, and over each validation. TensorBoard and W&B get all of them, the
+    console the terms of the objective. Default: off."""
 
     def __post_init__(self) -> None:
         """Refuse what no run could use.
