@@ -31,7 +31,7 @@ _SWITCHES = (
     *("swiglu", "disable-bias-linear", "untie-embeddings-and-output-weights", "bf16", "fp16"),
     *("use-distributed-optimizer", "sequence-parallel", "overlap-grad-reduce"),
     *("overlap-param-gather", "reference-offload", "reference-hidden-offload", "fp32-logits"),
-    *("accumulate-allreduce-grads-in-fp32", "group-query-attention"),
+    *("accumulate-allreduce-grads-in-fp32", "grad-reduce-in-bf16", "group-query-attention"),
     *("add-qkv-bias", "qk-layernorm", "use-rotary-position-embeddings", "skip-train"),
 )
 _DEFAULT_SIZES = (
@@ -48,7 +48,7 @@ _NOT_PLANNED = (
         "mtp-num-layers",
     ),
     *("train-data-path", "forget-train-data-path", "recompute-modules"),
-    *("use-precision-aware-optimizer", "optimizer-cpu-offload", "grad-reduce-in-bf16"),
+    *("use-precision-aware-optimizer", "optimizer-cpu-offload", "main-grads-dtype"),
     *("use-megatron-fsdp", "use-torch-fsdp2", "num-distributed-optimizer-instances"),
     *("ddp-num-buckets", "ddp-pad-buckets-for-high-nccl-busbw"),
     *("decoder-first-pipeline-num-layers", "decoder-last-pipeline-num-layers"),
@@ -240,7 +240,7 @@ def layout(flags: Namespace, *, gpus: int, cpu: bool = False) -> Layout:
         sequence_parallel=flags.sequence_parallel and flags.tensor_model_parallel_size > 1,
         distributed_optimizer=flags.use_distributed_optimizer,
         half=flags.bf16 or flags.fp16,
-        gradient=2 if flags.fp16 and not flags.accumulate_allreduce_grads_in_fp32 else 4,
+        gradient=2 if _half_gradients(flags) else 4,
         recompute=recompute,
         recompute_method=flags.recompute_method,
         recompute_layers=flags.recompute_num_layers or 1,
@@ -249,6 +249,13 @@ def layout(flags: Namespace, *, gpus: int, cpu: bool = False) -> Layout:
         bucket_size=flags.ddp_bucket_size,
         cpu=cpu,
     )
+
+
+def _half_gradients(flags: Namespace) -> bool:
+    """Whether gradients are summed in the type of the weights; bf16's are in fp32 without being asked for."""
+    if flags.bf16:
+        return bool(flags.grad_reduce_in_bf16)
+    return bool(flags.fp16 and not flags.accumulate_allreduce_grads_in_fp32)
 
 
 def unlearning(flags: Namespace) -> Unlearning | None:

@@ -29,7 +29,7 @@ class Layout:
         distributed_optimizer: whether data-parallel ranks share the optimizer's state.
         half: bf16 or fp16 weights.
         gradient: bytes of a gradient as it is summed and reduced; 2 in fp16, unless
-            `--accumulate-allreduce-grads-in-fp32`.
+            `--accumulate-allreduce-grads-in-fp32`, and in bf16 with `--grad-reduce-in-bf16`.
         recompute: what the backward pass makes again.
         recompute_method: of full recompute: groups of layers, or the first layers of a chunk.
         recompute_layers: layers of a group, or how many first layers.

@@ -42,6 +42,7 @@ CASES = {
         (*UNTIED, *SHARED, *PP2, *SMALL_BUCKETS, *GROUPS[:-1], *QWEN),
     ),
     "buckets": (12, 7, (*UNTIED, *SHARED, *SMALL_BUCKETS)),
+    "bf16 gradients": (12, 5, (*UNTIED, *SHARED, "--grad-reduce-in-bf16")),
     "tied, first stage": (24, 0, (*SHARED, *PP2, *SMALL_BUCKETS)),
     "tied, last stage": (24, 23, (*SHARED, *PP2, *SMALL_BUCKETS)),
     "sequences split": (48, 41, (*SHARED, *TP2, "--context-parallel-size", 4, *SMALL_BUCKETS)),

@@ -20,8 +20,10 @@ def runs(tiny, server, tmp_path_factory):
     whole = Launch(tiny.unlearn(*FLAGS, "--save", directory / "saved"), ranks=2)
     found = server.run_all({"whole": whole}, directory / "tensorboard")
     halfway = at_iteration(directory / "saved", HALF, directory / "halfway")
+    rounded = tiny.unlearn(*FLAGS, "--grad-reduce-in-bf16")
     rest = Launch(tiny.objective(*FLAGS, "--load", halfway), ranks=2)
-    return found | server.run_all({"rest": rest}, directory / "tensorboard")
+    later = {"rest": rest, "bf16 gradients": Launch(rounded, ranks=2)}
+    return found | server.run_all(later, directory / "tensorboard")
 
 
 def test_a_resumed_run_has_the_bits_of_an_undisturbed_one(runs):
@@ -35,3 +37,11 @@ def test_the_model_learned_in_between(runs):
     """Or the comparison above would show nothing."""
     assert len(set(runs["whole"].series("forget loss validation"))) == STEPS // HALF
     assert runs["rest"].digest() == runs["whole"].digest()
+
+
+def test_gradients_can_be_summed_in_bf16(runs):
+    """With `--grad-reduce-in-bf16` the fused head, too, adds to sums of that type."""
+    whole, rounded = runs["whole"].scalars, runs["bf16 gradients"].scalars
+    assert rounded["grad-norm"] != whole["grad-norm"]
+    for tag in (*METRICS, "grad-norm"):
+        assert rounded[tag] == pytest.approx(whole[tag], rel=0.02, abs=1e-4), tag

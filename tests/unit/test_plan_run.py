@@ -186,6 +186,9 @@ def test_flags_are_read_as_the_entry_point_reads_them():
     assert layout(entry_flags(fp16), gpus=8).gradient == 2
     summed = entry_flags([*fp16, "--accumulate-allreduce-grads-in-fp32"])
     assert layout(summed, gpus=8).gradient == 4
+    rounded = [*MODEL, "--grad-reduce-in-bf16"]
+    assert layout(entry_flags(MODEL), gpus=8).gradient == 4
+    assert layout(entry_flags(rounded), gpus=8).gradient == 2
 
 
 @pytest.mark.parametrize(
