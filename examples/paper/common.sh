@@ -277,7 +277,11 @@ set_launcher() {
         NODES=${NODES:-1}
         need_integers NODES
         ((NODES == 1 || DRY_RUN)) || fail "NODES: more than one node is started by Slurm, found $NODES"
-        LAUNCHER+=(--standalone)
+        if ((NODES == 1)); then
+            LAUNCHER+=(--standalone)
+        else
+            LAUNCHER+=(--nnodes "$NODES" --rdzv-backend c10d --rdzv-endpoint HOST:29500)
+        fi
         return
     fi
     # shellcheck source=../slurm/launcher.sh

@@ -42,7 +42,7 @@ class Journal:
 
     Raises:
         ConfigError: a run with other settings was interrupted here.
-        DataError: another run is writing here.
+        DataError: another run is writing here, or what is there cannot be read.
     """
 
     def __init__(self, output: Path, *, settings: Mapping[str, Any]) -> None:
@@ -118,10 +118,16 @@ class Journal:
         self._file.seek(0)
         done: dict[str, Any] = {}
         size = 0
-        for line in self._file:
+        for number, line in enumerate(self._file, start=1):
             if not line.endswith(b"\n"):
                 break
-            record = json.loads(line)
+            try:
+                record = json.loads(line)
+            except ValueError as error:
+                raise DataError(
+                    f"{self.path}, line {number}: expected a result of the run that was interrupted here, "
+                    f"found {line[:40]!r} ({error}); cut the file before it, or remove it to begin anew"
+                ) from error
             if size == 0 and record != {"settings": digest}:
                 raise ConfigError(
                     f"{self.path}: expected the settings of the run that was interrupted here, found "

@@ -115,7 +115,9 @@ def test_the_plan_follows_the_command(world):
     assert "reference hidden states" in result.stdout
     assert "% of H100's 80 GB" in result.stdout
     assert "layouts       " in result.stdout
-    assert "--sequence-parallel" in shlex.split(result.stdout.splitlines()[0])
+    command = shlex.split(result.stdout.splitlines()[0])
+    assert "--sequence-parallel" in command
+    assert after(command, "--nnodes") == [CLUSTER["NODES"]]  # as Slurm would start it
     assert not Path(world.settings["OUT"]).exists()
 
 

@@ -142,6 +142,18 @@ def test_an_interrupted_run_goes_on(tmp_path, codec, caplog):
     assert not list(tmp_path.iterdir())
 
 
+def test_a_damaged_journal_is_named_with_the_line(tmp_path):
+    with Journal(tmp_path / "out", settings={}) as journal:
+        journal.add("1", [1])
+        journal.add("2", [2])
+    lines = journal.path.read_bytes().splitlines(keepends=True)
+    damaged = b"".join([*lines[:1], b"\0" * 9 + b"\n", *lines[2:]])
+    journal.path.write_bytes(damaged)
+    with pytest.raises(DataError, match=r"out\.progress, line 2: expected a result"):
+        Journal(tmp_path / "out", settings={})
+    assert journal.path.read_bytes() == damaged
+
+
 def test_a_start_that_is_interrupted_says_what_an_earlier_one_left(tmp_path):
     output = tmp_path / "out"
     for message in ("^$", r"^.*out\.progress is kept, the same command goes on from there$"):
