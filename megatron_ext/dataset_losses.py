@@ -48,9 +48,9 @@ class _Sums:
     def fold(self) -> torch.Tensor:
         """Add up what waits; the totals."""
         if self.waiting:
-            # From pinned memory, so that nobody waits for the GPU.
-            index = torch.tensor(self.rows, pin_memory=self.total.is_cuda)
-            index = index.to(self.total.device, non_blocking=True)
+            index = torch.tensor(self.rows)
+            if self.total.is_cuda:  # by way of pinned memory, so that nobody waits for the GPU
+                index = index.pin_memory().to(self.total.device, non_blocking=True)
             self.total.index_add_(0, index, torch.cat(self.waiting, dim=1).T)
             self.rows, self.waiting = [], []
         return self.total

@@ -50,8 +50,10 @@ def resumed(tiny: Tiny, server: Server, halfway, runs_directory) -> dict[str, Ru
         ),
     }
     split = ("--context-parallel-size", 2)
-    # As a user starts them, with torchrun; what follows need not pay for that again.
-    runs = run_all(first_half, runs_directory / "first_half")
+    # The first as a user starts it, with torchrun; the others need not pay for that again.
+    with_torchrun = {"everything on 4 ranks": first_half.pop("everything on 4 ranks")}
+    runs = run_all(with_torchrun, runs_directory / "first_half")
+    runs |= server.run_all(first_half, runs_directory / "first_half")
 
     def rest(load, *layout):
         return tiny.objective(*TRAIN, "--load", load, *layout)

@@ -179,7 +179,10 @@ def test_picture_and_help_agree_on_the_kernel(monkeypatch, capsys):
     with pytest.raises(SystemExit):
         analyze(monkeypatch, "--help")
     said = " ".join(capsys.readouterr().out.split())
-    assert "the kernel that finds peaks (default 1.0); pictures are drawn with one of 1/250" in said
+    assert (
+        "kernel density that finds peaks (default 1.0); pictures are drawn with one of 1/250"
+        in said
+    )
 
 
 def test_bad_inputs(sets, tmp_path, monkeypatch):
