@@ -112,7 +112,7 @@ def parse() -> tuple[Namespace, UnlearnConfig, ChatRun | None]:
         check_layout(raw)
     check_index(raw)
     check_places(raw)
-    _config(LogConfig, raw)
+    _config(LogConfig, raw)  # checks itself
     chat, chat_config = None, _config(ChatConfig, raw)
     if chat_config.enabled:
         _check_start(raw, flag="--chat-data-path")

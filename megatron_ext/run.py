@@ -130,7 +130,11 @@ def _build_step(
     per_dataset = args.dataset_log_interval is not None
     step: PlainStep | UnlearnStep = PlainStep(args, per_dataset=per_dataset)
     if config.enabled:
-        reference = lambda: built[0] if built else None  # noqa: E731
-        step = UnlearnStep(args, config, reference=reference, per_dataset=per_dataset)
+        step = UnlearnStep(
+            args,
+            config,
+            reference=lambda: built[0] if built else None,
+            per_dataset=per_dataset,
+        )
     step.install()
     return step, built

@@ -31,11 +31,13 @@ def batch(datasets, mask, *, forget):
 
 
 def written(losses, total):
-    found = {}
+    """What goes to TensorBoard; W&B must get the same."""
+    found, wandb = {}, mock.Mock()
     writer = mock.Mock(add_scalar=lambda tag, value, _: found.update({tag: value}))
-    writers = {"get_tensorboard_writer": lambda: writer, "get_wandb_writer": lambda: None}
+    writers = {"get_tensorboard_writer": lambda: writer, "get_wandb_writer": lambda: wandb}
     with mock.patch.multiple(dataset_losses, **writers):
         losses._write(total.tolist(), 7, "")
+    wandb.log.assert_called_once_with(found, 7)
     return found
 
 
