@@ -259,8 +259,8 @@ def _session(options: Namespace) -> AbstractContextManager[Session]:
 
         cpu.enable()
         from megatron_ext.analysis.session import open_session
-        from megatron_ext.checkpoint.huggingface import choose_tokenizer
         from megatron_ext.checkpoint.named import open_named
+        from megatron_ext.checkpoint.own_tokenizer import choose_tokenizer
 
     compat.apply()
     first = open_named(options.checkpoint[0], flag="--checkpoint")

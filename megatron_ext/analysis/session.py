@@ -204,6 +204,7 @@ def open_session(
 
     with console.hidden():
         args = _arguments(options, checkpoint, length)
+        compat.leave_transformers_out(args.tokenizer_type)
         try:
             set_global_variables(args)
         except (OSError, RuntimeError, ValueError) as error:

@@ -19,18 +19,16 @@ from megatron_ext.checkpoint.folder import new_folder
 from megatron_ext.checkpoint.huggingface import (
     CONFIG,
     GENERATION,
-    KEPT,
     TOKENIZER_FILES,
-    TOKENIZER_TYPE,
     Converted,
     copy_files,
     huggingface_shapes,
     parameters,
     read_config,
-    tokenizer_spec,
 )
 from megatron_ext.checkpoint.inspect import TRACKER
 from megatron_ext.checkpoint.llama import LlamaLike
+from megatron_ext.checkpoint.own_tokenizer import KEPT, TOKENIZER_TYPE, tokenizer_spec
 from megatron_ext.checkpoint.safetensors import DTYPES, SafetensorsReader
 from megatron_ext.checkpoint.weights import Part, join, megatron_shape, parts, zero_shapes
 from megatron_ext.data.atomic import check_place

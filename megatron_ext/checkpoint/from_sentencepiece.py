@@ -12,7 +12,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerFast
 
-from megatron_ext.checkpoint.huggingface import tokenizer_spec
+from megatron_ext.checkpoint.own_tokenizer import tokenizer_spec
 from megatron_ext.data.fast_tokenizer import HOSTILE_TEXTS
 from megatron_ext.data.tokenizers import (
     HuggingFaceReference,

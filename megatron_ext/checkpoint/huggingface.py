@@ -1,18 +1,16 @@
 """Exchange of Llama and its like with Hugging Face folders: what both directions share.
 
 On import, what the model brought besides its weights (config, tokenizer, chat template, generation
-settings) is kept in the folder `KEPT` of the checkpoint; training takes its tokenizer from there, and
-export puts it beside the new weights.
+settings) is kept in the folder `own_tokenizer.KEPT` of the checkpoint; training takes its tokenizer from
+there, and export puts it beside the new weights.
 """
 
 from __future__ import annotations
 
 import json
 import shutil
-from argparse import Namespace
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from transformers import PreTrainedConfig
@@ -20,20 +18,15 @@ from transformers import PreTrainedConfig
 from megatron_ext.checkpoint.families import FAMILIES
 from megatron_ext.checkpoint.llama import LlamaLike
 from megatron_ext.checkpoint.weights import parts, zero_shapes
-from megatron_ext.data.tokenizers import ORIGIN_FILE, TokenizerSpec
-from megatron_ext.exceptions import CheckpointError, ConfigError
+from megatron_ext.data.tokenizers import ORIGIN_FILE
+from megatron_ext.exceptions import CheckpointError
 
-if TYPE_CHECKING:
-    from megatron_ext.checkpoint.inspect import Checkpoint
-
-KEPT = "huggingface"
 CONFIG, GENERATION = "config.json", "generation_config.json"
 TOKENIZER_FILES = (
     *("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json"),
     *("added_tokens.json", "vocab.json", "merges.txt", "vocab.txt", ORIGIN_FILE),
     *("chat_template.jinja", "chat_template.json", "chat_templates", "additional_chat_templates"),
 )
-TOKENIZER_TYPE = "HuggingFaceTokenizer"
 
 
 @dataclass(frozen=True)
@@ -73,32 +66,6 @@ def read_config(folder: Path) -> PreTrainedConfig:
         raise
     except Exception as error:  # whatever transformers raises, the user needs the file's name
         raise CheckpointError(f"{path} cannot be read: {error}") from error
-
-
-def tokenizer_spec(folder: Path) -> TokenizerSpec:
-    """The tokenizer of a folder, in Megatron's terms."""
-    return TokenizerSpec(tokenizer_type=TOKENIZER_TYPE, tokenizer_model=str(folder))
-
-
-def choose_tokenizer(options: Namespace, checkpoint: Checkpoint) -> tuple[str, str]:
-    """Type and model of the command line's tokenizer, or else of the one recorded with a checkpoint.
-
-    Args:
-        options: ``tokenizer_type`` and ``tokenizer_model``, each ``None`` where it was not given.
-        checkpoint: an opened checkpoint.
-
-    Raises:
-        ConfigError: neither names a tokenizer.
-    """
-    saved, kept = checkpoint.args, checkpoint.directory / KEPT
-    kind = getattr(saved, "tokenizer_type", None) or TOKENIZER_TYPE
-    model = getattr(saved, "tokenizer_model", None)
-    if kept.is_dir():
-        kind, model = TOKENIZER_TYPE, str(kept)
-    model = options.tokenizer_model or model
-    if model is None:
-        raise ConfigError(f"--tokenizer-model: expected a tokenizer, {checkpoint.path} names none")
-    return options.tokenizer_type or kind, str(model)
 
 
 def copy_files(source: Path, target: Path, names: tuple[str, ...]) -> None:

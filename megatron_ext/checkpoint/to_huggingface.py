@@ -23,19 +23,17 @@ from megatron_ext.checkpoint.from_sentencepiece import write_tokenizer
 from megatron_ext.checkpoint.huggingface import (
     CONFIG,
     GENERATION,
-    KEPT,
     TOKENIZER_FILES,
-    TOKENIZER_TYPE,
     Converted,
     copy_files,
     huggingface_shapes,
     parameters,
     read_config,
-    tokenizer_spec,
 )
 from megatron_ext.checkpoint.inspect import Checkpoint
 from megatron_ext.checkpoint.llama import LlamaLike
 from megatron_ext.checkpoint.named import open_named
+from megatron_ext.checkpoint.own_tokenizer import KEPT, TOKENIZER_TYPE, tokenizer_spec
 from megatron_ext.checkpoint.safetensors import write_safetensors
 from megatron_ext.checkpoint.weights import megatron_shape, parts, split, zero_shapes
 from megatron_ext.data.atomic import check_place

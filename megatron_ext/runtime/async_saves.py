@@ -7,7 +7,6 @@ queues for ever if that process is gone, and that process for ever if the rank i
 from __future__ import annotations
 
 import atexit
-import signal
 from multiprocessing.process import BaseProcess
 from queue import Empty
 from typing import Any
@@ -16,14 +15,13 @@ import torch
 from megatron.core.dist_checkpointing.strategies import async_utils, filesystem_async
 
 from megatron_ext.exceptions import CheckpointError
-from megatron_ext.runtime import cpu
-from megatron_ext.runtime.children import end_with_parent, termination_held
+from megatron_ext.runtime.async_writer import Reports, serve
+from megatron_ext.runtime.children import termination_held
 
 # Seconds between two looks at the process that is waited for.
 INTERVAL = 1.0
 
 _Caller = async_utils.PersistentAsyncCaller
-_write_until_told = _Caller.async_loop
 
 
 def enable() -> None:
@@ -57,22 +55,12 @@ def enable() -> None:
     def start_reports(mp_mode: str = "spawn") -> Any:
         # A fork of the rank would outlive it.
         with termination_held():
-            return results("spawn")
+            return Reports(results("spawn"))
 
     setattr(_Caller, "_get_process", staticmethod(start_and_watch))  # noqa: B010
     setattr(_Caller, "async_loop", staticmethod(serve))  # noqa: B010
     filesystem_async.FileSystemWriterAsync.prepare_write_data = prepare_copies
     filesystem_async.get_write_results_queue = start_reports
-
-
-def serve(*arguments: Any) -> None:
-    """The life of the process: Megatron's own, until the rank says so or ends, however it ends."""
-    # torchrun and Slurm send it to the rank as well, which may need one more checkpoint.
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
-    end_with_parent()
-    cpu.enable()
-    _write_until_told(*arguments)
 
 
 class WatchedQueue:

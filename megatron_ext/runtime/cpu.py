@@ -102,15 +102,20 @@ def _on_cpu(device: Any) -> Any:
 
 
 def _patch_compiler() -> None:
-    """Leave functions as they are: disabled, torch.compile still imports its compiler (0.7 s a start).
+    """Leave functions as they are: disabled, torch.compile still imports its compiler (3 s a start).
 
-    So does the first call of an optimizer's methods, which are kept from being compiled.
+    So does what keeps a function from being compiled: the first call of an optimizer's methods, and
+    `transformers` when it defines its own.
     """
 
     def as_it_is(model: Any = None, **_: Any) -> Any:
         return model if model is not None else as_it_is
 
+    def kept_as_it_is(fn: Any = None, *_: Any, **__: Any) -> Any:
+        return fn if fn is not None else as_it_is
+
     torch.compile = as_it_is
+    torch.compiler.disable = kept_as_it_is
     for name in ("add_param_group", "load_state_dict", "state_dict", "zero_grad"):
         method = getattr(torch.optim.Optimizer, name)
         setattr(torch.optim.Optimizer, name, inspect.unwrap(method))

@@ -12,7 +12,7 @@ from lm_eval.api.instance import Instance
 from tokenizers import processors
 from transformers import AutoModelForCausalLM
 
-from megatron_ext.checkpoint.huggingface import tokenizer_spec
+from megatron_ext.checkpoint.own_tokenizer import tokenizer_spec
 from megatron_ext.evaluation import harness, paper
 from megatron_ext.evaluation.completion import Codec
 from megatron_ext.evaluation.harness_model import HarnessModel

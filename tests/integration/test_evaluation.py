@@ -234,7 +234,7 @@ def test_mt_bench(world, tmp_path, capsys):
 
 
 def test_the_second_turn_sees_the_first_answer(world):
-    from megatron_ext.checkpoint.huggingface import tokenizer_spec
+    from megatron_ext.checkpoint.own_tokenizer import tokenizer_spec
     from megatron_ext.evaluation.completion import Codec
     from megatron_ext.evaluation.mtbench import read_questions, requests
     from megatron_ext.evaluation.sampling import Sampling

@@ -8,7 +8,7 @@ from argparse import Namespace
 import pytest
 
 from megatron_ext.analysis.records import record_run
-from megatron_ext.checkpoint.huggingface import choose_tokenizer
+from megatron_ext.checkpoint.own_tokenizer import choose_tokenizer
 from megatron_ext.exceptions import CheckpointError, ConfigError
 from tests.helpers.text import train_sentencepiece, write_dataset
 from tools import analyze

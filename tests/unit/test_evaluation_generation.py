@@ -8,7 +8,7 @@ import pytest
 import torch
 from tokenizers import processors
 
-from megatron_ext.checkpoint.huggingface import tokenizer_spec
+from megatron_ext.checkpoint.own_tokenizer import tokenizer_spec
 from megatron_ext.data.tokenizers import TokenizerSpec
 from megatron_ext.evaluation.completion import Codec, complete_all
 from megatron_ext.evaluation.journal import Journal, kept_from_before

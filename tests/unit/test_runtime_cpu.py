@@ -37,7 +37,7 @@ NAMES = ("megatron.core.tensor_parallel.random", "torch.utils.cpp_extension")
 
 def run(program: str, **environment: str) -> dict:
     result = subprocess.run(
-        [sys.executable, "-c", SNAPSHOT + program],
+        [sys.executable, "-c", program],
         capture_output=True,
         text=True,
         env=os.environ | environment,
@@ -46,36 +46,55 @@ def run(program: str, **environment: str) -> dict:
     return json.loads(result.stdout.splitlines()[-1])
 
 
-CHANGES = """
+ENABLE = """
+import torch
+torch.cuda.is_available = lambda: {available}
 from megatron_ext.runtime import cpu
+"""
+CHANGES = """
 before = snapshot()
 enabled = cpu.enable()
 after = snapshot()
 changed = sorted(key for key in before | after if before.get(key) != after.get(key))
+"""
+TWICE = f"""
+{CHANGES}
 megatron = "megatron.training.training" in sys.modules
-print(json.dumps({"enabled": enabled, "changed": changed, "megatron": megatron}))
+first = {{"enabled": enabled, "changed": changed, "megatron": megatron}}
+{CHANGES}
+with torch.device("meta"):
+    device = str(torch.arange(3).device)
+print(json.dumps({{"first": first, "second": {{"enabled": enabled, "changed": changed}}, "device": device}}))
 """
 
 
+@pytest.fixture(scope="module")
+def switched_on():
+    """What `enable` changes when it is called twice, and a factory under a default device then."""
+    return run(SNAPSHOT + ENABLE.format(available=False) + TWICE)
+
+
 def test_nothing_changes_where_a_device_exists():
-    result = run("torch.cuda.is_available = lambda: True" + CHANGES)
-    assert result == {"enabled": False, "changed": [], "megatron": False}
+    result = run(SNAPSHOT + ENABLE.format(available=True) + TWICE)
+    assert result["first"] == {"enabled": False, "changed": [], "megatron": False}
+    assert result["second"] == {"enabled": False, "changed": []}
 
 
-def test_the_same_comparison_sees_the_changes_where_there_is_none():
-    result = run("torch.cuda.is_available = lambda: False" + CHANGES)
+def test_the_same_comparison_sees_the_changes_where_there_is_none(switched_on):
+    result = switched_on["first"]
     assert result["enabled"]
     assert result["megatron"]
     for name in ("torch.cuda.device_count", "Tensor.cuda", "torch.zeros", "filters", "hidden"):
         assert name in result["changed"]
 
 
-def test_a_second_call_changes_nothing():
-    result = run(
-        "torch.cuda.is_available = lambda: False\n"
-        "from megatron_ext.runtime import cpu\ncpu.enable()" + CHANGES
-    )
-    assert result == {"enabled": True, "changed": [], "megatron": True}
+def test_a_second_call_changes_nothing(switched_on):
+    assert switched_on["second"] == {"enabled": True, "changed": []}
+
+
+def test_a_default_device_still_acts_on_the_factories(switched_on):
+    """Models of transformers are built under one; with the CPU's factories it must not be lost."""
+    assert switched_on["device"] == "meta"
 
 
 @pytest.mark.parametrize(
@@ -96,27 +115,18 @@ def test_only_what_names_a_cuda_device_becomes_the_cpu(value, expected):
     assert str(_on_cpu(eval(value, {"torch": torch}))) == expected
 
 
-def test_a_default_device_still_acts_on_the_factories():
-    """Models of transformers are built under one; with the CPU's factories it must not be lost."""
+def test_nothing_is_compiled_and_no_compiler_imported():
+    """Also not by what keeps a function from being compiled, as `transformers` does with its own."""
     result = run(
-        "torch.cuda.is_available = lambda: False\n"
-        "from megatron_ext.runtime import cpu\ncpu.enable()\n"
-        "with torch.device('meta'):\n"
-        "    print(json.dumps({'device': str(torch.arange(3).device)}))"
-    )
-    assert result == {"device": "meta"}
-
-
-def test_torch_compile_leaves_functions_as_they_are_and_imports_no_compiler():
-    result = run(
-        "torch.cuda.is_available = lambda: False\n"
-        "from megatron_ext.runtime import cpu\ncpu.enable()\n"
+        ENABLE.format(available=False) + "import json, sys\ncpu.enable()\n"
         "def plain(x):\n    return x\n"
-        "same = [torch.compile(plain) is plain, torch.compile(mode='default')(plain) is plain]\n"
-        "import megatron.core.fusions.fused_bias_swiglu\n"
-        "print(json.dumps({'same': same, 'compiler': 'torch._inductor.lowering' in sys.modules}))"
+        "ways = (torch.compile, torch.compile(mode='default'), torch.compiler.disable,"
+        " torch.compiler.disable(reason='none'))\n"
+        "import megatron.core.fusions.fused_bias_swiglu, transformers.models.llama.configuration_llama\n"
+        "print(json.dumps({'same': [way(plain) is plain for way in ways],"
+        " 'compiler': 'torch._dynamo.convert_frame' in sys.modules}))"
     )
-    assert result == {"same": [True, True], "compiler": False}
+    assert result == {"same": [True] * 4, "compiler": False}
 
 
 @pytest.fixture(scope="module")
@@ -131,11 +141,10 @@ def gpu_packages(tmp_path_factory):
 
 def test_packages_that_need_a_device_are_not_found_where_there_is_none(gpu_packages):
     found = run(
-        "torch.cuda.is_available = lambda: False\n"
-        "import importlib.util\n"
+        ENABLE.format(available=False) + "import importlib.util, json\n"
         "names = ('transformer_engine', 'transformer_engine_torch', 'apex')\n"
         "before = [importlib.util.find_spec(name) is not None for name in names]\n"
-        "from megatron_ext.runtime import cpu\ncpu.enable()\n"
+        "cpu.enable()\n"
         "after = [importlib.util.find_spec(name) is not None for name in names]\n"
         "from megatron.core.extensions import transformer_engine\n"
         "from megatron_ext.arguments import machine_defaults\n"
@@ -149,10 +158,9 @@ def test_packages_that_need_a_device_are_not_found_where_there_is_none(gpu_packa
 
 def test_coming_too_late_is_an_error():
     result = run(
-        "torch.cuda.is_available = lambda: False\n"
+        ENABLE.format(available=False) + "import json, sys\n"
         "from types import ModuleType\n"
         "sys.modules['apex'] = ModuleType('apex')\n"
-        "from megatron_ext.runtime import cpu\n"
         "try:\n    cpu.enable()\n"
         "except RuntimeError as error:\n    print(json.dumps({'error': str(error)}))"
     )
