@@ -48,7 +48,7 @@ class Settings:
             base_steps=steps(self.base_steps),
             synth_steps=steps(self.synth_steps),
             unlearn_steps=steps(self.unlearn_steps),
-            samples=max(16, round(self.samples * factor)),
+            samples=max(8, round(self.samples * factor)),
         )
 
 
