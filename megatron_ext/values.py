@@ -93,6 +93,17 @@ def check_sizes(args: Namespace) -> None:
         raise ConfigError(
             f"--num-query-groups: expected a divisor of --num-attention-heads {heads}, found {groups}"
         )
+    # Megatron's own width is 8/3 of the hidden size, rounded down to a multiple of 64.
+    if args.swiglu and args.ffn_hidden_size is None and hidden and hidden < 24:
+        raise ConfigError(
+            f"--ffn-hidden-size: expected a value beside --swiglu and --hidden-size {hidden}, found none; "
+            "Megatron-Core's default would be 0"
+        )
+    if args.moe_apply_probs_on_input and args.moe_router_topk != 1:
+        raise ConfigError(
+            "--moe-router-topk: expected 1 beside --moe-apply-probs-on-input, found "
+            f"{args.moe_router_topk}"
+        )
     length, longest = args.seq_length, args.max_position_embeddings
     if length and longest and length > longest:
         raise ConfigError(

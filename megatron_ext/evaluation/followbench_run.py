@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from argparse import ArgumentParser, Namespace
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from megatron_ext.data.atomic import check_place, write_atomically
 from megatron_ext.data.chat import Message
 from megatron_ext.evaluation import followbench as bench
 from megatron_ext.evaluation import paper
@@ -21,7 +19,6 @@ from megatron_ext.evaluation.answers import (
     write_answers,
 )
 from megatron_ext.evaluation.backends import (
-    add_model_arguments,
     add_sampling_arguments,
     open_generator,
     sampling_from,
@@ -30,9 +27,9 @@ from megatron_ext.evaluation.completion import complete_all
 from megatron_ext.evaluation.errors import aligned, with_error
 from megatron_ext.evaluation.followbench_data import KINDS, LEVELS, Checkout, Question
 from megatron_ext.evaluation.journal import Journal, kept_from_before
-from megatron_ext.evaluation.judge import Judge, add_judge_arguments, ask_all, judge_from
-from megatron_ext.evaluation.records import check_name, open_journal, read_records, write_records
-from megatron_ext.exceptions import ConfigError
+from megatron_ext.evaluation.judge import Judge, add_judge_arguments, ask_all
+from megatron_ext.evaluation.judged import add_common_arguments, check_common, publish
+from megatron_ext.evaluation.records import open_journal, read_records, write_records
 
 logger = logging.getLogger(__name__)
 
@@ -49,10 +46,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     )
     parser.add_argument("--language", choices=["en", "zh"], default="en")
     parser.add_argument("--constraint-types", nargs="+", choices=KINDS, default=list(KINDS))
-    parser.add_argument("--name", required=True, help="name of the model in files and tables")
-    parser.add_argument("--output-dir", type=Path, required=True)
-    parser.add_argument("--overwrite", action="store_true", help="replace existing answers")
-    add_model_arguments(parser, required=False)
+    add_common_arguments(parser)
     add_sampling_arguments(parser, max_new_tokens=2048)
     add_judge_arguments(parser)
 
@@ -64,14 +58,7 @@ def run(options: Namespace) -> None:
         ConfigError: neither is named; or there are answers that were made with other settings.
         DataError: a file is missing or of another form.
     """
-    check_name(options.name)
-    judge = judge_from(options)
-    if judge is None and options.model is None:
-        raise ConfigError(
-            "expected --model to answer, --judge-url to judge, or both, found neither"
-        )
-    if options.is_writer:
-        check_place(options.output_dir, flag="--output-dir", is_folder=True)
+    judge = check_common(options)
     checkout = Checkout(options.followbench, language=options.language)
     questions = {kind: checkout.questions(kind) for kind in options.constraint_types}
     if options.model is not None:
@@ -142,11 +129,7 @@ def _judge(
         "constraint_types": kinds,
         "summary": bench.summarise(kinds),
     }
-    text = json.dumps(results, indent=1, ensure_ascii=False)
-    file = output / f"followbench-{name}.json"
-    write_atomically(file, text.encode(), overwrite=True)
-    print(report(results))
-    print(f"\n{file}")
+    publish(results, report(results), output / f"followbench-{name}.json")
 
 
 def _verdict_texts(

@@ -11,13 +11,14 @@ import json
 import logging
 import os
 import random
-import time
+import threading
 import urllib.error
 import urllib.request
 from argparse import ArgumentParser, Namespace
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from tqdm import tqdm
@@ -65,13 +66,18 @@ class Judge:
                     f"--judge-{flag.replace('_', '-')}: expected at least 1, found {getattr(self, flag)}"
                 )
 
-    def ask(self, messages: Sequence[Message]) -> str:
+    def ask(self, messages: Sequence[Message], *, given_up: threading.Event | None = None) -> str:
         """The judge's answer at temperature 0.
+
+        Args:
+            messages: the prompt.
+            given_up: once it is set, no further attempt is made.
 
         Raises:
             ConfigError: the endpoint refuses the request.
             DataError: it cannot be reached, or answers with something else, at every attempt.
         """
+        given_up = given_up or threading.Event()
         body = {
             "model": self.model,
             "messages": list(messages),
@@ -80,9 +86,10 @@ class Judge:
         }
         problem = ""
         for attempt in range(self.attempts):
-            if attempt:
-                # Spread out, so that requests that failed together do not come back together.
-                time.sleep(self.wait * 2 ** (attempt - 1) * random.uniform(0.8, 1.2))
+            # Spread out, so that requests that failed together do not come back together.
+            delay = self.wait * 2 ** (attempt - 1) * random.uniform(0.8, 1.2) if attempt else 0
+            if given_up.wait(delay):
+                break
             try:
                 return _content(self._post(body))
             except urllib.error.HTTPError as error:
@@ -148,14 +155,17 @@ def ask_all(
         The judge's texts by key, in the order of the prompts.
     """
     todo = [key for key in prompts if key not in journal]
+    given_up = threading.Event()
+    ask = partial(judge.ask, given_up=given_up)
     with journal.filling(prompts), ThreadPoolExecutor(max_workers=judge.parallel) as pool:
-        futures = {pool.submit(judge.ask, prompts[key]): key for key in todo}
+        futures = {pool.submit(ask, prompts[key]): key for key in todo}
         try:
             for future in tqdm(
                 as_completed(futures), total=len(todo), desc="verdicts", disable=None
             ):
                 journal.add(futures[future], future.result())
         except BaseException:
+            given_up.set()  # the executor waits for those that are on their way
             for future in futures:
                 future.cancel()
             raise

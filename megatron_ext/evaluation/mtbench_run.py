@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 import time
 from argparse import ArgumentParser, Namespace
@@ -11,7 +10,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_ext.data.atomic import check_place, write_atomically
 from megatron_ext.data.chat import Message
 from megatron_ext.evaluation import mtbench as bench
 from megatron_ext.evaluation import paper
@@ -23,12 +21,13 @@ from megatron_ext.evaluation.answers import (
     model_settings,
     write_answers,
 )
-from megatron_ext.evaluation.backends import add_model_arguments, open_generator
+from megatron_ext.evaluation.backends import open_generator
 from megatron_ext.evaluation.completion import Codec, Generator, complete_all
 from megatron_ext.evaluation.errors import aligned, with_error
 from megatron_ext.evaluation.journal import Journal, kept_from_before
-from megatron_ext.evaluation.judge import Judge, add_judge_arguments, ask_all, judge_from
-from megatron_ext.evaluation.records import check_name, open_journal, read_records, write_records
+from megatron_ext.evaluation.judge import Judge, add_judge_arguments, ask_all
+from megatron_ext.evaluation.judged import add_common_arguments, check_common, publish
+from megatron_ext.evaluation.records import open_journal, read_records, write_records
 from megatron_ext.evaluation.sampling import Sampling
 from megatron_ext.exceptions import ConfigError
 
@@ -42,10 +41,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--reference-answers", type=Path, help="reference_answer/gpt-4.jsonl, for maths and code"
     )
-    parser.add_argument("--name", required=True, help="name of the model in files and tables")
-    parser.add_argument("--output-dir", type=Path, required=True)
-    parser.add_argument("--overwrite", action="store_true", help="replace existing answers")
-    add_model_arguments(parser, required=False)
+    add_common_arguments(parser)
     group = parser.add_argument_group("generation")
     group.add_argument("--max-new-tokens", type=int, default=1024)
     group.add_argument("--top-p", type=float, default=1.0)
@@ -61,14 +57,7 @@ def run(options: Namespace) -> None:
             made with other settings.
         DataError: a file is missing or of another form.
     """
-    check_name(options.name)
-    judge = judge_from(options)
-    if judge is None and options.model is None:
-        raise ConfigError(
-            "expected --model to answer, --judge-url to judge, or both, found neither"
-        )
-    if options.is_writer:
-        check_place(options.output_dir, flag="--output-dir", is_folder=True)
+    judge = check_common(options)
     questions = bench.read_questions(options.questions)
     prompts: dict[str, Any] = {}
     references: dict[int, list[str]] = {}
@@ -193,11 +182,7 @@ def _judge(
         "judge": {"url": judge.url, "model": judge.model},
         "scores": bench.score(found),
     }
-    text = json.dumps(results, indent=1, ensure_ascii=False)
-    summary = options.output_dir / f"mt-bench-{options.name}.json"
-    write_atomically(summary, text.encode(), overwrite=True)
-    print(report(results))
-    print(f"\n{summary}")
+    publish(results, report(results), options.output_dir / f"mt-bench-{options.name}.json")
 
 
 def _judgments(file: Path) -> list[dict[str, Any]]:

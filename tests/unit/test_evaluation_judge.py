@@ -79,6 +79,19 @@ def test_finished_verdicts_are_kept_when_the_judge_goes_away(tmp_path):
     assert found["5"] == "got 5"
 
 
+def test_a_refusal_ends_the_attempts_of_all(tmp_path):
+    """A wrong key, or Ctrl-C: what waits for its next attempt does not make it."""
+    prompts = {"1": MESSAGES, "2": MESSAGES}
+    with (
+        stub_judge(lambda messages: "fine") as stub,
+        Journal(tmp_path / "j", settings={}) as journal,
+    ):
+        stub.failures = [503, 401]
+        with pytest.raises(ConfigError, match="401"):
+            ask_all(judge(stub, wait=5.0, attempts=2, parallel=2), prompts, journal=journal)
+        assert len(stub.requests) == 2
+
+
 @pytest.mark.parametrize(
     ("level", "text", "expected"),
     [

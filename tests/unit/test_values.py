@@ -48,6 +48,8 @@ def test_values_that_no_run_can_use(changes, message):
 SIZES = {
     **{"hidden_size": 8, "num_attention_heads": 4, "kv_channels": None, "num_query_groups": 3},
     **{"group_query_attention": False, "seq_length": 16, "max_position_embeddings": 16},
+    **{"swiglu": False, "ffn_hidden_size": None},
+    **{"moe_apply_probs_on_input": False, "moe_router_topk": 2},
 }
 
 
@@ -66,6 +68,17 @@ SIZES = {
             "--num-query-groups: .* --num-attention-heads 4, found 3",
         ),
         ({"seq_length": 17}, "--seq-length: .* --max-position-embeddings 16, found 17"),
+        (
+            {"swiglu": True},
+            "--ffn-hidden-size: .* --swiglu and --hidden-size 8, found none; .* would be 0",
+        ),
+        ({"swiglu": True, "ffn_hidden_size": 16}, None),
+        ({"swiglu": True, "hidden_size": 24}, None),
+        (
+            {"moe_apply_probs_on_input": True},
+            "--moe-router-topk: expected 1 beside --moe-apply-probs-on-input, found 2",
+        ),
+        ({"moe_apply_probs_on_input": True, "moe_router_topk": 1}, None),
     ],
 )
 def test_a_model_whose_sizes_do_not_go_together(changes, message):
