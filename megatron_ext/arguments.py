@@ -34,6 +34,7 @@ from megatron_ext.data.tokenizers import TOKENIZER_TYPES, TokenizerSpec, tokeniz
 from megatron_ext.exceptions import ConfigError, refused_by_megatron
 from megatron_ext.runtime import compat, console, cpu
 from megatron_ext.values import (
+    check_experts,
     check_index,
     check_places,
     check_required,
@@ -109,6 +110,7 @@ def parse() -> tuple[Namespace, UnlearnConfig, ChatRun | None]:
     check_training(raw)
     if not raw.use_checkpoint_args:
         check_sizes(raw)
+        check_experts(raw)
         check_layout(raw)
     check_index(raw)
     check_places(raw)

@@ -99,15 +99,26 @@ def check_sizes(args: Namespace) -> None:
             f"--ffn-hidden-size: expected a value beside --swiglu and --hidden-size {hidden}, found none; "
             "Megatron-Core's default would be 0"
         )
-    if args.moe_apply_probs_on_input and args.moe_router_topk != 1:
-        raise ConfigError(
-            "--moe-router-topk: expected 1 beside --moe-apply-probs-on-input, found "
-            f"{args.moe_router_topk}"
-        )
     length, longest = args.seq_length, args.max_position_embeddings
     if length and longest and length > longest:
         raise ConfigError(
             f"--seq-length: expected at most --max-position-embeddings {longest}, found {length}"
+        )
+
+
+def check_experts(args: Namespace) -> None:
+    """Refuse a mixture of experts that Megatron's layers cannot compute.
+
+    Args:
+        args: what was typed.
+
+    Raises:
+        ConfigError: names the flags, what was expected and what was found.
+    """
+    if args.moe_apply_probs_on_input and args.moe_router_topk != 1:
+        raise ConfigError(
+            "--moe-router-topk: expected 1 beside --moe-apply-probs-on-input, found "
+            f"{args.moe_router_topk}"
         )
 
 

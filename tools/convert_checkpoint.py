@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Exchange Llama, Mistral, Qwen2 and Qwen3 models with Hugging Face folders.
+"""Exchange Llama, Mistral, Qwen and Mixtral models with Hugging Face folders.
 
     python tools/convert_checkpoint.py import --source Llama-3.2-1B --output ckpt/base
     torchrun ... pretrain_unlearn.py $(cat ckpt/base/ARGS.txt) --pretrained-checkpoint ckpt/base ...

@@ -1,4 +1,4 @@
-"""The architectures of `transformers` that are a Llama but for biases and norms of the attention."""
+"""The architectures of `transformers` that are a Llama but for biases, norms of the attention and experts."""
 
 from __future__ import annotations
 
@@ -10,12 +10,31 @@ from typing import Any, Literal
 from transformers import (
     LlamaConfig,
     MistralConfig,
+    MixtralConfig,
     PreTrainedConfig,
     Qwen2Config,
     Qwen3Config,
+    Qwen3MoeConfig,
 )
 
 Bias = Literal["none", "qkv", "all"]
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """What an architecture calls the experts of a layer.
+
+    Attributes:
+        room: of the router and the experts in the names of tensors.
+        projections: gate, linear half and output of an expert.
+        width: field of the config: the hidden size of an expert.
+        renormalises: whether the weights of a token's experts always sum to 1; else the config says it.
+    """
+
+    room: str
+    projections: tuple[str, str, str]
+    width: str
+    renormalises: bool
 
 
 @dataclass(frozen=True)
@@ -29,6 +48,7 @@ class Family:
         biases: which linear layers can have a bias: none, queries, keys and values, or all.
         qk_norm: whether each head's query and key are normed.
         output_bias: whether a bias of queries, keys and values brings one of the attention's output along.
+        mixture: of its layers, if they are mixtures of experts.
     """
 
     name: str
@@ -37,9 +57,20 @@ class Family:
     biases: tuple[Bias, ...]
     qk_norm: bool = False
     output_bias: bool = True
+    mixture: Mixture | None = None
 
-    def holds(self, *, bias: Bias, qk_norm: bool) -> bool:
-        """Whether a model with these biases and norms is one of the family."""
+    def holds(self, *, bias: Bias, qk_norm: bool, renormalised: bool | None) -> bool:
+        """Whether a model with these biases and norms is one of the family.
+
+        Args:
+            bias: which linear layers have one.
+            qk_norm: whether each head's query and key are normed.
+            renormalised: of a mixture, whether the weights of a token's experts sum to 1; `None` if dense.
+        """
+        if (renormalised is None) != (self.mixture is None):
+            return False
+        if self.mixture is not None and self.mixture.renormalises and not renormalised:
+            return False
         return bias in self.biases and qk_norm == self.qk_norm
 
     def bias(self, config: PreTrainedConfig) -> Bias:
@@ -56,6 +87,9 @@ class Family:
         return {name: value for name, value in fields.items() if name in names}
 
 
+_EXPERT = ("gate_proj", "up_proj", "down_proj")
+_QWEN_MIXTURE = Mixture("mlp.", _EXPERT, "moe_intermediate_size", renormalises=False)
+_MIXTRAL = Mixture("block_sparse_moe.", ("w1", "w3", "w2"), "intermediate_size", renormalises=True)
 # By `model_type`. A model that was not imported becomes the first that holds it.
 FAMILIES = {
     family.name: family
@@ -64,5 +98,14 @@ FAMILIES = {
         Family("qwen3", Qwen3Config, "Qwen3ForCausalLM", ("none", "qkv"), qk_norm=True),
         Family("qwen2", Qwen2Config, "Qwen2ForCausalLM", ("qkv",), output_bias=False),
         Family("mistral", MistralConfig, "MistralForCausalLM", ("none",)),
+        Family(
+            "qwen3_moe",
+            Qwen3MoeConfig,
+            "Qwen3MoeForCausalLM",
+            ("none", "qkv"),
+            qk_norm=True,
+            mixture=_QWEN_MIXTURE,
+        ),
+        Family("mixtral", MixtralConfig, "MixtralForCausalLM", ("none",), mixture=_MIXTRAL),
     )
 }

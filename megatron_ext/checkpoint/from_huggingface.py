@@ -42,9 +42,11 @@ VOCABULARY_MULTIPLE = 128
 # Layers ask a checkpoint for these beside their weights; they hold nothing without fp8.
 _FINAL_EXTRA_STATE = "decoder.final_layernorm._extra_state"
 _EXTRA_STATES = (
-    *("self_attention.linear_qkv", "self_attention.linear_proj", "mlp.linear_fc1"),
-    *("mlp.linear_fc2", "self_attention.core_attention"),
+    *("self_attention.linear_qkv", "self_attention.linear_proj", "self_attention.core_attention"),
 )
+_MLP_EXTRA_STATES = ("mlp.linear_fc1", "mlp.linear_fc2")
+_MIXTURE_EXTRA_STATES = ("pre_mlp_layernorm",)
+_EXPERTS_EXTRA_STATES = ("mlp.experts.experts.linear_fc1", "mlp.experts.experts.linear_fc2")
 _NORMS_EXTRA_STATES = ("self_attention.q_layernorm", "self_attention.k_layernorm")
 # Sequences longer than this are unlearned by few; the flag can be given again behind the file's.
 _SEQUENCE = 4096
@@ -113,11 +115,16 @@ def _check_path(output: Path) -> Path:
     return output
 
 
-def _extra_states(model: LlamaLike) -> list[tuple[str, int]]:
-    """Keys of the extra states of a model, each with the number of its layers."""
+def _extra_states(model: LlamaLike) -> list[tuple[str, tuple[int, ...]]]:
+    """Keys of the extra states of a model, each with the sizes of the axes it is stacked on."""
     layers = (*_EXTRA_STATES, *(_NORMS_EXTRA_STATES if model.family.qk_norm else ()))
-    keys = (f"decoder.layers.{layer}._extra_state" for layer in layers)
-    return [(_FINAL_EXTRA_STATE, 1), *((key, model.num_layers) for key in keys)]
+    layers += _MLP_EXTRA_STATES if model.experts is None else _MIXTURE_EXTRA_STATES
+    stacks: dict[str, tuple[int, ...]] = dict.fromkeys(layers, (model.num_layers,))
+    if model.experts is not None:
+        each = (model.num_layers, model.experts.number)
+        stacks |= dict.fromkeys(_EXPERTS_EXTRA_STATES, each)
+    states = ((f"decoder.layers.{layer}._extra_state", stack) for layer, stack in stacks.items())
+    return [(_FINAL_EXTRA_STATE, (1,)), *states]
 
 
 def _padded(vocab_size: int) -> int:
@@ -196,5 +203,4 @@ def _lazy(
         tensors = [reader.read(name) for name in part.names]
         return join(part, tensors, groups=model.num_query_groups, rows=rows)
 
-    layer = None if part.layer is None else (part.layer, model.num_layers)
-    return torch_dist.LazyTensor(part.key, layer, megatron_shape(part, rows=rows), make)
+    return torch_dist.LazyTensor(part.key, part.place, megatron_shape(part, rows=rows), make)

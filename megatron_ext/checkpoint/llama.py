@@ -9,11 +9,12 @@ import math
 from argparse import Namespace
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import Any
 
+from megatron_ext.checkpoint.experts import Experts
 from megatron_ext.checkpoint.families import FAMILIES, Bias, Family
+from megatron_ext.checkpoint.fields import refuse
 from megatron_ext.checkpoint.inspect import flag_of
-from megatron_ext.exceptions import CheckpointError
 
 # Megatron's llama3 rotary scaling has these built in; only the factor is a flag.
 LLAMA3_ROPE = {
@@ -46,7 +47,6 @@ _ARGUMENTS: dict[str, object] = {
     "window_size": None,
     "attention_output_gate": False,
     "multi_latent_attention": False,
-    "num_experts": None,
     "mtp_num_layers": None,
     "use_mup": False,
 }
@@ -63,6 +63,7 @@ class LlamaLike:
         rope_scaling_factor: of llama3's rotary scaling, `None` without it.
         bias: linear layers with a bias: none, only queries, keys and values, or all.
         tied: whether the output layer is the embedding.
+        experts: of the feed-forward parts, if they are mixtures; `ffn_hidden_size` is then of no tensor.
     """
 
     family: Family
@@ -79,6 +80,7 @@ class LlamaLike:
     rope_scaling_factor: float | None
     bias: Bias
     tied: bool
+    experts: Experts | None = None
 
     @classmethod
     def from_config(cls, config: Any) -> LlamaLike:
@@ -92,18 +94,18 @@ class LlamaLike:
         """
         family = FAMILIES.get(config.model_type)
         if family is None:
-            _refuse("model_type", f"one of {', '.join(FAMILIES)}", config.model_type)
+            refuse("model_type", f"one of {', '.join(FAMILIES)}", config.model_type)
         fixed = {"architectures": [family.architecture], **_CONFIG}
         for field, expected in fixed.items():
             found = getattr(config, field, None)
             if found not in (expected, None):
-                _refuse(field, expected, found)
+                refuse(field, expected, found)
         _check_windows(config, family)
         if family.bias(config) == "all" and not config.attention_bias:
-            _refuse("mlp_bias", "False where attention_bias is False", True)
+            refuse("mlp_bias", "False where attention_bias is False", True)
         if config.num_attention_heads % config.num_key_value_heads:
             divisor = f"a divisor of num_attention_heads {config.num_attention_heads}"
-            _refuse("num_key_value_heads", divisor, config.num_key_value_heads)
+            refuse("num_key_value_heads", divisor, config.num_key_value_heads)
         return cls(
             family=family,
             vocab_size=config.vocab_size,
@@ -120,6 +122,7 @@ class LlamaLike:
             rope_scaling_factor=_rope_scaling_factor(config.rope_parameters),
             bias=family.bias(config),
             tied=config.tie_word_embeddings,
+            experts=Experts.from_config(config, family),
         )
 
     @classmethod
@@ -139,16 +142,22 @@ class LlamaLike:
         for name, expected in _ARGUMENTS.items():
             found = getattr(args, name, expected)
             if found != expected:
-                _refuse(f"--{flag_of(name)}", expected, found)
+                refuse(f"--{flag_of(name)}", expected, found)
         heads = args.num_attention_heads
         scaled = getattr(args, "use_rope_scaling", False)
         qkv_bias = getattr(args, "add_qkv_bias", False)
         bias: Bias = "all" if args.add_bias_linear else "qkv" if qkv_bias else "none"
+        experts = Experts.from_arguments(args)
+        qk_norm = getattr(args, "qk_layernorm", False)
+        family = _family(family, bias=bias, qk_norm=qk_norm, experts=experts)
+        ffn_hidden_size = args.ffn_hidden_size
+        if experts is not None and family.mixture and family.mixture.width == "intermediate_size":
+            ffn_hidden_size = experts.ffn_hidden_size  # of which the config has only one
         return cls(
-            family=_family(family, bias=bias, qk_norm=getattr(args, "qk_layernorm", False)),
+            family=family,
             vocab_size=vocab_size,
             hidden_size=args.hidden_size,
-            ffn_hidden_size=args.ffn_hidden_size,
+            ffn_hidden_size=ffn_hidden_size,
             num_layers=args.num_layers,
             num_attention_heads=heads,
             num_query_groups=args.num_query_groups if args.group_query_attention else heads,
@@ -159,6 +168,7 @@ class LlamaLike:
             rope_scaling_factor=args.rope_scaling_factor if scaled else None,
             bias=bias,
             tied=not args.untie_embeddings_and_output_weights,
+            experts=experts,
         )
 
     def to_config(self) -> dict[str, Any]:
@@ -187,6 +197,8 @@ class LlamaLike:
             "sliding_window": None,
             "layer_types": ["full_attention"] * self.num_layers,
         }
+        if self.experts is not None:
+            switches |= self.experts.to_config()
         return sizes | self.family.known(switches)
 
     def to_flags(self) -> list[list[str]]:
@@ -214,16 +226,32 @@ class LlamaLike:
             flags += [["--add-qkv-bias"]]
         if self.family.qk_norm:
             flags += [["--qk-layernorm"]]
+        if self.experts is not None:
+            flags += self.experts.to_flags()
         if not self.tied:
             flags += [["--untie-embeddings-and-output-weights"]]
         return [[str(word) for word in flag] for flag in flags]
 
 
-def _family(preferred: Family | None, *, bias: Bias, qk_norm: bool) -> Family:
+def _family(
+    preferred: Family | None, *, bias: Bias, qk_norm: bool, experts: Experts | None
+) -> Family:
     candidates = [*([preferred] if preferred else []), *FAMILIES.values()]
-    fitting = [family for family in candidates if family.holds(bias=bias, qk_norm=qk_norm)]
+    facts: dict[str, Any] = {
+        "bias": bias,
+        "qk_norm": qk_norm,
+        "renormalised": None if experts is None else experts.renormalised,
+    }
+    fitting = [family for family in candidates if family.holds(**facts)]
+    if not fitting and experts is not None:
+        refuse(
+            "--num-experts",
+            "beside it --disable-bias-linear, and --qk-layernorm (as Qwen3) or neither --add-qkv-bias nor "
+            "--moe-router-pre-softmax (as Mixtral)",
+            "no such model",
+        )
     if not fitting:
-        _refuse("--qk-layernorm", "--disable-bias-linear beside it", "biases in all linear layers")
+        refuse("--qk-layernorm", "--disable-bias-linear beside it", "biases in all linear layers")
     return fitting[0]
 
 
@@ -233,18 +261,18 @@ def _check_windows(config: Any, family: Family) -> None:
     if "layer_types" in fields:
         others = {*fields["layer_types"]} - {"full_attention"}
         if others:
-            _refuse("layer_types", "full_attention in every layer", min(others))
+            refuse("layer_types", "full_attention in every layer", min(others))
     elif (fields.get("sliding_window") or math.inf) < config.max_position_embeddings:
         longest = f"null, or at least max_position_embeddings {config.max_position_embeddings}"
-        _refuse("sliding_window", longest, fields["sliding_window"])
+        refuse("sliding_window", longest, fields["sliding_window"])
 
 
 def _rotary_base(rope: Mapping[str, Any]) -> int:
     theta = rope["rope_theta"]
     if theta != int(theta):
-        _refuse("rope_theta", "a whole number, as --rotary-base is", theta)
+        refuse("rope_theta", "a whole number, as --rotary-base is", theta)
     if rope.get("partial_rotary_factor", 1.0) != 1.0:
-        _refuse("partial_rotary_factor", 1.0, rope["partial_rotary_factor"])
+        refuse("partial_rotary_factor", 1.0, rope["partial_rotary_factor"])
     return int(theta)
 
 
@@ -253,14 +281,8 @@ def _rope_scaling_factor(rope: Mapping[str, Any]) -> float | None:
     if kind == "default":
         return None
     if kind != "llama3":
-        _refuse("rope_parameters.rope_type", "default or llama3", kind)
+        refuse("rope_parameters.rope_type", "default or llama3", kind)
     for field, expected in LLAMA3_ROPE.items():
         if rope[field] != expected:
-            _refuse(
-                f"rope_parameters.{field}", f"{expected}, as Megatron has built in", rope[field]
-            )
+            refuse(f"rope_parameters.{field}", f"{expected}, as Megatron has built in", rope[field])
     return float(rope["factor"])
-
-
-def _refuse(field: str, expected: object, found: object) -> NoReturn:
-    raise CheckpointError(f"{field}: expected {expected}, found {found}")

@@ -219,8 +219,8 @@ def _check_tensors(reader: torch_dist.Reader, model: LlamaLike, rows: int) -> No
     """Every tensor of the architecture is there with its shape, and no other."""
     wanted = {}
     for part in parts(model):
-        layers = () if part.layer is None else (model.num_layers,)
-        wanted[part.key] = (*layers, *megatron_shape(part, rows=rows))
+        stack = tuple(size for _, size in part.place)
+        wanted[part.key] = (*stack, *megatron_shape(part, rows=rows))
     extra = reader.keys(torch_dist.MODEL_KEYS) - wanted.keys()
     if extra:
         raise CheckpointError(
@@ -237,7 +237,7 @@ def _check_tensors(reader: torch_dist.Reader, model: LlamaLike, rows: int) -> No
 def _tensors(reader: torch_dist.Reader, model: LlamaLike) -> Iterator[tuple[str, Tensor]]:
     """Hugging Face tensors by name, in the order of `huggingface_shapes`."""
     for part in parts(model):
-        tensor = reader.read(part.key, layer=part.layer)
+        tensor = reader.read(part.key, *(index for index, _ in part.place))
         yield from zip(part.names, split(part, tensor, groups=model.num_query_groups), strict=True)
     for name, shape in zero_shapes(model).items():
         yield name, torch.zeros(shape)

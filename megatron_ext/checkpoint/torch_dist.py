@@ -6,9 +6,12 @@ files are torch's distributed checkpoints, whose planner may make each tensor wh
 
 from __future__ import annotations
 
+import dataclasses
 import io
+import itertools
 import warnings
 from argparse import Namespace
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,26 +53,25 @@ MODEL_KEYS = ("embedding.", "decoder.", "output_layer.")
 
 @dataclass(frozen=True)
 class LazyTensor:
-    """A tensor of a checkpoint, or one layer of a stacked one, that is made when it is written.
+    """A tensor of a checkpoint, or one of a stacked one, that is made when it is written.
 
     Attributes:
         key: name in the checkpoint.
-        layer: index and number of layers, `None` if the tensor is not stacked.
-        shape: without the axis of the layers.
+        place: of a stacked tensor, index and size of each leading axis, such as the layer and the expert.
+        shape: without these axes.
         make: makes a tensor of this shape.
     """
 
     key: str
-    layer: tuple[int, int] | None
+    place: tuple[tuple[int, int], ...]
     shape: tuple[int, ...]
     make: Callable[[], Tensor]
 
     def write_item(self, dtype: torch.dtype) -> WriteItem:
         """What the planner says of it."""
-        stacked = self.layer is not None
-        offsets = ((self.layer[0],) if self.layer else ()) + (0,) * len(self.shape)
-        sizes = ((1,) if stacked else ()) + self.shape
-        whole = ((self.layer[1],) if self.layer else ()) + self.shape
+        offsets = (*(index for index, _ in self.place), *(0 for _ in self.shape))
+        sizes = (*(1 for _ in self.place), *self.shape)
+        whole = (*(size for _, size in self.place), *self.shape)
         return WriteItem(
             index=MetadataIndex(self.key, offsets),
             type=WriteItemType.SHARD,
@@ -122,7 +124,7 @@ class _LazyPlanner(SavePlanner):
         description = self._by_index[write_item.index]
         tensor = description.make().to(self._dtype)
         assert tuple(tensor.shape) == description.shape, description.key
-        return tensor.unsqueeze(0) if description.layer is not None else tensor
+        return tensor[(None,) * len(description.place)]
 
 
 def write(
@@ -131,7 +133,7 @@ def write(
     *,
     dtype: torch.dtype,
     args: Namespace,
-    empty_objects: Sequence[tuple[str, int]] = (),
+    empty_objects: Sequence[tuple[str, tuple[int, ...]]] = (),
 ) -> None:
     """Write one iteration of a checkpoint.
 
@@ -142,13 +144,15 @@ def write(
         tensors: what it holds.
         dtype: of all tensors.
         args: arguments of the run, for what loads it.
-        empty_objects: keys that layers ask for beside their weights, and the number of layers.
+        empty_objects: keys that layers ask for beside their weights, and the sizes of the axes that these
+            are stacked on.
     """
     path.mkdir(parents=True)
     common = {"args": args, "checkpoint_version": CHECKPOINT_VERSION, "iteration": 0}
-    objects: dict[str, list[object]] = {_object_key("common_state", 0, 1): [common]}
-    for key, layers in empty_objects:
-        objects |= {_object_key(key, layer, layers): [None] for layer in range(layers)}
+    objects: dict[str, list[object]] = {_object_key("common_state", (0,), (1,)): [common]}
+    for key, stack in empty_objects:
+        places = itertools.product(*map(range, stack))
+        objects |= {_object_key(key, place, stack): [None] for place in places}
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # as intended
         dcp.save(
@@ -160,8 +164,8 @@ def write(
     save_config(CheckpointingConfig("torch_dist"), str(path))
 
 
-def _object_key(key: str, index: int, count: int) -> str:
-    return ShardedObject(key, None, (count,), (index,)).unique_key
+def _object_key(key: str, place: tuple[int, ...], stack: tuple[int, ...]) -> str:
+    return ShardedObject(key, None, stack, place).unique_key
 
 
 class _Into(LoadPlanner):
@@ -214,6 +218,7 @@ class Reader:
         self._reader = dcp.FileSystemReader(path)
         self._metadata = self._reader.read_metadata()
         self._reader.set_up_storage_reader(self._metadata, is_coordinator=True)
+        self._by_layer: dict[str, defaultdict[int, list[ChunkStorageMetadata]]] = {}
 
     def keys(self, prefixes: tuple[str, ...]) -> set[str]:
         """Names of the tensors that start with any of these."""
@@ -234,17 +239,19 @@ class Reader:
             raise CheckpointError(f"{self.path}: expected a tensor {key}, found none")
         return tuple(entry.size), entry.properties.dtype
 
-    def read(self, key: str, *, layer: int | None = None) -> Tensor:
-        """Read a tensor, or one layer of a stacked one, in its own dtype.
+    def read(self, key: str, *place: int) -> Tensor:
+        """Read a tensor, or one of a stacked one, in its own dtype.
 
         Reads the stored shards that overlap with it one after another.
+
+        Args:
+            key: name in the checkpoint.
+            *place: its indices on the leading axes, such as the layer and the expert.
         """
         shape, dtype = self.describe(key)
-        offsets, sizes = (0,) * len(shape), shape
-        if layer is not None:
-            offsets, sizes = (layer, *offsets[1:]), (1, *shape[1:])
-        entry = self._metadata.state_dict_metadata[key]
-        assert isinstance(entry, TensorStorageMetadata)
+        inner = shape[len(place) :]
+        offsets, sizes = (*place, *(0 for _ in inner)), (*(1 for _ in place), *inner)
+        entry = self._shards(key, *place[:1])
         chunk = ChunkStorageMetadata(offsets=torch.Size(offsets), sizes=torch.Size(sizes))
         items = create_read_items_for_chunk_list(key, entry, [chunk])
         stored = sum(torch.Size(item.lengths).numel() for item in items)
@@ -252,4 +259,18 @@ class Reader:
             raise CheckpointError(f"{self.path}: expected all of {key}, found parts missing")
         tensor = torch.empty(sizes, dtype=dtype)
         self._reader.read_data(LoadPlan(items), _Into(tensor)).wait()
-        return tensor if layer is None else tensor.squeeze(0)
+        return tensor.view(inner)
+
+    def _shards(self, key: str, *layer: int) -> TensorStorageMetadata:
+        """The stored shards of a tensor, or those of one layer: experts have many, and each is read alone."""
+        entry = self._metadata.state_dict_metadata[key]
+        assert isinstance(entry, TensorStorageMetadata)
+        if not layer:
+            return entry
+        if key not in self._by_layer:
+            by_layer: defaultdict[int, list[ChunkStorageMetadata]] = defaultdict(list)
+            for chunk in entry.chunks:
+                for index in range(chunk.offsets[0], chunk.offsets[0] + chunk.sizes[0]):
+                    by_layer[index].append(chunk)
+            self._by_layer[key] = by_layer
+        return dataclasses.replace(entry, chunks=self._by_layer[key][layer[0]])

@@ -19,14 +19,14 @@ class Part:
 
     Attributes:
         key: name in the checkpoint.
-        layer: index into its first axis, `None` if it is not stacked.
+        place: of a stacked tensor, index and size of each leading axis: the layer, and the expert.
         names: the Hugging Face tensors.
         shapes: their shapes.
         kind: laid one behind the other, interleaved by query group, or padded with rows of zeros.
     """
 
     key: str
-    layer: int | None
+    place: tuple[tuple[int, int], ...]
     names: tuple[str, ...]
     shapes: tuple[tuple[int, ...], ...]
     kind: Literal["plain", "qkv", "vocabulary"] = "plain"
@@ -37,12 +37,12 @@ def parts(model: LlamaLike) -> Iterator[Part]:
     hidden = (model.hidden_size,)
     table = ((model.vocab_size, model.hidden_size),)
     embedding = ("model.embed_tokens.weight",)
-    yield Part("embedding.word_embeddings.weight", None, embedding, table, "vocabulary")
+    yield Part("embedding.word_embeddings.weight", (), embedding, table, "vocabulary")
     for layer in range(model.num_layers):
         yield from _layer_parts(model, layer)
-    yield Part("decoder.final_layernorm.weight", None, ("model.norm.weight",), (hidden,))
+    yield Part("decoder.final_layernorm.weight", (), ("model.norm.weight",), (hidden,))
     if not model.tied:
-        yield Part("output_layer.weight", None, ("lm_head.weight",), table, "vocabulary")
+        yield Part("output_layer.weight", (), ("lm_head.weight",), table, "vocabulary")
 
 
 def _layer_parts(model: LlamaLike, layer: int) -> Iterator[Part]:
@@ -53,11 +53,17 @@ def _layer_parts(model: LlamaLike, layer: int) -> Iterator[Part]:
     qkv, gate_up = ("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")
 
     def part(
-        key: str, room: str, names: Sequence[str], suffix: str, *shapes: tuple[int, ...]
+        key: str,
+        room: str,
+        names: Sequence[str],
+        suffix: str,
+        *shapes: tuple[int, ...],
+        expert: tuple[tuple[int, int], ...] = (),
     ) -> Part:
         full = tuple(f"model.layers.{layer}.{room}{name}{suffix}" for name in names)
         kind: Literal["plain", "qkv"] = "qkv" if names is qkv else "plain"
-        return Part(f"decoder.layers.{key}", layer, full, shapes, kind)
+        place = ((layer, model.num_layers), *expert)
+        return Part(f"decoder.layers.{key}", place, full, shapes, kind)
 
     def linear(
         key: str, room: str, names: Sequence[str], *shapes: tuple[int, ...], bias: bool
@@ -78,6 +84,18 @@ def _layer_parts(model: LlamaLike, layer: int) -> Iterator[Part]:
     output = (hidden, query)
     yield from linear(f"{attention}proj", "self_attn.", ("o_proj",), output, bias=everywhere)
     name = ("post_attention_layernorm",)
+    if (experts := model.experts) is not None and (mixture := model.family.mixture) is not None:
+        yield part("pre_mlp_layernorm.weight", "", name, ".weight", (hidden,))
+        router = (experts.number, hidden)
+        yield part("mlp.router.weight", mixture.room, ("gate",), ".weight", router)
+        wide, narrow = (experts.ffn_hidden_size, hidden), (hidden, experts.ffn_hidden_size)
+        gate, up, down = mixture.projections
+        for i in range(experts.number):
+            room, place = f"{mixture.room}experts.{i}.", ((i, experts.number),)
+            fc = "mlp.experts.experts.linear_fc"
+            yield part(f"{fc}1.weight", room, (gate, up), ".weight", wide, wide, expert=place)
+            yield part(f"{fc}2.weight", room, (down,), ".weight", narrow, expert=place)
+        return
     yield part(f"{mlp}fc1.layer_norm_weight", "", name, ".weight", (hidden,))
     yield from linear(f"{mlp}fc1", "mlp.", gate_up, (ffn, hidden), (ffn, hidden), bias=everywhere)
     yield from linear(f"{mlp}fc2", "mlp.", ("down_proj",), (hidden, ffn), bias=everywhere)
@@ -95,7 +113,7 @@ def zero_shapes(model: LlamaLike) -> dict[str, tuple[int, ...]]:
 
 
 def megatron_shape(part: Part, *, rows: int) -> tuple[int, ...]:
-    """Shape of a part without the axis of the layers; `rows` are those of a padded vocabulary."""
+    """Shape of a part without the axes it is stacked on; `rows` are those of a padded vocabulary."""
     first = rows if part.kind == "vocabulary" else sum(shape[0] for shape in part.shapes)
     return (first, *part.shapes[0][1:])
 

@@ -14,7 +14,7 @@ def write_iterations(directory: Path, *iterations: int) -> Path:
     saved = argparse.Namespace(max_position_embeddings=64)
     for iteration in iterations:
         value = float(iteration)
-        tensor = LazyTensor("weight", None, (8, 8), lambda value=value: torch.full((8, 8), value))
+        tensor = LazyTensor("weight", (), (8, 8), lambda value=value: torch.full((8, 8), value))
         write(directory / folder_name(iteration), [tensor], dtype=torch.float32, args=saved)
         (directory / TRACKER).write_text(str(iteration))
     return directory

@@ -4,6 +4,7 @@ import filecmp
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.helpers import llama
 from tests.helpers.distributed import run_ranks
-from tests.helpers.entry import ROOT, Launch, run, succeed
+from tests.helpers.entry import METRICS, ROOT, Launch, run, succeed
 from tests.helpers.recipes import after, build
 from tests.helpers.text import train_sentencepiece
 from tests.helpers.tiny import VOCAB, tool
@@ -138,20 +139,28 @@ def test_a_round_trip_is_exact_to_the_bit(converted, name, kind):
     assert filecmp.cmpfiles(source, back, copied, shallow=False)[0] == copied
 
 
-@pytest.mark.parametrize("name", ["MHA", "qwen3"])
+@pytest.mark.parametrize("name", ["MHA", "qwen3", "qwen3_moe"])
 def test_stock_megatron_with_transformer_engine_finds_the_extra_states_of_its_layers(
     converted, name
 ):
     folder = converted[0] / name / "float32" / "megatron" / "iter_0000000"
     keys = dcp.FileSystemReader(folder).read_metadata().state_dict_metadata
-    layers = {"self_attention.linear_qkv", "self_attention.linear_proj", "mlp.linear_fc1"}
-    layers |= {"mlp.linear_fc2", "self_attention.core_attention"}
-    if name == "qwen3":
+    layers = {f"self_attention.{part}" for part in ("linear_qkv", "linear_proj", "core_attention")}
+    linear = {"linear_fc1", "linear_fc2"}
+    mixture = name == "qwen3_moe"
+    layers |= {"pre_mlp_layernorm"} if mixture else {f"mlp.{part}" for part in linear}
+    if name != "MHA":
         layers |= {"self_attention.q_layernorm", "self_attention.k_layernorm"}
     expected = {
         f"decoder.layers.{layer}._extra_state/shard_{i}_4" for layer in layers for i in range(4)
     }
     expected.add("decoder.final_layernorm._extra_state/shard_0_1")
+    expected |= {
+        f"decoder.layers.mlp.experts.experts.{part}._extra_state/shard_{layer}.{expert}_4.4"
+        for part in (linear if mixture else ())
+        for layer in range(4)
+        for expert in range(4)
+    }
     assert {key for key in keys if "_extra_state" in key} == expected
 
 
@@ -250,6 +259,41 @@ def test_unlearning_ones_own_model_takes_three_commands(world):
     assert new("the License").input_ids == old("the License").input_ids
     generated = after.generate(llama.ids(8), max_new_tokens=4, do_sample=False, pad_token_id=1)
     assert generated.shape[1] > 8
+
+
+def test_an_imported_mixture_is_unlearned_with_its_experts_on_two_ranks(server, world, tmp_path):
+    llama.save(tmp_path / "source", **llama.CASES["qwen3_moe"])
+    base, data = tmp_path / "base", world / "text_text_document"
+    server.tool("convert_checkpoint", "import", "--source", tmp_path / "source", "--output", base)
+    flags = (base / "ARGS.txt").read_text().split()
+    common = [*flags, "--pretrained-checkpoint", base, "--data-path", data, "--split", "100,0,0"]
+    common += ["--forget-data-path", data, "--allow-data-overlap", "--micro-batch-size", 1]
+    common += ["--global-batch-size", 4, "--seq-length", 64, "--train-iters", 2, "--lr", 1e-2]
+    common += ["--save-interval", 2, "--eval-iters", 0, "--log-interval", 1]
+    experts = ["--expert-model-parallel-size", 2, "--moe-token-dispatcher-type", "alltoall"]
+    layouts = {"one": Launch(common), "two": Launch([*common, *experts], ranks=2)}
+    launches = {
+        name: replace(launch, arguments=[*launch.arguments, "--save", tmp_path / name])
+        for name, launch in layouts.items()
+    }
+    runs = server.run_all(launches, tmp_path / "tensorboard")
+    one, two = (runs[name].scalars for name in launches)
+    assert one["mitigation kl"][1] < 1e-6  # its own reference
+    assert one["mitigation kl"][2] > 1e-3
+    for tag in METRICS:
+        assert two[tag] == pytest.approx(one[tag], rel=1e-5, abs=1e-7), tag
+    weights = {"source": load_file(tmp_path / "source" / "model.safetensors")}
+    for name in launches:
+        output = tmp_path / f"{name}-new"
+        server.tool(
+            "convert_checkpoint", "export", "--checkpoint", tmp_path / name, "--output", output
+        )
+        weights[name] = load_file(output / "model.safetensors")
+    assert weights["one"].keys() == weights["source"].keys()
+    for key, found in weights["one"].items():
+        torch.testing.assert_close(found, weights["two"][key], atol=1e-4, rtol=1e-3)
+    expert = "model.layers.1.mlp.experts.3.up_proj.weight"
+    assert not torch.equal(weights["one"][expert], weights["source"][expert])
 
 
 def test_a_model_with_a_sentencepiece_tokenizer_is_exported_with_one_of_the_same_ids(

@@ -63,6 +63,14 @@ def test_old_spellings_of_the_rotary_fields_are_read():
         ),
         ({"model_type": "qwen2", "is_causal": False}, "is_causal: expected True, found False"),
         ({"quantization_config": {"bits": 4}}, "quantization_config: expected None, found .*bits"),
+        (
+            {"model_type": "qwen3_moe", "decoder_sparse_step": 2},
+            "decoder_sparse_step: expected 1, found 2",
+        ),
+        (
+            {"model_type": "qwen3_moe", "mlp_only_layers": [0]},
+            r"mlp_only_layers: expected \[\], found \[0\]",
+        ),
         ({"mlp_bias": True}, "mlp_bias: expected False where attention_bias is False, found True"),
         ({"num_key_value_heads": 3}, "num_key_value_heads: expected a divisor of .* 4, found 3"),
         (
@@ -96,13 +104,30 @@ def test_a_config_that_does_not_fit_is_refused_by_its_field(changes, message):
         ("rotary_percent", 0.5, "--rotary-percent"),
         ("rotary_interleaved", True, "--rotary-interleaved"),
         ("layernorm_zero_centered_gamma", True, "--apply-layernorm-1p"),
-        ("num_experts", 8, "--num-experts"),
     ],
 )
 def test_arguments_that_do_not_fit_are_refused_by_their_flag(name, value, flag):
     args = arguments(LlamaLike.from_config(llama.config()), **{name: value})
     with pytest.raises(CheckpointError, match=f"{flag}: expected .*, found {value}"):
         LlamaLike.from_arguments(args, vocab_size=500)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "flag"),
+    [
+        ("moe_layer_freq", [0, 1, 1, 1], "--moe-layer-freq"),
+        ("moe_shared_expert_intermediate_size", 64, "--moe-shared-expert-intermediate-size"),
+        ("moe_router_score_function", "sigmoid", "--moe-router-score-function"),
+        ("moe_router_load_balancing_type", "sinkhorn", "--moe-router-load-balancing-type"),
+        ("qk_layernorm", False, "--num-experts"),  # and Mixtral has no shares of all experts
+        ("add_bias_linear", True, "--num-experts"),
+    ],
+)
+def test_mixtures_that_no_family_has_are_refused_by_their_flag(name, value, flag):
+    model = LlamaLike.from_config(llama.config(**llama.CASES["qwen3_moe_shares"]))
+    LlamaLike.from_arguments(arguments(model), vocab_size=500)
+    with pytest.raises(CheckpointError, match=f"^{flag}: expected .*, found "):
+        LlamaLike.from_arguments(arguments(model, **{name: value}), vocab_size=500)
 
 
 @pytest.mark.parametrize(
@@ -153,6 +178,8 @@ def test_rows_are_those_of_an_imported_model_and_not_of_a_tokenizer_from_another
         ({"add_qkv_bias": True}, None, "llama"),
         ({"add_qkv_bias": True}, "qwen2", "qwen2"),
         ({"qk_layernorm": True}, "llama", "qwen3"),
+        ({"num_experts": 8}, "llama", "mixtral"),
+        ({"num_experts": 8, "qk_layernorm": True}, None, "qwen3_moe"),
     ],
 )
 def test_a_trained_model_becomes_the_architecture_that_holds_it(changes, preferred, expected):

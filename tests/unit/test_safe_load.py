@@ -90,7 +90,7 @@ def test_torch_alone_runs_it(bombed):
 
 @pytest.mark.usefixtures("stock")
 def test_an_ordinary_checkpoint_is_read(tmp_path):
-    layer = torch_dist.LazyTensor("w", None, (2, 3), lambda: torch.ones(2, 3))
+    layer = torch_dist.LazyTensor("w", (), (2, 3), lambda: torch.ones(2, 3))
     torch_dist.write(
         tmp_path / "iter_0000003", [layer], dtype=torch.bfloat16, args=Namespace(hidden_size=3)
     )
@@ -126,7 +126,7 @@ def test_what_a_newer_torch_stores_besides_is_left_out():
 def test_metadata_that_are_read_again_are_a_copy_of_their_own(tmp_path, monkeypatch):
     monkeypatch.setattr(safe_load, "_known", {})
     for name in "abc":
-        layer = torch_dist.LazyTensor(name, None, (2, 3), lambda: torch.ones(2, 3))
+        layer = torch_dist.LazyTensor(name, (), (2, 3), lambda: torch.ones(2, 3))
         torch_dist.write(tmp_path / name, [layer], dtype=torch.float32, args=Namespace())
     content = {name: (tmp_path / name / ".metadata").read_bytes() for name in "abc"}
     first = safe_load.load_metadata(io.BytesIO(content["a"]))

@@ -21,7 +21,7 @@ def show(tmp_path, monkeypatch, capsys):
     saved.unlearn_composition = {"--forget-batch-size": 8}
     saved.unlearn_reference = {"directory": "ckpt/base", "folder": "iter_0000040", "digest": "ab"}
     for iteration in (2, 4):
-        tensor = LazyTensor("weight", None, (8, 8), lambda: torch.zeros(8, 8))
+        tensor = LazyTensor("weight", (), (8, 8), lambda: torch.zeros(8, 8))
         write(folder(tmp_path, iteration), [tensor], dtype=torch.float32, args=saved)
     (tmp_path / TRACKER).write_text("4")
 

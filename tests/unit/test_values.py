@@ -1,11 +1,13 @@
 """Values that no run can use and places that it cannot write to, each named before anything starts."""
 
 from argparse import Namespace
+from contextlib import nullcontext
 
 import pytest
 
 from megatron_ext.exceptions import ConfigError
 from megatron_ext.values import (
+    check_experts,
     check_index,
     check_places,
     check_schedule,
@@ -49,7 +51,6 @@ SIZES = {
     **{"hidden_size": 8, "num_attention_heads": 4, "kv_channels": None, "num_query_groups": 3},
     **{"group_query_attention": False, "seq_length": 16, "max_position_embeddings": 16},
     **{"swiglu": False, "ffn_hidden_size": None},
-    **{"moe_apply_probs_on_input": False, "moe_router_topk": 2},
 }
 
 
@@ -74,15 +75,20 @@ SIZES = {
         ),
         ({"swiglu": True, "ffn_hidden_size": 16}, None),
         ({"swiglu": True, "hidden_size": 24}, None),
-        (
-            {"moe_apply_probs_on_input": True},
-            "--moe-router-topk: expected 1 beside --moe-apply-probs-on-input, found 2",
-        ),
-        ({"moe_apply_probs_on_input": True, "moe_router_topk": 1}, None),
     ],
 )
 def test_a_model_whose_sizes_do_not_go_together(changes, message):
     _holds(check_sizes, SIZES | changes, message)
+
+
+@pytest.mark.parametrize(
+    ("weighted", "top_k", "fails"), [(True, 2, True), (True, 1, False), (False, 2, False)]
+)
+def test_inputs_weighted_by_one_expert_alone(weighted, top_k, fails):
+    args = Namespace(moe_apply_probs_on_input=weighted, moe_router_topk=top_k)
+    message = "--moe-router-topk: expected 1 beside --moe-apply-probs-on-input, found 2"
+    with pytest.raises(ConfigError, match=f"^{message}$") if fails else nullcontext():
+        check_experts(args)
 
 
 NUMERICS = {
