@@ -33,7 +33,7 @@ cpu.enable()  # before megatron is imported
 PEAK_FLOPS = 989e12  # dense bf16 of an H100 or H200 SXM, by the vendor's datasheet
 MFU_NOTE = "6 FLOPs a matmul parameter and token; attention causal (masked half left out) or full"
 WARMUP = 2  # steps: kernels are compiled in the first, moments exist from the second on
-GROUP_SECONDS = 15.0  # of timed steps a variant; slower ones get fewer, but at least two
+GROUP_SECONDS = 45.0  # of timed steps a variant; slower ones get fewer, but at least two
 Row = dict[str, Any]
 
 

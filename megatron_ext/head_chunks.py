@@ -6,9 +6,10 @@ Here and without torch, because `losses` asks when a step runs and `planning` be
 from __future__ import annotations
 
 # Logits that are kept for the backward pass on a CPU, in bytes.
-CPU_BUDGET = 24 * 2**20
-# Where they do not fit: of the size of the weight's gradient, which each chunk reads and writes as a whole,
-# the share that the student's logits take.
+CPU_BUDGET = 32 * 2**20
+# Where they do not fit: bytes of a chunk's logits, the reference's included; and of the size of the weight's
+# gradient, which each chunk reads and writes as a whole, the share that the student's logits take at least.
+CPU_CHUNK = CPU_BUDGET // 2
 CPU_SHARE = 1 / 4
 # Of a GPU's whole memory, the share that the logits may take. Not of the free memory: ranks that share a
 # vocabulary must agree on the chunks.
@@ -45,10 +46,12 @@ def training_chunk(
     budget = CPU_BUDGET if gpu_memory is None else int(GPU_SHARE * gpu_memory)
     if (tokens + reference_tokens) * row <= budget:
         return tokens
+    both = row * (2 if reference_tokens else 1)
     if gpu_memory is None:
-        most = max(TILE, int(CPU_SHARE * hidden * gradient_size / element_size))
+        share = int(CPU_SHARE * hidden * gradient_size / element_size)
+        most = max(TILE, share, CPU_CHUNK // both)
     else:
-        most = max(1, budget // (row * (2 if reference_tokens else 1)))
+        most = max(1, budget // both)
     chunks = -(-tokens // most)
     even = -(-tokens // chunks)
     return min(tokens, most, -(-even // TILE) * TILE)

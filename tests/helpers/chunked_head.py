@@ -15,7 +15,7 @@ def main():
     from megatron_ext import head_chunks
     from megatron_ext.losses import head_loss
 
-    head_chunks.CPU_BUDGET = 0
+    head_chunks.CPU_BUDGET = head_chunks.CPU_CHUNK = 0
     choose, said = head_loss.training_chunk, set()
 
     def spoken(tokens, *sizes, **options):

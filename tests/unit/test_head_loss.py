@@ -184,13 +184,16 @@ def test_chunks_follow_the_device():
         sizes = {"element_size": 4, "gradient_size": 4, "gpu_memory": None}
         return training_chunk(tokens, columns, hidden, references, **sizes)
 
-    assert chunk(192) == 192  # all in 24 MiB
-    assert chunk(193) == 128
-    assert chunk(128, 65) == 128
-    assert chunk(100, 100) == 100  # all tokens, whose logits do not fit, in one chunk
+    assert chunk(256) == 256  # all in 32 MiB
+    assert chunk(257) == 128
+    assert chunk(128, 129) == 128
+    assert chunk(100, 200) == 100  # all tokens, whose logits do not fit, in one chunk
     assert chunk(1024, 1024) == 128
+    assert chunk(1024, 1024, columns=4096) == 1024
+    assert chunk(2048, 2048, columns=4096) == 512  # 16 MiB of both
     assert chunk(1000, hidden=1600) == 384  # at most 400: three of 334 each, in tiles of 64
-    assert chunk(2048, hidden=8) == 64  # never less than a tile
+    assert chunk(2048, hidden=8) == 128  # 16 MiB
+    assert chunk(2048, columns=131072, hidden=8) == 64  # never less than a tile
 
 
 def test_chunks_on_a_gpu_follow_the_size_of_its_memory():
