@@ -48,7 +48,7 @@ class Experts:
         """Read a Hugging Face config; `None` of a dense family.
 
         Raises:
-            CheckpointError: some layers are dense; names the field.
+            CheckpointError: some layers are dense, or Megatron has no such routing; names the field.
         """
         if family.mixture is None:
             return None
@@ -56,11 +56,15 @@ class Experts:
             found = getattr(config, field, None)
             if found not in (expected, None):
                 refuse(field, expected, found)
+        renormalised = family.mixture.renormalises or config.norm_topk_prob
+        if renormalised and config.num_experts_per_tok == 1:
+            # It would weight each token's only expert by 1, and the router would learn nothing.
+            refuse("num_experts_per_tok", "at least 2 where their weights sum to 1", 1)
         return cls(
             number=config.num_experts,
             top_k=config.num_experts_per_tok,
             ffn_hidden_size=getattr(config, family.mixture.width),
-            renormalised=family.mixture.renormalises or config.norm_topk_prob,
+            renormalised=renormalised,
         )
 
     @classmethod

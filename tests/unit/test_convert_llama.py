@@ -68,6 +68,10 @@ def test_old_spellings_of_the_rotary_fields_are_read():
             "decoder_sparse_step: expected 1, found 2",
         ),
         (
+            {"model_type": "mixtral", "num_experts_per_tok": 1},
+            "num_experts_per_tok: expected at least 2 where their weights sum to 1, found 1",
+        ),
+        (
             {"model_type": "qwen3_moe", "mlp_only_layers": [0]},
             r"mlp_only_layers: expected \[\], found \[0\]",
         ),
