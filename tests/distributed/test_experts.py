@@ -55,10 +55,10 @@ def runs(tiny, server, runs_directory):
     """A model from scratch; unlearned on one rank and under each layout; resumed under another."""
     directory = runs_directory / "experts"
     base = directory / "base"
-    start = ("--train-iters", 20, "--save", base, "--save-interval", 10)
+    start = ("--train-iters", 10, "--save", base, "--save-interval", 5)
     launch = Launch(tiny.plain(*start, *MODEL, *UNBALANCED))
     server.run_all({"base": launch}, directory / "tensorboard_base")
-    reference = at_iteration(base, 10, directory / "reference")
+    reference = at_iteration(base, 5, directory / "reference")
     unlearn = (*TRAIN, "--load", base, "--finetune", "--reference-load", reference, *MODEL)
     launches = {"one rank": Launch(tiny.objective(*unlearn, *UNBALANCED))}
     for name, (ranks, layout) in LAYOUTS.items():
