@@ -28,7 +28,7 @@ $(READY): requirements.txt tools/find_python.sh
 	@uv pip install --quiet --python $(PYTHON) --requirement requirements.txt 2>/dev/null || { \
 		$(PYTHON) -m pip install --quiet --upgrade pip && \
 		$(PYTHON) -m pip install --quiet --no-compile --requirement requirements.txt; }
-	@# On all cores, which pip does not; no tests, and none of the models of transformers, which are half of the rest.
+	@# On all cores, which pip does not; no tests, and none of the models of transformers: a third of all.
 	@$(PYTHON) -W ignore -m compileall -qq -j 0 -x '/tests/|/transformers/models/' $(VENV)/lib || true  # some are not Python 3's
 	@touch $@
 

@@ -41,13 +41,14 @@ ARGS_FILE = "ARGS.txt"
 VOCABULARY_MULTIPLE = 128
 # Layers ask a checkpoint for these beside their weights; they hold nothing without fp8.
 _FINAL_EXTRA_STATE = "decoder.final_layernorm._extra_state"
-_EXTRA_STATES = (
-    *("self_attention.linear_qkv", "self_attention.linear_proj", "self_attention.core_attention"),
+_ATTENTION = "self_attention."
+_EXTRA_STATES = tuple(
+    f"{_ATTENTION}{name}" for name in ("linear_qkv", "linear_proj", "core_attention")
 )
 _MLP_EXTRA_STATES = ("mlp.linear_fc1", "mlp.linear_fc2")
 _MIXTURE_EXTRA_STATES = ("pre_mlp_layernorm",)
 _EXPERTS_EXTRA_STATES = ("mlp.experts.experts.linear_fc1", "mlp.experts.experts.linear_fc2")
-_NORMS_EXTRA_STATES = ("self_attention.q_layernorm", "self_attention.k_layernorm")
+_NORMS_EXTRA_STATES = (f"{_ATTENTION}q_layernorm", f"{_ATTENTION}k_layernorm")
 # Sequences longer than this are unlearned by few; the flag can be given again behind the file's.
 _SEQUENCE = 4096
 
