@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from megatron_ext.config import UnlearnConfig
 from megatron_ext.exceptions import ConfigError
 
+_RANKS = "ranks (torchrun's --nnodes x --nproc-per-node)"
 _PARALLEL = ("tensor_model", "context", "pipeline_model")
 
 
@@ -26,12 +27,15 @@ def check_layout(args: Namespace) -> None:
         ConfigError: names the flags, what was expected and what was found.
     """
     sizes = {name: getattr(args, f"{name}_parallel_size") for name in _PARALLEL}
-    check_ranks(args.world_size, sizes, named="ranks (torchrun's --nnodes x --nproc-per-node)")
-    if args.num_experts and sizes["tensor_model"] > 1 and not args.sequence_parallel:
-        # Megatron's layers of experts say so in their first step, in a traceback.
-        raise ConfigError(
-            f"--sequence-parallel: expected it beside --num-experts {args.num_experts} with "
-            f"--tensor-model-parallel-size {sizes['tensor_model']}, found none"
+    check_ranks(args.world_size, sizes, named=_RANKS)
+    if args.num_experts:
+        check_expert_ranks(
+            args.num_experts,
+            args.world_size,
+            sizes=sizes | {"expert_model": args.expert_model_parallel_size},
+            expert_tensor=args.expert_tensor_parallel_size,
+            sequence_parallel=args.sequence_parallel,
+            named=_RANKS,
         )
     micro, batch = args.micro_batch_size, args.global_batch_size
     if micro is None:
@@ -71,6 +75,44 @@ def check_ranks(ranks: int, sizes: Mapping[str, int], *, named: str) -> None:
         )
         raise ConfigError(
             f"{named}: expected a multiple of {product} ({' x '.join(flags)}), found {ranks}"
+        )
+
+
+def check_expert_ranks(
+    experts: int,
+    ranks: int,
+    *,
+    sizes: Mapping[str, int],
+    expert_tensor: int | None,
+    sequence_parallel: bool,
+    named: str,
+) -> None:
+    """Check that a layer's experts can be spread over the ranks.
+
+    Args:
+        experts: of a layer.
+        ranks: of the run.
+        sizes: by the start of its flag, the size of each kind of model parallelism.
+        expert_tensor: `--expert-tensor-parallel-size`, None where that of the rest is taken.
+        sequence_parallel: whether `--sequence-parallel` is there.
+        named: what the user calls the ranks.
+
+    Raises:
+        ConfigError: they cannot.
+    """
+    tensor, groups = sizes["tensor_model"], sizes["expert_model"]
+    if experts % groups:
+        raise ConfigError(
+            f"--num-experts: expected a multiple of --expert-model-parallel-size {groups}, found {experts}"
+        )
+    own = {"tensor_model": tensor} if expert_tensor is None else {"expert_tensor": expert_tensor}
+    own |= {"expert_model": groups, "pipeline_model": sizes["pipeline_model"]}
+    check_ranks(ranks, own, named=named)
+    if tensor > 1 and not sequence_parallel:
+        # Megatron's layers of experts say so in their first step, in a traceback.
+        raise ConfigError(
+            f"--sequence-parallel: expected it beside --num-experts {experts} with "
+            f"--tensor-model-parallel-size {tensor}, found none"
         )
 
 

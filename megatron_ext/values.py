@@ -115,10 +115,22 @@ def check_experts(args: Namespace) -> None:
     Raises:
         ConfigError: names the flags, what was expected and what was found.
     """
-    if args.moe_apply_probs_on_input and args.moe_router_topk != 1:
+    experts, chosen = args.num_experts, args.moe_router_topk
+    if not experts:
+        if args.expert_model_parallel_size > 1:
+            raise ConfigError(
+                "--num-experts: expected beside --expert-model-parallel-size "
+                f"{args.expert_model_parallel_size}, found none"
+            )
+        return
+    # More of them end the first step in a traceback, and none at all trains without experts.
+    if not 1 <= chosen <= experts:
         raise ConfigError(
-            "--moe-router-topk: expected 1 beside --moe-apply-probs-on-input, found "
-            f"{args.moe_router_topk}"
+            f"--moe-router-topk: expected 1 to --num-experts {experts}, found {chosen}"
+        )
+    if args.moe_apply_probs_on_input and chosen != 1:
+        raise ConfigError(
+            f"--moe-router-topk: expected 1 beside --moe-apply-probs-on-input, found {chosen}"
         )
 
 

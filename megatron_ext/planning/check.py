@@ -51,13 +51,12 @@ def check_rank(
     flags = entry.entry_flags(words)
     arch, layout = entry.architecture(flags), entry.layout(flags, gpus=gpus)
     unlearning = entry.unlearning(flags)
-    stage, shard = layout.place(rank)
+    place = layout.place(rank)
+    stage = place.stage
     fused_norms, built = _build(words, gpus=gpus, rank=rank)
     arch = dataclasses.replace(arch, fused_norms=fused_norms)
-    planned = {
-        "parameters": arch.stage_parameters(stage, tp=layout.tp, pp=layout.pp, vpp=layout.vpp)
-    }
-    planned |= state_bytes(arch, layout, stage, shard=shard)
+    planned = {"parameters": arch.stage_parameters(stage, layout.split)}
+    planned |= state_bytes(arch, layout, stage, place=place)
     if unlearning is not None and unlearning.reference:
         planned["reference"] = layout.element * planned["parameters"]
     wrong = [
@@ -180,6 +179,8 @@ def _start(args: Any, *, gpus: int, rank: int) -> None:
         args.pipeline_model_parallel_size,
         args.virtual_pipeline_model_parallel_size,
         context_parallel_size=args.context_parallel_size,
+        expert_model_parallel_size=args.expert_model_parallel_size,
+        expert_tensor_parallel_size=args.expert_tensor_parallel_size,
         create_gloo_process_groups=False,
     )
 
@@ -208,11 +209,11 @@ def _measure(args: Any, *, reference: bool) -> dict[str, int]:
         config, chunks, config_overrides=overrides, use_gloo_process_groups=False
     )
     parameters = [p for chunk in chunks for p in chunk.parameters()]
-    grads = [buffer.grad_data for chunk in chunks for buffer in chunk.buffers]
+    buffers = [b for chunk in chunks for b in (*chunk.buffers, *chunk.expert_parallel_buffers)]
     counted = {
         "parameters": sum(p.numel() for p in parameters),
         "weights": _bytes(parameters),
-        "gradients": _bytes(grads),
+        "gradients": _bytes(buffer.grad_data for buffer in buffers),
         "optimizer": _optimizer_bytes(optimizer),
     }
     if reference:

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from megatron_ext.config import ChatConfig, UnlearnConfig
 from megatron_ext.data.tokenizers import TokenizerSpec, build_reference, tokenizer_digest
 from megatron_ext.exceptions import ConfigError
+from megatron_ext.planning import mixture_flags
 from megatron_ext.planning.architecture import Architecture
 from megatron_ext.planning.checks import check_model, check_run, check_spelling
 from megatron_ext.planning.data import DataTokenizer
@@ -26,6 +27,7 @@ _OPTIONAL_SIZES = (
     *("lr-wsd-decay-iters", "lr-wsd-decay-samples"),
     *("num-layers-per-virtual-pipeline-stage", "num-virtual-stages-per-pipeline-rank"),
     *("ddp-bucket-size", "forget-batch-size", "recompute-num-layers"),
+    *mixture_flags.SIZES,
 )
 _SWITCHES = (
     *("swiglu", "disable-bias-linear", "untie-embeddings-and-output-weights", "bf16", "fp16"),
@@ -33,20 +35,16 @@ _SWITCHES = (
     *("overlap-param-gather", "reference-offload", "reference-hidden-offload", "fp32-logits"),
     *("accumulate-allreduce-grads-in-fp32", "grad-reduce-in-bf16", "group-query-attention"),
     *("add-qkv-bias", "qk-layernorm", "use-rotary-position-embeddings", "skip-train"),
+    *mixture_flags.SWITCHES,
 )
 _DEFAULT_SIZES = (
     *("tensor-model-parallel-size", "pipeline-model-parallel-size", "context-parallel-size"),
-    "make-vocab-size-divisible-by",
+    *("make-vocab-size-divisible-by", *mixture_flags.DEFAULT_SIZES),
 )
 DROPOUTS = ("hidden-dropout", "attention-dropout")
 # Flags that change the numbers in ways that this plan does not know.
 _NOT_PLANNED = (
-    *(
-        "num-experts",
-        "moe-ffn-hidden-size",
-        "rampup-batch-size",
-        "mtp-num-layers",
-    ),
+    *("rampup-batch-size", "mtp-num-layers", *mixture_flags.NOT_PLANNED),
     *("train-data-path", "forget-train-data-path", "recompute-modules"),
     *("use-precision-aware-optimizer", "optimizer-cpu-offload", "main-grads-dtype"),
     *("use-megatron-fsdp", "use-torch-fsdp2", "num-distributed-optimizer-instances"),
@@ -130,6 +128,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--chat-epochs", type=int, default=ChatConfig.chat_epochs)
     parser.add_argument("--normalization", default="LayerNorm")  # both are Megatron's
     parser.add_argument("--position-embedding-type", default="learned_absolute")
+    mixture_flags.add_flags(parser)
     for name in (*_NOT_PLANNED, *_PASSED_OVER):
         parser.add_argument(f"--{name}", nargs="*")
     return parser
@@ -192,6 +191,7 @@ def architecture(flags: Namespace) -> Architecture:
         tied=not flags.untie_embeddings_and_output_weights,
         qkv_bias=flags.add_qkv_bias,
         qk_norm=flags.qk_layernorm,
+        mixture=mixture_flags.mixture(flags),
     )
 
 
@@ -233,6 +233,8 @@ def layout(flags: Namespace, *, gpus: int, cpu: bool = False) -> Layout:
         cp=flags.context_parallel_size,
         pp=pp,
         vpp=vpp,
+        ep=flags.expert_model_parallel_size,
+        expert_tp=flags.expert_tensor_parallel_size,
         micro_batch=flags.micro_batch_size,
         global_batch=flags.global_batch_size,
         sequence=flags.seq_length,

@@ -3,13 +3,29 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
-from megatron_ext.batches import check_batch_size, check_ranks
+from megatron_ext.batches import check_batch_size, check_expert_ranks, check_ranks
 from megatron_ext.exceptions import ConfigError
 from megatron_ext.planning.architecture import Architecture
+from megatron_ext.planning.mixture import Mixture
+from megatron_ext.planning.split import Split
 
 Recompute = Literal["none", "selective", "full"]
+
+
+class Place(NamedTuple):
+    """What a rank is.
+
+    Attributes:
+        stage: pipeline rank.
+        shard: which of the ranks with the same weights.
+        expert_shard: which of the ranks with the same experts.
+    """
+
+    stage: int
+    shard: int
+    expert_shard: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,6 +41,8 @@ class Layout:
         cp: context-parallel size: ranks among which each sequence is split.
         pp: pipeline-parallel size.
         vpp: model chunks of a pipeline rank; above 1 the schedule is interleaved.
+        ep: expert-parallel size: groups into which the experts of a layer are divided.
+        expert_tp: tensor-parallel size of experts; None: that of the rest.
         sequence_parallel: whether TP divides the norms' activations too.
         distributed_optimizer: whether data-parallel ranks share the optimizer's state.
         half: bf16 or fp16 weights.
@@ -50,6 +68,8 @@ class Layout:
     cp: int = 1
     pp: int = 1
     vpp: int = 1
+    ep: int = 1
+    expert_tp: int | None = None
     sequence_parallel: bool = False
     distributed_optimizer: bool = False
     half: bool = False
@@ -98,6 +118,21 @@ class Layout:
         return self.data_parallel * self.cp
 
     @property
+    def etp(self) -> int:
+        """Tensor-parallel size of experts."""
+        return self.tp if self.expert_tp is None else self.expert_tp
+
+    @property
+    def expert_shards(self) -> int:
+        """Ranks with the same experts; context parallelism does not set them apart."""
+        return self.gpus // (self.ep * self.etp * self.pp)
+
+    @property
+    def split(self) -> Split:
+        """How the model's tensors are divided."""
+        return Split(tp=self.tp, pp=self.pp, vpp=self.vpp, ep=self.ep, etp=self.etp)
+
+    @property
     def microbatches(self) -> int:
         """Microbatches of each copy in a step."""
         return self.global_batch // (self.micro_batch * self.data_parallel)
@@ -122,12 +157,13 @@ class Layout:
         """Among how many ranks the tokens of norms and residuals are divided."""
         return self.tp if self.sequence_parallel else 1
 
-    def place(self, rank: int) -> tuple[int, int]:
-        """Pipeline stage of a rank, and which of the `shards` it has.
+    def place(self, rank: int) -> Place:
+        """Pipeline stage of a rank, which of the `shards` it has, and which of the `expert_shards`.
 
-        TP varies fastest, then CP, then DP, then PP.
+        TP varies fastest, then CP, then DP, then PP; for experts their TP, then EP, then DP.
         """
-        return rank // (self.tp * self.shards), rank // self.tp % self.shards
+        stage, within = divmod(rank, self.tp * self.shards)
+        return Place(stage, within // self.tp, within // (self.etp * self.ep))
 
     def in_flight(self, stage: int) -> int:
         """Model chunks whose activations a stage holds at once: warm-up passes of 1F1B, and one more.
@@ -160,6 +196,28 @@ class Unlearning:
     fp32_logits: bool = False
 
 
+def check_mixture(mixture: Mixture, layout: Layout) -> None:
+    """Refuse a layout that does not divide the experts.
+
+    Raises:
+        ConfigError: names the flag, what was expected and what was found.
+    """
+    check_expert_ranks(
+        mixture.experts,
+        layout.gpus,
+        sizes={"tensor_model": layout.tp, "expert_model": layout.ep, "pipeline_model": layout.pp},
+        expert_tensor=layout.expert_tp,
+        sequence_parallel=layout.sequence_parallel,
+        named="--gpus",
+    )
+    for flag, width, ranks, named in (
+        ("--moe-ffn-hidden-size", mixture.ffn, layout.etp, "the experts' TP"),
+        ("--moe-shared-expert-intermediate-size", mixture.shared, layout.tp, "TP"),
+    ):
+        if width % ranks:
+            raise ConfigError(f"{flag}: expected a multiple of {named} {ranks}, found {width}")
+
+
 def check(arch: Architecture, layout: Layout, unlearning: Unlearning | None = None) -> None:
     """Refuse a layout that does not divide this model or its forgotten samples.
 
@@ -172,11 +230,14 @@ def check(arch: Architecture, layout: Layout, unlearning: Unlearning | None = No
         raise ConfigError(
             f"--num-layers: expected a multiple of PP {layout.pp}{chunks}, found {arch.layers}"
         )
-    if arch.heads % layout.tp or arch.ffn % layout.tp:
+    dense = arch.mixture is None or not all(arch.mixture.layers)
+    if arch.heads % layout.tp or (dense and arch.ffn % layout.tp):
         raise ConfigError(
             f"--num-attention-heads, --ffn-hidden-size: expected multiples of TP {layout.tp}, "
             f"found {arch.heads} and {arch.ffn}"
         )
+    if arch.mixture is not None:
+        check_mixture(arch.mixture, layout)
     # With fewer groups than TP every rank gathers and keeps the whole projection.
     if arch.query_groups % layout.tp:
         raise ConfigError(

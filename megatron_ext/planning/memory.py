@@ -9,7 +9,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megatron_ext.planning.activations import final_norm_bytes, kept_bytes, working_bytes
+from megatron_ext.planning.activations import (
+    final_norm_bytes,
+    forward_bytes,
+    kept_bytes,
+    working_bytes,
+)
 from megatron_ext.planning.architecture import Architecture
 from megatron_ext.planning.head import HeadLogits, head_logits
 from megatron_ext.planning.layout import Layout, Unlearning, check
@@ -69,11 +74,8 @@ def stage_memory(
     if unlearning is not None and unlearning.reference:
         held, all_weights, cache, host = _reference(arch, layout, stage, unlearning)
         parts["reference"], parts["hidden-state cache"] = held, cache
-        # One layer's tensors: its input, the projection, context, both halves and their product.
-        width = arch.hidden + 2 * arch.query / layout.tp + 3 * arch.ffn / layout.tp
-        forward = round(layout.element * width * layout.tokens)
-        reference_pass = state + all_weights + cache + forward
-    working, head = working_bytes(arch, layout), None
+        reference_pass = state + all_weights + cache + forward_bytes(arch, layout, stage)
+    working, head = working_bytes(arch, layout, stage), None
     if stage == layout.pp - 1:
         head = head_logits(arch, layout, unlearning, capacity=capacity)
         parts["head chunk"] = final_norm_bytes(arch, layout) + head.bytes
@@ -92,7 +94,7 @@ def _reference(
     tensors = [
         e * tensor.elements
         for chunk in range(layout.vpp)
-        for tensor in arch.chunk_tensors(stage, chunk, tp=layout.tp, pp=layout.pp, vpp=layout.vpp)
+        for tensor in arch.chunk_tensors(stage, chunk, layout.split)
     ]
     held, host = sum(tensors), 0
     if unlearning.reference_offload:

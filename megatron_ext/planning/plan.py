@@ -52,10 +52,12 @@ def plan(flags: Namespace, cluster: Cluster, *, ranked: int = 0) -> dict[str, An
 def _model(arch: Architecture, layout: Layout) -> dict[str, Any]:
     return {
         "parameters": arch.parameters(layout.tp),
+        "active_parameters": arch.active_parameters(layout.tp),
         "vocab_size": arch.vocab_size,
         "padded_vocab_size": arch.padded_vocab(layout.tp),
         "gpus": layout.gpus,
-        "layout": {name: getattr(layout, name) for name in ("tp", "cp", "pp", "vpp")},
+        "layout": {name: getattr(layout, name) for name in ("tp", "cp", "pp", "vpp", "ep", "etp")},
+        "experts": None if arch.mixture is None else arch.mixture.experts,
         "data_parallel": layout.data_parallel,
         "micro_batch": layout.micro_batch,
         "microbatches": layout.microbatches,
@@ -216,6 +218,7 @@ def _candidate(one: Candidate) -> dict[str, Any]:
         "cp": layout.cp,
         "pp": layout.pp,
         "vpp": layout.vpp,
+        "ep": layout.ep,
         "dp": layout.data_parallel,
         "micro_batch": layout.micro_batch,
         "recompute": layout.recompute,

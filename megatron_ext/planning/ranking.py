@@ -41,9 +41,10 @@ def rank_layouts(
 ) -> list[Candidate]:
     """All layouts that divide model, batch and GPUs and fit in memory, the fastest first.
 
-    TP stays within a node and divides heads and query groups; microbatches are powers of two. Each
-    has the least recompute with which it fits. What the given layout says of context parallelism,
-    optimizer, overlap and precision stays. Equal times are ordered by memory.
+    TP stays within a node and divides heads and query groups; microbatches are powers of two; of a mixture
+    EP divides the experts. Each has the least recompute with which it fits. What the given layout says of
+    context parallelism, the experts' TP, optimizer, overlap and precision stays. Equal times are ordered by
+    memory.
 
     Args:
         arch: the model.
@@ -105,15 +106,25 @@ def _splits(arch: Architecture, layout: Layout, gpus_per_node: int) -> Iterator[
             continue
         layers = arch.layers // pp
         for vpp in [1, *(v for v in range(2, layers + 1) if pp > 1 and layers % v == 0)]:
-            for micro in _powers(layout.global_batch):
-                yield {"tp": tp, "pp": pp, "vpp": vpp, "micro_batch": micro}
+            for ep in _expert_groups(arch, layout, tp=tp, pp=pp):
+                for micro in _powers(layout.global_batch):
+                    yield {"tp": tp, "pp": pp, "vpp": vpp, "ep": ep, "micro_batch": micro}
+
+
+def _expert_groups(arch: Architecture, layout: Layout, *, tp: int, pp: int) -> Iterator[int]:
+    """EP sizes that divide the experts of a layer and the ranks of a stage."""
+    experts = 1 if arch.mixture is None else arch.mixture.experts
+    etp = layout.expert_tp or tp
+    for ep in range(1, experts + 1):
+        if experts % ep == 0 and (arch.mixture is None or layout.gpus % (etp * ep * pp) == 0):
+            yield ep
 
 
 def _tp_pp(arch: Architecture, gpus: int, gpus_per_node: int) -> Iterator[tuple[int, int]]:
     for tp in range(1, min(gpus, gpus_per_node) + 1):
         # A TP group that crosses nodes is not a layout anybody wants.
         whole = gpus_per_node % tp == 0 and gpus % tp == 0
-        if not whole or arch.heads % tp or arch.query_groups % tp or arch.ffn % tp:
+        if not whole or arch.heads % tp or arch.query_groups % tp:
             continue
         for pp in range(1, gpus // tp + 1):
             if gpus % (tp * pp) == 0 and arch.layers % pp == 0:

@@ -30,15 +30,17 @@ def render(numbers: dict[str, Any]) -> str:
 
 def _model(n: dict[str, Any]) -> Iterator[str]:
     where = n["layout"]
+    active = f"{n['active_parameters']:,} of them active, " if n["experts"] else ""
     yield (
-        f"parameters    {n['parameters']:,} (vocabulary {n['vocab_size']:,}, padded to "
+        f"parameters    {n['parameters']:,} ({active}vocabulary {n['vocab_size']:,}, padded to "
         f"{n['padded_vocab_size']:,})"
     )
     chunks = f" x {where['vpp']} chunks" if where["vpp"] > 1 else ""
     context = f", CP {where['cp']}" if where["cp"] > 1 else ""
+    experts = f", experts TP {where['etp']} EP {where['ep']}" if n["experts"] else ""
     yield (
         f"layout        {n['gpus']} ranks: TP {where['tp']}{context}, PP {where['pp']}{chunks}, DP "
-        f"{n['data_parallel']}; {n['microbatches']} microbatches of {n['micro_batch']} a step"
+        f"{n['data_parallel']}{experts}; {n['microbatches']} microbatches of {n['micro_batch']} a step"
     )
 
 
@@ -77,8 +79,10 @@ def _memory_notes(n: dict[str, Any]) -> Iterator[str]:
     head = n["head"]
     part = head["logits"] / head["needed"]
     yield f"              head: logits of a microbatch, {part:.0%} of them at a time"
+    if n["experts"]:
+        yield "              experts are assumed to get equal shares of the tokens"
     if any(stage["parts"]["layer at work"] for stage in n["stages"]):
-        yield "              layer: needed by a layer's backward pass beyond the memory that the head frees"
+        yield "              layer: needed while a layer computes, beyond the memory that the head frees"
     if "hidden-state cache" in n["stages"][-1]["parts"]:
         yield "              cache: reference hidden states of the replayed tokens"
     passes = [s["stage"] for s in n["stages"] if s["reference_pass"] >= sum(s["parts"].values())]
@@ -126,8 +130,9 @@ def _costs(n: dict[str, Any]) -> Iterator[str]:
 
 
 def _layouts(n: dict[str, Any]) -> Iterator[str]:
-    cp = n["layout"]["cp"]
-    context = f"; CP {cp}, whose communication is counted with that of TP" if cp > 1 else ""
+    cp, ep = n["layout"]["cp"], n["experts"] is not None
+    more = [text for text, there in ((f"CP {cp}", cp > 1), ("EP", ep)) if there]
+    context = f"; communication of {' and '.join(more)} is counted with that of TP" if more else ""
     yield (
         f"layouts       {n['layouts_that_fit']:,} fit; the fastest by a model of the step (not measured), "
         f"products at {n['mfu']:.0%} of the peak{context}:"
@@ -135,16 +140,17 @@ def _layouts(n: dict[str, Any]) -> Iterator[str]:
     memory, gib = _unit_of_memory([one["memory"] for one in n["layouts"]])
     time, s = _unit_of_time([one["seconds_per_step"] for one in n["layouts"]])
     yield (
-        f"              TP  PP VPP   DP micro recompute   {gib}  {s:>2}/step = compute +    TP + bubble + "
-        "stages +   DP + reference"
+        f"              TP  PP VPP{'  EP' if ep else ''}   DP micro recompute   {gib}  {s:>2}/step = "
+        "compute +    TP + bubble + stages +   DP + reference"
     )
     for one in n["layouts"]:
         parts = {name: seconds / time for name, seconds in one["parts"].items()}
+        beside = sum(parts[f"{name}_parallel"] for name in ("tensor", "context", "expert"))
+        groups = f"{one['ep']:4}" if ep else ""
         yield (
-            f"              {one['tp']:2} {one['pp']:3} {one['vpp']:3} {one['dp']:4} "
+            f"              {one['tp']:2} {one['pp']:3} {one['vpp']:3}{groups} {one['dp']:4} "
             f"{one['micro_batch']:5} {one['recompute']:>9} {one['memory'] / memory:5.1f} "
-            f"{one['seconds_per_step'] / time:8.3f}   {parts['compute']:7.3f} "
-            f"{parts['tensor_parallel'] + parts['context_parallel']:7.3f} "
+            f"{one['seconds_per_step'] / time:8.3f}   {parts['compute']:7.3f} {beside:7.3f} "
             f"{parts['bubble']:8.3f} {parts['pipeline']:8.3f} {parts['data_parallel']:6.3f} "
             f"{parts['reference']:11.3f}"
         )

@@ -10,6 +10,9 @@ The model is arithmetic; nothing of it was measured. Its parts and where they co
   a node's links, nothing hidden. A ring moves `2 (t - 1) / t` of the bytes.
 - Context parallelism: a layer gathers keys and values forward, and again backward, where their gradients
   are reduced and scattered; nothing hidden, over the links of a node if TP x CP ranks are in one.
+- Expert parallelism: a layer sends the rows of its tokens to their experts and back, forward and backward,
+  nothing hidden, over the links of a node if EP x the experts' TP ranks are in one; with the all-gather
+  dispatcher the tokens of all of these ranks instead. Experts get equal shares of the tokens.
 - Every microbatch adds its gradients to the sum: read and written, in fp32 8 bytes a parameter.
 - The pipeline: the slowest stage works `m` times and waits `(p - 1) / v` times more (2104.04473,
   section 2.2), and each chunk's output and its gradient cross the network.
@@ -47,6 +50,7 @@ class StepTime:
         compute: of the slowest stage: products, recompute, gradient sums.
         tensor_parallel: of its tensor-parallel communication.
         context_parallel: of its context-parallel communication.
+        expert_parallel: of sending rows to experts and back.
         bubble: waiting for the first and the last microbatch of the pipeline.
         pipeline: sending activations and their gradients between stages.
         data_parallel: reducing gradients and gathering weights, as far as not hidden.
@@ -56,6 +60,7 @@ class StepTime:
     compute: float
     tensor_parallel: float
     context_parallel: float
+    expert_parallel: float
     bubble: float
     pipeline: float
     data_parallel: float
@@ -88,60 +93,78 @@ def model_step(
     """
     rate = gpu.flops * utilisation * layout.tp
     m, p, v = layout.microbatches, layout.pp, layout.vpp
-    forward = _forward_flops(arch, layout)
-    work = [_layer_passes(arch, layout) * layers / rate for layers in forward]
+    work = [_layer_work(arch, layout, stage) / rate for stage in range(p)]
     # Forward, and backward of both factors.
     work[-1] += 3 * _head_flops(arch, layout) / rate
     work = [
-        seconds + 2 * layout.gradient * count / gpu.memory_bandwidth
-        for seconds, count in zip(work, _parameters(arch, layout), strict=True)
+        seconds + 2 * layout.gradient * _parameters(arch, layout, stage) / gpu.memory_bandwidth
+        for stage, seconds in enumerate(work)
     ]
     tensor = _reductions(layout) * _reduction(arch, layout, gpu) * arch.layers / p
     gather = _gather(arch, layout, gpu, gpus_per_node) * arch.layers / p
     # Forward, backward again, and the gradient's way back; and once more where a layer is made again.
     context = (3 if layout.recompute == "none" else 4) * gather
+    # Both ways forward, both backward; with the forward pass again where a layer is made again.
+    exchange = 2 * _exchange(arch, layout, gpu, gpus_per_node)
+    expert = (3 if layout.recompute == "full" else 2) * exchange
     slowest = max(work)
     far = gpu.link if layout.gpus <= gpus_per_node else gpu.network
     output = layout.tokens * arch.hidden * layout.element / layout.sequence_split
     sent = 2 * v * output / far if p > 1 else 0.0
-    forward_only = 2 * _reduction(arch, layout, gpu) * arch.layers / p + gather + sent / 2
+    reductions = 2 * _reduction(arch, layout, gpu) * arch.layers / p
+    forward_only = reductions + gather + exchange + sent / 2
+    busy = slowest + tensor + context + expert
     return StepTime(
         compute=m * slowest,
         tensor_parallel=m * tensor,
         context_parallel=m * context,
-        bubble=(p - 1) / v * (slowest + tensor + context),
+        expert_parallel=m * expert,
+        bubble=(p - 1) / v * busy,
         pipeline=m * sent,
-        data_parallel=_data_parallel(
-            arch, layout, _data_link(layout, gpu, gpus_per_node), hidden=slowest + tensor + context
-        ),
+        data_parallel=_data_parallel(arch, layout, gpu, gpus_per_node, hidden=busy),
         reference=_reference(arch, layout, unlearning, rate, forward_only),
     )
 
 
-def _forward_flops(arch: Architecture, layout: Layout) -> list[float]:
-    """FLOPs of the layers' forward pass of each stage, all TP ranks, for a microbatch."""
-    layers = arch.layers / layout.pp * arch.layer_flops(layout.sequence) * layout.tokens
-    return [layers] * layout.pp
+def _layer_flops(arch: Architecture, layout: Layout, stage: int) -> list[list[float]]:
+    """FLOPs of the forward pass of a stage's layers, by chunk; all TP ranks, for a microbatch."""
+    return [
+        [
+            arch.layer_flops(layout.sequence, kind) * layout.tokens
+            for kind in arch.kinds(stage, chunk, layout.split)
+        ]
+        for chunk in range(layout.vpp)
+    ]
+
+
+def _layer_work(arch: Architecture, layout: Layout, stage: int) -> float:
+    """FLOPs of a stage's layers for a microbatch, all TP ranks: 3 forward passes, and what is made again."""
+    chunks = _layer_flops(arch, layout, stage)
+    once = sum(map(sum, chunks))
+    if layout.recompute == "none":
+        return 3 * once
+    if layout.recompute == "selective":
+        attention = 2.0 * layout.sequence * arch.query * layout.tokens
+        return 3 * once + attention * sum(map(len, chunks))
+    if layout.recompute_method == "uniform":
+        return 4 * once
+    return 3 * once + sum(sum(chunk[: layout.recompute_layers]) for chunk in chunks)
 
 
 def _head_flops(arch: Architecture, layout: Layout) -> float:
     return arch.head_flops(tp=layout.tp) * layout.tokens
 
 
-def _layer_passes(arch: Architecture, layout: Layout) -> float:
-    """How often the layers' forward FLOPs are spent: 3, and what is made again."""
-    if layout.recompute == "none":
-        return 3.0
-    if layout.recompute == "selective":
-        return 3.0 + 2.0 * layout.sequence * arch.query / arch.layer_flops(layout.sequence)
-    layers = arch.layers // (layout.pp * layout.vpp)
-    again = layers if layout.recompute_method == "uniform" else layout.recompute_layers
-    return 3.0 + min(again, layers) / layers
-
-
-def _parameters(arch: Architecture, layout: Layout) -> list[int]:
-    sizes = {"tp": layout.tp, "pp": layout.pp, "vpp": layout.vpp}
-    return [arch.stage_parameters(stage, **sizes) for stage in range(layout.pp)]
+def _parameters(arch: Architecture, layout: Layout, stage: int, *, expert: bool = False) -> int:
+    """Parameters on one GPU of a stage, or those of them that have the data-parallel ranks of experts."""
+    if not expert:
+        return arch.stage_parameters(stage, layout.split)
+    return sum(
+        tensor.elements
+        for chunk in range(layout.vpp)
+        for tensor in arch.chunk_tensors(stage, chunk, layout.split)
+        if tensor.expert
+    )
 
 
 def _reductions(layout: Layout) -> int:
@@ -161,21 +184,58 @@ def _gather(arch: Architecture, layout: Layout, gpu: Gpu, gpus_per_node: int) ->
     return received / (gpu.link if layout.tp * layout.cp <= gpus_per_node else gpu.network)
 
 
-def _data_link(layout: Layout, gpu: Gpu, gpus_per_node: int) -> float:
-    """Bytes a second of a ring of data-parallel ranks: TP varies fastest, so neighbours share a node.
+def _exchange(arch: Architecture, layout: Layout, gpu: Gpu, gpus_per_node: int) -> float:
+    """Seconds of sending a microbatch's rows to their experts, all layers of the stage with most mixtures."""
+    mixture, ranks = arch.mixture, layout.ep * layout.etp
+    if mixture is None or ranks == 1:
+        return 0.0
+    tokens = layout.tokens / layout.sequence_split
+    if mixture.dispatcher == "allgather":
+        rows = (ranks - 1) * tokens
+    else:
+        rows = (layout.ep - 1) / layout.ep * tokens * mixture.topk
+        rows += (layout.etp - 1) * tokens * mixture.topk
+    link = gpu.link if ranks <= gpus_per_node else gpu.network
+    most = max(
+        sum(kind is not None for kind in arch.kinds(stage, chunk, layout.split))
+        for stage in range(layout.pp)
+        for chunk in range(layout.vpp)
+    )
+    return most * layout.vpp * rows * arch.hidden * layout.element / link
+
+
+def _data_link(ranks: int, stride: int, gpu: Gpu, gpus_per_node: int) -> float:
+    """Bytes a second of a ring of data-parallel ranks, `stride` apart, so that neighbours share a node.
 
     NCCL makes as many rings as there are adapters, and each crosses to the next node by another one.
     """
-    together = max(1, gpus_per_node // layout.tp)
-    if layout.shards <= together:
+    together = max(1, gpus_per_node // stride)
+    if ranks <= together:
         return gpu.link
     return min(gpu.link, together * gpu.network)
 
 
-def _data_parallel(arch: Architecture, layout: Layout, bandwidth: float, *, hidden: float) -> float:
-    """Seconds of gradient reduction and of gathering weights that are not hidden behind `hidden`."""
-    ranks, count = layout.shards, max(_parameters(arch, layout))
-    share = (ranks - 1) / ranks * count / bandwidth
+def _data_parallel(
+    arch: Architecture, layout: Layout, gpu: Gpu, gpus_per_node: int, *, hidden: float
+) -> float:
+    """Seconds of gradient reduction and of gathering weights that are not hidden behind `hidden`.
+
+    Experts are reduced among ranks of their own.
+    """
+
+    def passed(stage: int) -> float:
+        """Seconds in which each byte of an element passes once around its ring."""
+        expert = _parameters(arch, layout, stage, expert=True)
+        dense = _parameters(arch, layout, stage) - expert
+        seconds = 0.0
+        for count, ranks, stride in (
+            (dense, layout.shards, layout.tp),
+            (expert, layout.expert_shards, layout.etp * layout.ep),
+        ):
+            seconds += (ranks - 1) / ranks * count / _data_link(ranks, stride, gpu, gpus_per_node)
+        return seconds
+
+    share = max(map(passed, range(layout.pp)))
     if not layout.distributed_optimizer:
         reduce, gather = 2 * layout.gradient * share, 0.0
     else:
@@ -201,6 +261,7 @@ def _reference(
         return 0.0
     replayed = (layout.global_batch - unlearning.forget_batch) // layout.data_parallel
     count = replayed // layout.micro_batch
-    layers = _forward_flops(arch, layout)[0] / rate + communication
+    slowest = max(sum(map(sum, _layer_flops(arch, layout, i))) for i in range(layout.pp))
+    layers = slowest / rate + communication
     logits = _head_flops(arch, layout) / rate
     return (count + (layout.pp - 1) / layout.vpp) * layers + count * logits

@@ -9,14 +9,14 @@ from megatron_ext.planning.activations import layer_bytes_per_token
 from megatron_ext.planning.memory import stage_memory
 from tests.helpers.entry import ROOT, Launch
 from tests.helpers.forked import Server
-from tests.helpers.plan_cases import ARCH, CASES, EACH, GROUPED, NORMED
+from tests.helpers.plan_cases import CASES, EACH, LAYERS
 
 STATE = ("weights", "gradients", "optimizer")
 
 
 @pytest.fixture(scope="module")
 def measured(server: Server) -> list[tuple[dict[str, int], list[float]]]:
-    """Of each rank the peaks by case, and what a layer keeps, plain and with grouped queries."""
+    """Of each rank the peaks by case, and what a layer of each of `LAYERS` keeps."""
     script = ROOT / "tests" / "helpers" / "plan_cases.py"
     [(code, output)] = server.results([Launch((), ranks=2, script=script)])
     assert code == 0, output
@@ -39,5 +39,5 @@ def test_a_step_allocates_what_the_plan_says(name, measured):
 
 
 def test_a_layer_keeps_exactly_what_the_plan_says(measured):
-    planned = [layer_bytes_per_token(arch, EACH) for arch in (ARCH, GROUPED, NORMED)]
+    planned = [layer_bytes_per_token(arch, EACH, arch.kind(0)) for arch in LAYERS]
     assert [kept for _, kept in measured] == [planned, planned]

@@ -12,6 +12,8 @@ import torch
 
 from megatron_ext.planning.architecture import Architecture
 from megatron_ext.planning.layout import Layout
+from megatron_ext.planning.mixture import Mixture
+from megatron_ext.planning.split import Split
 from tests.helpers import models
 from tests.helpers.live_memory import LiveMemory
 
@@ -22,6 +24,13 @@ ARCH = Architecture(
 DEEP = replace(ARCH, layers=9)
 GROUPED = replace(ARCH, query_groups=2, head_size=32)
 NORMED = replace(GROUPED, qk_norm=True, qkv_bias=True)
+MIXTURE = Mixture(layers=(True,) * 6, experts=8, topk=2, ffn=72)
+ROUTED = replace(ARCH, mixture=MIXTURE)
+# The first layer is dense; experts that every token has.
+SHARED = replace(MIXTURE, topk=3, shared=88, gate=True, dispatcher="alltoall")
+MIXED = replace(ROUTED, mixture=replace(SHARED, layers=(False,) + (True,) * 5))
+FINE = replace(ROUTED, mixture=replace(MIXTURE, experts=16, topk=4, ffn=24, dispatcher="alltoall"))
+LAYERS = (ARCH, GROUPED, NORMED, ROUTED, replace(ROUTED, mixture=SHARED))
 # On two ranks; a copy of the model each, unless the case says otherwise.
 EACH = Layout(gpus=2, micro_batch=2, global_batch=4, sequence=128, cpu=True)
 TP = replace(EACH, tp=2)
@@ -49,6 +58,18 @@ CASES = {
     "CP 2": (ARCH, replace(EACH, cp=2)),
     "CP 2, grouped queries, selective": (GROUPED, replace(EACH, cp=2, recompute="selective")),
     "CP 2, full": (DEEP, replace(EACH, cp=2, **FULL)),
+    "experts": (ROUTED, EACH),
+    "experts, some dense": (MIXED, EACH),
+    "experts, selective": (ROUTED, replace(EACH, recompute="selective")),
+    "experts, full, groups of 3": (MIXED, replace(EACH, **FULL, recompute_layers=3)),
+    "EP 2": (ROUTED, replace(EACH, ep=2)),
+    "EP 2, all to all": (MIXED, replace(EACH, ep=2)),
+    "TP 2, experts": (ROUTED, SP),
+    "TP 2, EP 2": (MIXED, replace(SP, ep=2, expert_tp=1)),
+    "PP 2, experts": (MIXED, replace(PP, global_batch=8)),
+    "PP 2, fine experts": (FINE, replace(PP, global_batch=8)),
+    "PP 2, fine experts, full": (FINE, replace(PP, global_batch=8, **FULL)),
+    "PP 2, interleaved, experts": (MIXED, replace(PP, vpp=3, global_batch=12)),
     "PP 2": (ARCH, replace(PP, global_batch=8)),
     "PP 2, interleaved": (ARCH, replace(PP, vpp=3, global_batch=12)),
 }
@@ -59,7 +80,7 @@ def main() -> None:
     torch.distributed.init_process_group("gloo")
     peaks = {name: _peak(arch, layout) for name, (arch, layout) in CASES.items()}
     _start(EACH)
-    stacks = [[_saved(replace(a, layers=n)) for n in (1, 2)] for a in (ARCH, GROUPED, NORMED)]
+    stacks = [[_saved(_stack(arch, layers)) for layers in (1, 2)] for arch in LAYERS]
     layers = [(two - one) / EACH.sequence for one, two in stacks]
     text = json.dumps([torch.distributed.get_rank(), peaks, layers])
     print(f"\nmeasured {text}\n", end="", flush=True)
@@ -87,7 +108,8 @@ def _step(arch: Architecture, layout: Layout) -> Any:
         for chunk in _chunks(arch, layout)
     ]
     shape = (layout.micro_batch, layout.sequence // layout.cp)
-    tokens = torch.zeros(shape, dtype=torch.int64)
+    # Of all kinds, so that each expert has its share.
+    tokens = torch.randint(arch.vocab_size, shape, generator=torch.Generator().manual_seed(1))
     positions = torch.arange(shape[1]).expand(*shape)
 
     head = {"loss_mask": torch.ones(shape), "output_processor": summed_loss}
@@ -115,15 +137,22 @@ def _start(layout: Layout) -> None:
     models.start(layout.tp, layout.cp)
     from megatron.core import parallel_state
 
-    found = parallel_state.get_pipeline_model_parallel_world_size()
-    chunks = parallel_state.get_virtual_pipeline_model_parallel_world_size() or 1
-    if (found, chunks) != (layout.pp, layout.vpp):
+    found = Split(
+        layout.tp,
+        parallel_state.get_pipeline_model_parallel_world_size(),
+        parallel_state.get_virtual_pipeline_model_parallel_world_size() or 1,
+        parallel_state.get_expert_model_parallel_world_size(),
+        parallel_state.get_expert_tensor_parallel_world_size(),
+    )
+    if found != layout.split:
         parallel_state.destroy_model_parallel()
         parallel_state.initialize_model_parallel(
             layout.tp,
             layout.pp,
             layout.vpp if layout.vpp > 1 else None,
             context_parallel_size=layout.cp,
+            expert_model_parallel_size=layout.ep,
+            expert_tensor_parallel_size=layout.etp,
         )
 
 
@@ -140,6 +169,8 @@ def _chunks(arch: Architecture, layout: Layout) -> list[Any]:
         virtual_pipeline_model_parallel_size=layout.vpp if layout.vpp > 1 else None,
         pipeline_dtype=torch.float32,
         deallocate_pipeline_outputs=True,  # as Megatron's arguments set it
+        expert_model_parallel_size=layout.ep,
+        expert_tensor_parallel_size=layout.etp,
         **_recompute(layout),
     )
     stage = parallel_state.get_pipeline_model_parallel_rank()
@@ -171,8 +202,24 @@ def _config(arch: Architecture, **more: Any) -> Any:
         ffn_hidden_size=arch.ffn,
         qk_layernorm=arch.qk_norm,
         add_qkv_bias=arch.qkv_bias,
+        **_experts(arch.mixture),
         **more,
     )
+
+
+def _experts(mixture: Mixture | None) -> dict[str, Any]:
+    if mixture is None:
+        return {}
+    return {
+        "num_moe_experts": mixture.experts,
+        "moe_router_topk": mixture.topk,
+        "moe_ffn_hidden_size": mixture.ffn,
+        "moe_layer_freq": [int(one) for one in mixture.layers],
+        "moe_shared_expert_intermediate_size": mixture.shared or None,
+        "moe_shared_expert_gate": mixture.gate,
+        "moe_token_dispatcher_type": mixture.dispatcher,
+        "bias_activation_fusion": True,  # as Megatron's arguments set it
+    }
 
 
 def _recompute(layout: Layout) -> dict[str, Any]:
@@ -183,6 +230,13 @@ def _recompute(layout: Layout) -> dict[str, Any]:
         "recompute_method": layout.recompute_method,
         "recompute_num_layers": layout.recompute_layers,
     }
+
+
+def _stack(arch: Architecture, layers: int) -> Architecture:
+    """The model with its first layers only."""
+    mixture = arch.mixture
+    own = None if mixture is None else replace(mixture, layers=mixture.layers[:layers])
+    return replace(arch, layers=layers, mixture=own)
 
 
 def _saved(arch: Architecture) -> int:

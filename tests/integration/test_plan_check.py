@@ -25,6 +25,13 @@ TP2, PP2 = ("--tensor-model-parallel-size", 2), ("--pipeline-model-parallel-size
 CHUNKS = (*TP2, "--pipeline-model-parallel-size", 4, "--num-layers-per-virtual-pipeline-stage", 1)
 GROUPS = ("--group-query-attention", "--num-query-groups", 2, "--sequence-parallel")
 QWEN = ("--add-qkv-bias", "--qk-layernorm", "--kv-channels", 40, "--padded-vocab-size", 640)
+EXPERTS = ("--num-experts", 6, "--moe-ffn-hidden-size", 42, "--moe-router-topk", 2)
+EP2 = ("--expert-model-parallel-size", 2)
+# The first layer of two is dense; experts that every token has.
+MIXED = (
+    *("--moe-layer-freq", "([0]+[1])*4", "--moe-shared-expert-intermediate-size", 34),
+    *("--moe-shared-expert-gate", "--sequence-parallel", "--expert-tensor-parallel-size", 1),
+)
 # The checkpoint need not exist yet.
 UNLEARN = ("--pretrained-checkpoint", "/nowhere", "--forget-data-path", DATA)
 # GPUs, rank, flags.
@@ -47,6 +54,18 @@ CASES = {
     "tied, last stage": (24, 23, (*SHARED, *PP2, *SMALL_BUCKETS)),
     "sequences split": (48, 41, (*SHARED, *TP2, "--context-parallel-size", 4, *SMALL_BUCKETS)),
     "interleaved": (48, 17, (*SHARED, *CHUNKS, *SMALL_BUCKETS)),
+    "experts": (12, 5, (*UNTIED, *SHARED, *EXPERTS, *SMALL_BUCKETS)),
+    "experts, EP": (12, 5, (*UNTIED, *SHARED, *EXPERTS, *EP2, *SMALL_BUCKETS)),
+    "some experts, interleaved": (
+        48,
+        25,
+        (*SHARED, *CHUNKS, *EXPERTS, *EP2, *MIXED, *SMALL_BUCKETS),
+    ),
+    "experts in halves, unlearning": (
+        48,
+        31,
+        (*SHARED, *TP2, *EXPERTS, *EP2, "--sequence-parallel", *UNLEARN),
+    ),
     "unlearning, 512 ranks": (512, 301, (*UNTIED, *SHARED, *TP2, *PP2, *UNLEARN)),
 }
 

@@ -172,6 +172,19 @@ def test_a_run_without_a_step_is_refused():
         ({"eval_global_batch_size": 6}, r"--eval-global-batch-size: .* \(--micro-.*, found 6"),
         ({"eval_micro_batch_size": 3}, r"--eval-global-batch-size: .* \(--eval-micro-.*, found 16"),
         ({"num_experts": 4, "sequence_parallel": False}, "--sequence-parallel: .* --num-experts 4"),
+        ({"num_experts": 4, "expert_model_parallel_size": 2}, None),
+        (
+            {"num_experts": 4, "expert_model_parallel_size": 3},
+            "--num-experts: .* --expert-model-parallel-size 3, found 4",
+        ),
+        (
+            {"num_experts": 8, "expert_model_parallel_size": 8},
+            r"ranks .* 32 \(--tensor-.* 2 x --expert-model-parallel-size 8 x --pipeline-.* 2\), found 8",
+        ),
+        (
+            {"num_experts": 4, "expert_tensor_parallel_size": 3},
+            r"ranks .* 6 \(--expert-tensor-parallel-size 3 x --pipeline-.* 2\), found 8",
+        ),
     ],
 )
 def test_ranks_and_batches_that_do_not_divide_are_named_by_their_flags(changes, message):
@@ -181,6 +194,8 @@ def test_ranks_and_batches_that_do_not_divide_are_named_by_their_flags(changes, 
     sizes = {"tensor_model_parallel_size": 2, "context_parallel_size": 1, "world_size": 8}
     unset = {"eval_global_batch_size": None, "eval_micro_batch_size": None}
     unset |= {"decrease_batch_size_if_needed": False, "num_experts": None}
+    sizes |= {"expert_model_parallel_size": 1, "sequence_parallel": True}
+    unset |= {"expert_tensor_parallel_size": None}
     args = arguments(**(sizes | unset | changes))
     if message is None:
         check_layout(args)

@@ -10,10 +10,11 @@ import pytest
 from megatron_ext.data.indexed import HEADER, MAGIC
 from megatron_ext.exceptions import ConfigError
 from megatron_ext.planning.activations import final_norm_bytes, kept_bytes, layer_bytes_per_token
-from megatron_ext.planning.architecture import Architecture, Tensor
+from megatron_ext.planning.architecture import Architecture
 from megatron_ext.planning.data import dataset_uses
 from megatron_ext.planning.layout import Layout, Unlearning
 from megatron_ext.planning.memory import all_stages, checkpoint_bytes, stage_memory
+from megatron_ext.planning.split import Split, Tensor
 from megatron_ext.planning.state import Bucket, lay_out, state_bytes
 from megatron_ext.planning.steps import step_flops
 
@@ -35,7 +36,7 @@ ONE = Layout(gpus=1, micro_batch=2, global_batch=8, sequence=16)
 
 @pytest.mark.parametrize("arch", [SMALL, replace(SMALL, tied=True), PAPER])
 def test_one_gpu_holds_all_parameters(arch):
-    assert arch.stage_parameters(0, tp=1, pp=1) == arch.parameters()
+    assert arch.stage_parameters(0, Split()) == arch.parameters()
 
 
 def test_the_demo_has_the_parameters_that_megatron_reported():
@@ -82,10 +83,10 @@ def test_transformer_engine_s_layers_hold_the_first_norm_behind_the_output():
     embedding, output, qkv = 56 * 8, 12 * 8, 8 * (12 + 2 * 6)
     gate_and_up, down = 2 * 8 * 20, 20 * 8
     native = [embedding, 8, output, qkv, 8, gate_and_up, down, 8, embedding]
-    assert [t.elements for t in arch.chunk_tensors(0, tp=1, pp=1)] == native
+    assert [t.elements for t in arch.chunk_tensors(0, 0, Split())] == native
     fused = [embedding, output, 8, qkv, 8, gate_and_up, down, 8, embedding]
     fused_arch = replace(arch, fused_norms=True)
-    assert [t.elements for t in fused_arch.chunk_tensors(0, tp=1, pp=1)] == fused
+    assert [t.elements for t in fused_arch.chunk_tensors(0, 0, Split())] == fused
 
 
 def test_buffers_are_padded_as_by_hand():
@@ -138,8 +139,8 @@ def test_stages_hold_as_many_microbatches_as_are_in_flight():
         n * one for n in (11, 9, 7, 5)
     ]
     assert final_norm_bytes(SMALL, layout) == (4 * 8 + 4) * 2 * 16
-    assert [layout.place(rank) for rank in range(4)] == [(0, 0), (1, 0), (2, 0), (3, 0)]
-    assert replace(layout, gpus=16, tp=2, micro_batch=1).place(11) == (2, 1)
+    assert [layout.place(rank) for rank in range(4)] == [(i, 0, 0) for i in range(4)]
+    assert replace(layout, gpus=16, tp=2, micro_batch=1).place(11)[:2] == (2, 1)
 
 
 def test_full_recompute_keeps_inputs():

@@ -8,6 +8,7 @@ import pytest
 
 from megatron_ext.losses import blocks
 from megatron_ext.planning import head
+from megatron_ext.planning.mixture import Mixture
 from megatron_ext.planning.steps import step_flops
 from tests.unit.test_plan import ONE, PAPER
 
@@ -32,7 +33,26 @@ class _Unset(SimpleNamespace):
         return None
 
 
-@pytest.mark.parametrize("arch", [PAPER, replace(PAPER, query_groups=8, tied=True)])
+MIXED = Mixture(layers=(False,) + (True,) * 31, experts=64, topk=6, ffn=1408, shared=2816)
+
+
+def _experts(mixture: Mixture | None) -> dict[str, object]:
+    if mixture is None:
+        return {}
+    return {
+        "num_experts": mixture.experts,
+        "moe_router_topk": mixture.topk,
+        "moe_ffn_hidden_size": mixture.ffn,
+        "moe_shared_expert_intermediate_size": mixture.shared,
+        "moe_layer_freq": [int(one) for one in mixture.layers],
+    }
+
+
+@pytest.mark.parametrize(
+    "arch",
+    [PAPER, replace(PAPER, query_groups=8, tied=True), replace(PAPER, mixture=MIXED)],
+    ids=["dense", "grouped queries", "mixture"],
+)
 def test_flops_are_those_that_megatron_reports(arch):
     from megatron.training.training import num_floating_point_operations
 
@@ -47,6 +67,7 @@ def test_flops_are_those_that_megatron_reports(arch):
         padded_vocab_size=arch.padded_vocab(),
         seq_length=4096,
         swiglu=True,
+        **_experts(arch.mixture),
     )
     layout = replace(ONE, sequence=4096)
     reported = num_floating_point_operations(args, layout.global_batch)

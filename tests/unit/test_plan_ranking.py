@@ -7,6 +7,7 @@ import pytest
 from megatron_ext.planning.gpus import GPUS, Gpu
 from megatron_ext.planning.layout import Layout, Unlearning
 from megatron_ext.planning.ranking import rank_layouts
+from megatron_ext.planning.split import Split
 from megatron_ext.planning.steps import model_step
 from tests.unit.test_plan import ONE, PAPER, SMALL
 
@@ -70,7 +71,7 @@ def test_data_parallel_ranks_of_one_node_do_not_use_the_network():
     assert step(inside, gpu=slow).data_parallel < 1e-9
     # With TP 8 a node has one rank of each group.
     arch = replace(DEEP, heads=8, query_groups=8)
-    count = arch.stage_parameters(0, tp=8, pp=1)
+    count = arch.stage_parameters(0, Split(tp=8))
     time = step(replace(layout, gpus=16, tp=8), arch=arch, gpu=slow)
     assert time.data_parallel == pytest.approx((4 + 2) * count / 2 / 0.5)
 

@@ -195,7 +195,6 @@ def test_flags_are_read_as_the_entry_point_reads_them():
     ("words", "message"),
     [
         (["--seq-length", "8"], "--num-layers: expected a size"),
-        ([*MODEL, "--num-experts", "8"], "--num-experts is not supported by the plan"),
         (
             [*MODEL, "--attention-backend", "unfused"],
             "--attention-backend unfused is not supported by the plan",

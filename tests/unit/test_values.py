@@ -1,7 +1,6 @@
 """Values that no run can use and places that it cannot write to, each named before anything starts."""
 
 from argparse import Namespace
-from contextlib import nullcontext
 
 import pytest
 
@@ -81,14 +80,33 @@ def test_a_model_whose_sizes_do_not_go_together(changes, message):
     _holds(check_sizes, SIZES | changes, message)
 
 
+EXPERTS = {
+    **{"num_experts": 4, "moe_router_topk": 2, "expert_model_parallel_size": 1},
+    "moe_apply_probs_on_input": False,
+}
+
+
 @pytest.mark.parametrize(
-    ("weighted", "top_k", "fails"), [(True, 2, True), (True, 1, False), (False, 2, False)]
+    ("changes", "message"),
+    [
+        ({}, None),
+        ({"moe_router_topk": 4}, None),
+        ({"moe_router_topk": 5}, "--moe-router-topk: expected 1 to --num-experts 4, found 5"),
+        ({"moe_router_topk": 0}, "--moe-router-topk: expected 1 to --num-experts 4, found 0"),
+        (
+            {"moe_apply_probs_on_input": True},
+            "--moe-router-topk: expected 1 beside --moe-apply-probs-on-input, found 2",
+        ),
+        ({"moe_apply_probs_on_input": True, "moe_router_topk": 1}, None),
+        ({"num_experts": None, "moe_router_topk": 9}, None),
+        (
+            {"num_experts": None, "expert_model_parallel_size": 2},
+            "--num-experts: expected beside --expert-model-parallel-size 2, found none",
+        ),
+    ],
 )
-def test_inputs_weighted_by_one_expert_alone(weighted, top_k, fails):
-    args = Namespace(moe_apply_probs_on_input=weighted, moe_router_topk=top_k)
-    message = "--moe-router-topk: expected 1 beside --moe-apply-probs-on-input, found 2"
-    with pytest.raises(ConfigError, match=f"^{message}$") if fails else nullcontext():
-        check_experts(args)
+def test_experts_that_no_layer_could_have(changes, message):
+    _holds(check_experts, EXPERTS | changes, message)
 
 
 NUMERICS = {
