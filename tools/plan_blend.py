@@ -112,7 +112,12 @@ def plan(options: argparse.Namespace) -> dict[str, Any]:
     for role, (words, flag, count) in sides.items():
         sources = _sources(words, flag)
         parts = plan_blend(
-            sources, samples=count, seq_length=options.seq_length, split=options.split, flag=flag
+            sources,
+            samples=count,
+            seq_length=options.seq_length,
+            split=options.split,
+            flag=flag,
+            tokens=options.tokens * count / samples,
         )
         roles[role] = {
             "flag": _ROLES[role],

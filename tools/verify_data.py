@@ -137,9 +137,9 @@ def check_sets(args: argparse.Namespace, tokenizer: Tokenizer | None) -> int:
                 found = verify(
                     prefix, vocab_size=vocab_size, tokenizer_digest=digest, advance=bar.update
                 )
-        except DataError as error:
+        except (DataError, OSError) as error:
             bad += 1
-            print(f"BAD {error}")
+            print(f"BAD {error if isinstance(error, DataError) else f'{prefix}: {error}'}")
             continue
         size = found.summary
         note = (

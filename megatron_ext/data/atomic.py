@@ -3,7 +3,8 @@
 Everything is written to `NAME.partial` beside its destination, flushed to the disk and renamed at
 the end. An exclusive lock on the partial file keeps a second run from writing to the same
 destination; a partial file that a killed run left behind is unlocked, and the next run simply takes
-it over.
+it over, in a file of its own: where a lock was lost, as over the nodes of some network file systems, the
+other run finds out before it publishes anything.
 """
 
 import contextlib
@@ -50,7 +51,7 @@ class AtomicFiles:
 
     def __init__(self, paths: Sequence[Path], *, overwrite: bool = False) -> None:
         refuse_existing(paths, overwrite=overwrite)
-        self._paths = list(paths)
+        self._paths, self._overwrite = list(paths), overwrite
         self._streams: dict[Path, BinaryIO] = {}
         try:
             for path in self._paths:
@@ -96,11 +97,20 @@ class AtomicFiles:
         """Publishes all files: afterwards they are on the disk under their final names.
 
         Raises:
+            DataError: Another run has taken over the partial files, whose locks were lost.
+            ConfigError: It has published its own meanwhile.
             OSError: The disk is full or a rename failed; no file of the set is left then.
         """
         for stream in self._streams.values():
             stream.flush()
             os.fsync(stream.fileno())
+        for path, stream in self._streams.items():
+            if not _is_open(_partial(path), stream.fileno()):
+                raise DataError(
+                    f"{_partial(path)}: expected the file that this run writes, found that another run has "
+                    "taken it over; locks do not reach from one to the other on this file system"
+                )
+        refuse_existing(self._paths, overwrite=self._overwrite)
         # An old index beside new tokens would pass for a complete set: it goes before anything
         # changes.
         for path in reversed(self._paths):
@@ -120,9 +130,10 @@ class AtomicFiles:
 
     def discard(self) -> None:
         """Removes the partial files that are still open; does nothing after `commit`."""
-        for path in self._streams:
+        for path, stream in self._streams.items():
             # Removed before it is closed, which gives up the lock: nobody else's file can be hit.
-            _partial(path).unlink(missing_ok=True)
+            if _is_open(_partial(path), stream.fileno()):
+                _partial(path).unlink(missing_ok=True)
         self._close()
 
     def _close(self) -> None:
@@ -215,7 +226,7 @@ def lock(file: int | BinaryIO, path: Path, *, wait: bool = False) -> None:
             raise
         raise DataError(
             f"{path} cannot be locked ({error.strerror}): its file system is mounted without flock; mount "
-            "with -o flock (or localflock), or write to another one"
+            "with -o flock (localflock locks on one node only), or write to another one"
         ) from error
 
 
@@ -223,22 +234,38 @@ def _partial(path: Path) -> Path:
     return path.with_name(path.name + PARTIAL_SUFFIX)
 
 
+def _is_open(path: Path, descriptor: int) -> bool:
+    """Whether a path is still that of an open file."""
+    try:
+        return os.path.samestat(os.fstat(descriptor), path.stat())
+    except FileNotFoundError:
+        return False
+
+
 def _open_locked(path: Path) -> BinaryIO:
-    """Opens an empty partial file that this process alone holds."""
+    """Makes an empty partial file that this process alone holds."""
     partial = _partial(path)
     while True:
-        descriptor = os.open(partial, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        try:
+            descriptor = os.open(partial, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+            made = True
+        except FileExistsError:
+            try:
+                descriptor, made = os.open(partial, os.O_RDWR | os.O_CLOEXEC), False
+            except FileNotFoundError:
+                continue
         try:
             lock(descriptor, partial)
-            # The holder may have renamed or removed the file between our open and our lock.
-            if partial.exists() and os.path.samestat(os.fstat(descriptor), partial.stat()):
-                os.ftruncate(descriptor, 0)
-                return os.fdopen(descriptor, "wb", buffering=1 << 20)
+            # Between our open and our lock another process may have renamed, removed or replaced the file.
+            if _is_open(partial, descriptor):
+                if made:
+                    return os.fdopen(descriptor, "wb", buffering=1 << 20)
+                partial.unlink()  # left behind by a run that was killed
         except BlockingIOError:
             os.close(descriptor)
             raise DataError(f"another run is writing {path} (it holds {partial})") from None
         except DataError:
-            if not os.fstat(descriptor).st_size:  # just made; what is in it would be somebody's
+            if made:
                 partial.unlink(missing_ok=True)
             os.close(descriptor)
             raise

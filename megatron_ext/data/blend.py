@@ -60,7 +60,13 @@ class Part:
 
 
 def plan_blend(
-    sources: Sequence[Source], *, samples: int, seq_length: int, split: str, flag: str
+    sources: Sequence[Source],
+    *,
+    samples: int,
+    seq_length: int,
+    split: str,
+    flag: str,
+    tokens: float | None = None,
 ) -> list[Part]:
     """Spread the samples of a run over its sources and their data sets.
 
@@ -70,12 +76,15 @@ def plan_blend(
         seq_length: tokens of a sample.
         split: Megatron's ``--split``.
         flag: that named the sources, for messages.
+        tokens: of which numbers of tokens are shares: what was asked for, before it was rounded up to whole
+            batches; None: those of the samples.
 
     Raises:
         ConfigError: the shares do not make a whole, or are less than a sample, or a data set is named twice.
         DataError: a data set is missing, broken, or has nothing to train on.
     """
-    shares = parse_shares([source.share for source in sources], samples * seq_length, flag)
+    whole = samples * seq_length if tokens is None else tokens
+    shares = parse_shares([source.share for source in sources], whole, flag)
     prefixes = [prefix for source in sources for prefix in source.prefixes]
     # Both would be read from the same beginning, and neither as often as is asked for.
     seen: set[Path] = set()
@@ -102,7 +111,7 @@ def plan_blend(
     return parts
 
 
-def parse_shares(texts: Sequence[str], tokens: int, flag: str) -> list[float]:
+def parse_shares(texts: Sequence[str], tokens: float, flag: str) -> list[float]:
     """Shares of 1 from percentages, numbers of tokens, and at most one rest.
 
     Args:
@@ -127,7 +136,8 @@ def parse_shares(texts: Sequence[str], tokens: int, flag: str) -> list[float]:
             part = math.nan
         if part is not None and not 0 < part <= 1:
             raise ConfigError(
-                f"{flag}: expected a share like 2%, a number of tokens up to {tokens} or {REST}, found {text}"
+                f"{flag}: expected a share like 2%, a number of tokens up to {tokens:,.0f} or {REST}, found "
+                f"{text}"
             )
         shares.append(part)
     known = sum(part for part in shares if part is not None)

@@ -225,8 +225,6 @@ def _parse(line: bytes) -> Any:
     except UnicodeDecodeError as error:
         raise _ShapeError("expected UTF-8", str(error)) from error
     except (ValueError, RecursionError) as error:
-        if not line.strip():
-            raise _ShapeError("expected a JSON object or list", "a blank line") from error
         raise _ShapeError("expected valid JSON", f"{error} in {excerpt(line.decode())}") from error
     if not isinstance(record, dict | list):
         raise _ShapeError("expected a JSON object or list", excerpt(line.decode().strip()))
@@ -237,6 +235,8 @@ def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
     try:
         stream, raw = open_stream(path)
         with raw, stream:
-            yield from enumerate(read_lines(stream), start=1)
+            for number, line in enumerate(read_lines(stream), start=1):
+                if not line.isspace():
+                    yield number, line
     except (OSError, EOFError) as error:
         raise DataError(f"{path} cannot be read: {error}") from error

@@ -54,16 +54,16 @@ def read_parts(stream: BinaryIO, size: int) -> Iterator[bytes]:
     stream.read(1)  # raises if this end is no end
 
 
-def read_lines(stream: BinaryIO) -> Iterator[bytes]:
-    """Yields the lines with their ends, without a byte order mark.
+def read_lines(stream: BinaryIO, most: int = -1) -> Iterator[bytes]:
+    """Yields the lines with their ends, without a byte order mark; of a longer one `most` bytes at a time.
 
     Raises:
         EOFError: the compressed data end early; all lines that are whole were yielded.
         DamagedError: so with damaged data.
     """
     mark = codecs.BOM_UTF8
-    for line in stream:
-        if not line.endswith(b"\n"):
+    while line := stream.readline(most):
+        if not line.endswith(b"\n") and len(line) != most:
             stream.read(1)  # raises if this line was cut
         yield line.removeprefix(mark)
         mark = b""

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from megatron_ext.data.chat import Shape, shape_of, take_conversation
 from megatron_ext.data.chat_template import BUILT_IN, ChatTemplate, load_template
-from megatron_ext.data.documents import Block, read_blocks
+from megatron_ext.data.documents import Block, json_lines, read_blocks
 from megatron_ext.data.inputs import InputFormat, format_of
 from megatron_ext.data.records import BadRecord, Record
 from megatron_ext.data.tokenizers import TokenizerSpec
@@ -76,9 +76,11 @@ def find_format(
     for path in paths:
         # Of a file that ends early the records before are read; whether that will do is said later.
         for block in read_blocks([path], keys=(), input_format="jsonl", skip_broken=True):
-            if block.kind == "jsonl":
-                shapes[str(path)] = shape_of(block.payload.partition(b"\n")[0], f"{path}:1")
-            break
+            first = next(json_lines(block), None) if block.kind == "jsonl" else None
+            if first is not None:
+                shapes[str(path)] = shape_of(first[1], f"{path}:{first[0]}")
+            if first is not None or block.kind != "jsonl":
+                break
     return ConversationFormat(template=loaded.source, name=name, tokenizer=tokenizer, shapes=shapes)
 
 
@@ -102,10 +104,9 @@ class ConversationParser:
         if block.kind == "bad":
             yield from block.payload
             return
-        shape = self._shapes[block.path]
-        for number, line in enumerate(block.payload.split(b"\n"), start=block.first):
+        for number, line in json_lines(block):
             where = f"{block.path}:{number}"
-            found = take_conversation(line, where, shape)
+            found = take_conversation(line, where, self._shapes[block.path])
             if isinstance(found, BadRecord):
                 # Few different reasons, for they are counted.
                 yield BadRecord(where, "no conversation", f"{found.reason}, {found.detail}")

@@ -139,7 +139,7 @@ def _join(blocks: Sequence[Block]) -> Block:
 def parse_block(block: Block, keys: Sequence[str]) -> Iterator[Record | BadRecord]:
     """Parses the records of a block, in order."""
     if block.kind == "jsonl":
-        for number, line in enumerate(block.payload.split(b"\n"), start=block.first):
+        for number, line in json_lines(block):
             yield parse_json(line, f"{block.path}:{number}", keys)
     elif block.kind == "parquet":
         columns = [_values(block.payload.column(key)) for key in keys]
@@ -160,6 +160,13 @@ def parse_block(block: Block, keys: Sequence[str]) -> Iterator[Record | BadRecor
                 yield take({keys[0]: raw.decode()}, where, keys[:1])
             except UnicodeDecodeError as error:
                 yield BadRecord(where, "not UTF-8", str(error))
+
+
+def json_lines(block: Block) -> Iterator[tuple[int, bytes]]:
+    """Number and bytes of the lines of a block of JSON; blank ones, as at the end of files, are not."""
+    for number, line in enumerate(block.payload.split(b"\n"), start=block.first):
+        if line and not line.isspace():
+            yield number, line
 
 
 def _values(column: Any) -> list[Any]:
@@ -185,7 +192,7 @@ def _jsonl_blocks(path: Path) -> Iterator[Block]:
             end = data.rfind(b"\n")
             if end < 0:
                 pending.append(data)
-                _check_size(pending, f"{path}:{first}")
+                _check_size(len(pending) * BLOCK_BYTES, f"{path}:{first}")
                 continue
             payload = b"".join([*pending, data[:end]])
             pending = [data[end + 1 :]]
@@ -240,7 +247,7 @@ def _text_blocks(path: Path, unit: TextUnit) -> Iterator[Block]:
             parts: list[bytes] = []
             for data in read_parts(stream, BLOCK_BYTES):
                 parts.append(data)
-                _check_size(parts, str(path))
+                _check_size(len(parts) * BLOCK_BYTES, str(path))
             text = b"".join(parts)
             yield Block(str(path), "text", [text], 1, raw.tell(), lines=(1,))
             return
@@ -249,7 +256,7 @@ def _text_blocks(path: Path, unit: TextUnit) -> Iterator[Block]:
         lines: list[int] = []
         broken: Exception | None = None
         try:
-            for number, text in _split_text(stream, unit):
+            for number, text in _split_text(stream, unit, path):
                 texts.append(text)
                 lines.append(number)
                 size += len(text)
@@ -265,24 +272,27 @@ def _text_blocks(path: Path, unit: TextUnit) -> Iterator[Block]:
             raise broken
 
 
-def _check_size(parts: Sequence[bytes], where: str) -> None:
-    if len(parts) > _RECORD_BYTES // BLOCK_BYTES:
+def _check_size(size: int, where: str) -> None:
+    if size > _RECORD_BYTES:
         raise DataError(
             f"{where}: expected a document of at most {_RECORD_BYTES / 2**30:g} GiB, found a longer one; "
-            "--input-format and --text-unit say what a document is"
+            "--input-format, and --text-unit of preprocess_data.py, say what a document is"
         )
 
 
-def _split_text(stream: BinaryIO, unit: TextUnit) -> Iterator[tuple[int, bytes]]:
+def _split_text(stream: BinaryIO, unit: TextUnit, path: Path) -> Iterator[tuple[int, bytes]]:
     """Yields the line number and the bytes of each unit, without its line end."""
     paragraph: list[bytes] = []
-    number = 0
-    for number, line in enumerate(read_lines(stream), start=1):
+    number = size = 0
+    for number, line in enumerate(read_lines(stream, _RECORD_BYTES + 1), start=1):
+        _check_size(len(line), f"{path}:{number}")
         blank = not line.strip()
         if unit == "line" and not blank:
             yield number, line.rstrip(b"\r\n")
         elif unit == "paragraph" and not blank:
+            size = size + len(line) if paragraph else len(line)
             paragraph.append(line)
+            _check_size(size, f"{path}:{number - len(paragraph) + 1}")
         elif paragraph:
             yield number - len(paragraph), b"".join(paragraph).rstrip(b"\r\n")
             paragraph = []

@@ -33,9 +33,10 @@ FORMATS: dict[str, InputFormat] = {
 def find_inputs(patterns: Sequence[str], *, input_format: InputFormat = "auto") -> list[Path]:
     """Resolves files, globs and directories to files, in the order given, sorted within each.
 
-    Of a directory those with a known name are taken, at any depth, also behind symbolic links, but no
-    manifests, which preprocessing leaves beside its data sets, and nothing whose name begins with `.` or
-    `_`, as Hadoop's and Spark's readers do: it is hidden, or not finished. Log lines say what was left out.
+    Of a directory, also of one that a glob matches, those with a known name are taken, at any depth, also
+    behind symbolic links, but no manifests, which preprocessing leaves beside its data sets, and nothing
+    whose name begins with `.` or `_`, as Hadoop's and Spark's readers do: it is hidden, or not finished. Log
+    lines say what was taken and left out.
 
     Raises:
         ConfigError: Nothing matches, a file is named twice, or plain and compressed, its format is not known
@@ -49,9 +50,7 @@ def find_inputs(patterns: Sequence[str], *, input_format: InputFormat = "auto") 
         elif path.exists():
             matches = [path]
         else:
-            matches = sorted(filter(Path.is_file, map(Path, glob.glob(pattern, recursive=True))))
-            if not matches:
-                raise ConfigError(f"--input {pattern}: no such file")
+            matches = _of_glob(pattern, input_format)
         found.extend(matches)
     seen: dict[Path, Path] = {}
     for path in found:
@@ -63,13 +62,31 @@ def find_inputs(patterns: Sequence[str], *, input_format: InputFormat = "auto") 
             raise ConfigError(f"--input names {path} {how}")
         seen[key] = path
         if not path.is_file():
+            what = "a link to nothing" if not path.exists() else "something else"
             raise ConfigError(
-                f"--input {path}: expected a regular file, for its start is read twice"
+                f"--input {path}: expected a regular file, for its start is read twice, found {what}"
             )
         if input_format == "auto" and not _known(path):
             raise ConfigError(
                 f"{path}: expected {_expected()}; give --input-format for another name"
             )
+    return found
+
+
+def _of_glob(pattern: str, input_format: InputFormat) -> list[Path]:
+    """What the shell would have made of the pattern, and `**`: the same files, quoted or not."""
+    names = [Path(name) for name in sorted(glob.glob(pattern, recursive=True))]
+    if not names:
+        raise ConfigError(f"--input {pattern}: no such file")
+    # Of `**` a folder is matched and what is in it as well.
+    reached = {folder for name in names for folder in name.parents}
+    found: list[Path] = []
+    for name in names:
+        if not name.is_dir():
+            found.append(name)
+        elif name not in reached:
+            found += _of_directory(name, input_format)
+    logger.info("--input %s: %s files", pattern, f"{len(found):,}")
     return found
 
 

@@ -58,6 +58,9 @@ class Manifest:
         chat_template: What rendered the conversations that the documents are: the name of a file or folder,
             `tokenizer`, or `built-in`; None if they are text as it was.
         chat_template_digest: SHA-256 of that template.
+        before_text: Ids that the tokenizer puts before each text of its own accord, such as BOS; None of
+            conversations, and in manifests of earlier versions.
+        after_text: Those that it puts behind it.
         format_version: Version of this file's format.
     """
 
@@ -79,6 +82,8 @@ class Manifest:
     document_sample: list[str] | None = None
     chat_template: str | None = None
     chat_template_digest: str | None = None
+    before_text: list[int] | None = None
+    after_text: list[int] | None = None
     format_version: int = FORMAT_VERSION
 
     def to_json(self) -> bytes:
@@ -149,7 +154,7 @@ def join_manifests(
     """The manifest that one run over the sources of all would have written.
 
     Args:
-        manifests: In the order of the data; all of one tokenizer, `append_eod` and `eod_id`.
+        manifests: In the order of the data; all of one tokenizer, `append_eod`, `eod_id` and template.
         summary: Of all the data together.
         content_digest: Of it.
     """
@@ -171,7 +176,14 @@ def join_manifests(
         sources=[source for each in manifests for source in each.sources],
         content_digest=content_digest,
         document_sample=sample if len(samples) == len(manifests) else None,
+        **{name: _known_of_all(manifests, name) for name in ("before_text", "after_text")},
     )
+
+
+def _known_of_all(manifests: Sequence[Manifest], name: str) -> Any:
+    """What all have alike, None if one is of an earlier version and does not tell."""
+    values = [getattr(each, name) for each in manifests]
+    return None if None in values else values[0]
 
 
 def check_prefix(

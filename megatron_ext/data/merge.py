@@ -45,6 +45,7 @@ from megatron_ext.exceptions import ConfigError, DataError
 
 _BLOCK = 1 << 25
 _ENTRIES = 1 << 20  # of an index, shifted at a time
+_SINCE = ("before_text", "after_text")  # which manifests of earlier versions do not tell
 
 Advance = Callable[[int], Any]
 
@@ -154,6 +155,7 @@ def _check_names(prefixes: Sequence[str], output: str, *, overwrite: bool) -> bo
 def _check_parts(prefixes: Sequence[str]) -> list[_Part]:
     """Looks at the ends of every data set and at its manifest."""
     parts: list[_Part] = []
+    contents: dict[str, str] = {}
     for prefix in prefixes:
         for path in (idx_path(prefix), bin_path(prefix)):
             partial = path.with_name(path.name + PARTIAL_SUFFIX)
@@ -172,15 +174,23 @@ def _check_parts(prefixes: Sequence[str]) -> list[_Part]:
             )
         if part.manifest is not None and first.manifest is not None:
             _check_manifest(part, part.manifest, first.manifest, first.prefix)
+        if part.manifest is not None and part.manifest.content_digest is not None:
+            other = contents.setdefault(part.manifest.content_digest, prefix)
+            if other != prefix:
+                raise DataError(
+                    f"{bin_path(prefix)}: expected each data set once, found the content of {other}"
+                )
     return parts
 
 
 def _check_manifest(part: _Part, manifest: Manifest, first: Manifest, of: str) -> None:
     """Whether a manifest belongs to its data set, and the data set to the first one."""
     check_prefix(part.prefix, vocab_size=first.vocab_size, tokenizer_digest=first.tokenizer_digest)
-    for name in ("append_eod", "eod_id"):
+    names = ("append_eod", "eod_id", "chat_template", "chat_template_digest", *_SINCE)
+    for name in names:
         expected, found = getattr(first, name), getattr(manifest, name)
-        if found != expected:
+        unknown = name in _SINCE and None in (expected, found)
+        if found != expected and not unknown:
             raise DataError(
                 f"{manifest_path(part.prefix)}: expected {name} {expected} as in {of}, found {found}"
             )

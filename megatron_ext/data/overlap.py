@@ -19,6 +19,7 @@ from megatron_ext.data.document_digests import shared_in_samples
 from megatron_ext.data.indexed import bin_path
 from megatron_ext.data.manifest import Manifest, read_manifest
 from megatron_ext.data.providers import Blend, forget_blends
+from megatron_ext.data.read_digests import different_starts
 from megatron_ext.exceptions import DataError
 
 
@@ -30,13 +31,16 @@ def check_overlap(args: Namespace, config: UnlearnConfig) -> None:
         config: the settings of unlearning.
 
     Raises:
-        DataError: names the two data sets and what they share.
+        DataError: names the two data sets and what they share, or that this cannot be told.
     """
     if not config.enabled or config.allow_data_overlap:
         return
-    found = find_shared(
-        _prefixes(forget_blends(config)), _prefixes(get_blend_and_blend_per_split(args))
-    )
+    forget = _prefixes(forget_blends(config))
+    replay = _prefixes(get_blend_and_blend_per_split(args))
+    both = [*forget, *replay]
+    if different := different_starts(both, [read_manifest(prefix) for prefix in both]):
+        raise DataError(f"{different}; --allow-data-overlap runs nevertheless")
+    found = find_shared(forget, replay)
     if found is not None:
         forgotten, other, shared = found
         raise DataError(

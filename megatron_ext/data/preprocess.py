@@ -27,7 +27,13 @@ from megatron_ext.data.indexed import IndexedWriter, bin_path, idx_path, token_d
 from megatron_ext.data.inputs import InputFormat, find_inputs, format_of
 from megatron_ext.data.manifest import Manifest, Source, manifest_path
 from megatron_ext.data.progress import Progress
-from megatron_ext.data.tokenizers import Tokenizer, TokenizerSpec, build_reference, tokenizer_digest
+from megatron_ext.data.tokenizers import (
+    Tokenizer,
+    TokenizerSpec,
+    around_text,
+    build_reference,
+    tokenizer_digest,
+)
 from megatron_ext.data.workers import encode_in_order
 from megatron_ext.exceptions import ConfigError, DataError
 
@@ -254,6 +260,7 @@ def _manifest(
     skipped: Counter[str],
 ) -> Manifest:
     writer, rendered = data_set.writer, origin.conversations
+    before, after = around_text(tokenizer) if rendered is None else (None, None)
     return Manifest(
         tokenizer_type=config.tokenizer.tokenizer_type,
         tokenizer_model=Path(config.tokenizer.tokenizer_model).name,
@@ -273,4 +280,6 @@ def _manifest(
         document_sample=[digest.to_bytes(8).hex() for digest in data_set.sample.smallest],
         chat_template=None if rendered is None else rendered.name,
         chat_template_digest=None if rendered is None else rendered.digest,
+        before_text=before,
+        after_text=after,
     )

@@ -82,10 +82,13 @@ def check_tokenizers(prefixes: Sequence[str | Path]) -> list[Manifest | None]:
         The manifests.
 
     Raises:
-        DataError: A manifest is unreadable or names another tokenizer than the first one.
+        DataError: A manifest is unreadable, or names another tokenizer than the first one or other ids that
+            it puts before texts: documents have these too, so that no two would be the same.
     """
     known: tuple[str | Path, str] | None = None
     manifests = [read_manifest(prefix) for prefix in prefixes]
+    if different := different_starts(prefixes, manifests):
+        raise DataError(different)
     for prefix, manifest in zip(prefixes, manifests, strict=True):
         if manifest is None:
             continue
@@ -96,6 +99,26 @@ def check_tokenizers(prefixes: Sequence[str | Path]) -> list[Manifest | None]:
                 "compared, found another tokenizer's"
             )
     return manifests
+
+
+def different_starts(
+    prefixes: Sequence[str | Path], manifests: Sequence[Manifest | None]
+) -> str | None:
+    """What to say of the first data set whose texts begin otherwise than the others'; None if there is none.
+
+    What a tokenizer puts behind texts is an end-of-document id, without which documents are compared.
+    """
+    known: tuple[str | Path, list[int]] | None = None
+    for prefix, manifest in zip(prefixes, manifests, strict=True):
+        if manifest is None or manifest.before_text is None:
+            continue
+        known = known or (prefix, manifest.before_text)
+        if manifest.before_text != known[1]:
+            return (
+                f"{manifest_path(prefix)}: expected ids {known[1]} before each text as in {known[0]}, found "
+                f"{manifest.before_text}: no document of the one is the same as one of the other"
+            )
+    return None
 
 
 def comparable(prefixes: Sequence[str | Path], *, eod_id: int | None) -> list[Comparable]:
@@ -141,7 +164,13 @@ def read_digests(
     if workers == 1:
         results = map(_digest, spans)
     else:
-        results = in_order(_digest, spans, workers=workers, initializer=start_worker)
+        results = in_order(
+            _digest,
+            spans,
+            workers=workers,
+            initializer=start_worker,
+            describe=lambda span: f"{span.data.prefix} from document {span.first}",
+        )
     for found in results:
         yield found
         progress(found.size, total)

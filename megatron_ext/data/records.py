@@ -29,8 +29,6 @@ def parse_json(line: bytes, where: str, keys: Sequence[str]) -> Record | BadReco
     except UnicodeDecodeError as error:
         return BadRecord(where, "not UTF-8", str(error))
     except (ValueError, RecursionError) as error:
-        if not line.strip():
-            return BadRecord(where, "expected a JSON object, found a blank line", "")
         return BadRecord(
             where, "not valid JSON", f"{error}; the line starts {excerpt(line.decode())}"
         )

@@ -130,6 +130,14 @@ class HuggingFaceReference:
         return flatten([to_ids(tokenize(text)) for text in texts])
 
 
+def around_text(tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
+    """Ids that a tokenizer puts before and behind each text of its own accord, such as BOS."""
+    alone, letter = (tokenizer.encode_batch([text])[0].tolist() for text in ("", "a"))
+    same = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(alone, letter, strict=False))
+    count = len(list(same))
+    return alone[:count], alone[count:]
+
+
 def _why_not_loaded(model: str, flag: str, error: Exception) -> str:
     """What is wrong with a Hugging Face tokenizer; `transformers` does not say that there is none."""
     path = Path(model)

@@ -149,6 +149,7 @@ class _Lines:
             [path],
             keys=config.keys,
             input_format=config.input_format,
+            text_unit="line",  # it is cut into lines in any case, and a large file would be held whole
             skip_broken=config.on_error == "skip",
         )
         for block in blocks:

@@ -149,7 +149,14 @@ def _read_tokens(
 
 
 def file_blocks(path: Path, size: int) -> Iterator[bytes]:
-    """The content of a file, at most so many bytes at a time."""
-    with path.open("rb") as stream:
-        while block := stream.read(size):
-            yield block
+    """The content of a file, at most so many bytes at a time.
+
+    Raises:
+        DataError: It cannot be read; what a disk reports names no file.
+    """
+    try:
+        with path.open("rb") as stream:
+            while block := stream.read(size):
+                yield block
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error}") from error

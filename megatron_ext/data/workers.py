@@ -65,6 +65,7 @@ def encode_in_order(
             *(spec, isinstance(tokenizer, FastTokenizer)),
             *(list(keys), append_eod, conversations),
         ),
+        describe=lambda block: f"{block.path}:{block.first}",
     )
 
 
@@ -75,6 +76,7 @@ def in_order[Task, Result](
     workers: int,
     initializer: Callable[..., None],
     initargs: tuple[Any, ...] = (),
+    describe: Callable[[Task], str] | None = None,
 ) -> Iterator[Result]:
     """Works on tasks in processes of their own, yielding the results in the order of the tasks.
 
@@ -84,9 +86,10 @@ def in_order[Task, Result](
         workers: Processes; they are started when there is work for them.
         initializer: Called in each process first; `start_worker`, or what calls it.
         initargs: Its arguments.
+        describe: Names a task, for the message.
 
     Raises:
-        DataError: A worker died.
+        DataError: A worker died; names the tasks that were in work then.
     """
     pool = ProcessPoolExecutor(
         workers,
@@ -95,17 +98,27 @@ def in_order[Task, Result](
         initializer=initializer,
         initargs=initargs,
     )
-    waiting: deque[Future[Result]] = deque()
+    waiting: deque[tuple[Task, Future[Result]]] = deque()
+
+    def first() -> Result:
+        result = waiting[0][1].result()
+        waiting.popleft()
+        return result
+
     try:
         for task in tasks:
-            waiting.append(pool.submit(function, task))
+            waiting.append((task, pool.submit(function, task)))
             if len(waiting) >= workers * _TASKS_PER_WORKER:
-                yield waiting.popleft().result()
+                yield first()
         while waiting:
-            yield waiting.popleft().result()
+            yield first()
     except BrokenProcessPool as error:
+        # A task that was submitted to a broken pool is not among those that wait.
+        names = [describe(task) for task, _ in waiting] if describe is not None else []
+        names = [f"{names[0]} to {names[-1]}" if len(names) > 1 else name for name in names[:1]]
         raise DataError(
             "a worker process died, most often for lack of memory: try fewer --workers"
+            + "".join(f"; in work were {name}" for name in names)
         ) from error
     finally:
         pool.shutdown(cancel_futures=True)

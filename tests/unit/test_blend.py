@@ -87,6 +87,26 @@ def test_whole_batches_of_both_sides(data, monkeypatch, capsys):
     assert (forget["flag"], replay["flag"]) == ("--forget-data-path", "--data-path")
 
 
+def test_numbers_of_tokens_are_of_what_was_asked_for(data, monkeypatch, capsys):
+    """Not of the whole batches that it is rounded up to."""
+    words = ("--tokens", 1000, "--global-batch-size", 16, "--forget-batch-size", 8, "--json")
+    words += ("--seq-length", 10, "--split", "1", "--forget", "500", data["qa"])
+    text = tool(
+        monkeypatch,
+        capsys,
+        *words,
+        "--dataset",
+        "200",
+        data["code"],
+        "--dataset",
+        "300",
+        data["web0"],
+    )
+    roles = json.loads(text)["roles"]
+    assert roles["forget"]["words"] == ["56", data["qa"]]
+    assert roles["replay"]["words"] == ["22", data["code"], "34", data["web0"]]
+
+
 def test_text_warns_above_four_epochs(data, monkeypatch, capsys):
     text = planned(monkeypatch, capsys, data, "--tokens", "1e7")
     assert "warning: qa is read 5263.2 times, more than 4" in text

@@ -87,13 +87,21 @@ def test_a_bad_record_is_named_and_the_others_are_read(tmp_path, name):
 
 @pytest.mark.parametrize(
     ("line", "message"),
-    [(b"{", "expected valid JSON"), (b"\xff", "expected UTF-8"), (b"", "a blank line")],
+    [(b"{", "expected valid JSON"), (b"\xff", "expected UTF-8")],
 )
 def test_a_line_that_is_no_json_is_named(tmp_path, line, message):
     path = write_jsonl(tmp_path / "a.jsonl", [TURNS])
     path.write_bytes(path.read_bytes() + line + b"\n")
     assert message in str(read(path)[1])
     assert str(read(path)[1]).startswith(f"{path}:2: ")
+
+
+def test_blank_lines_are_no_records(tmp_path):
+    path = write_jsonl(tmp_path / "a.jsonl", [TURNS])
+    path.write_bytes(b"\n" + path.read_bytes() + b" \n\n{\n")
+    good, bad = read(path)
+    assert good.messages == TURNS
+    assert str(bad).startswith(f"{path}:5: ")
 
 
 @pytest.mark.parametrize("first", [{"text": "a"}, [], {"messages": [{"text": "a"}]}, [[ROLE]]])

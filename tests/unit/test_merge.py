@@ -148,6 +148,11 @@ def modes(prefix):
         index.write(bytes(read_manifest(prefix).sequences))
 
 
+def copied(prefix):
+    for suffix in SUFFIXES:
+        Path(prefix + suffix).write_bytes(Path(f"{prefix[:-1]}0{suffix}").read_bytes())
+
+
 BROKEN = {
     r"p1\.manifest\.json: .* the tokenizer given is another": described(tokenizer_digest="another"),
     r"p1\.manifest\.json: the data were made with .* of 9 pieces": described(vocab_size=9),
@@ -155,6 +160,16 @@ BROKEN = {
         append_eod=False
     ),
     r"p1\.manifest\.json: expected eod_id 2 as in .*p0, found 1": described(eod_id=1),
+    r"p1\.manifest\.json: expected chat_template None as in .*p0, found chat": described(
+        chat_template="chat.jinja", chat_template_digest="ab"
+    ),
+    r"p1\.manifest\.json: expected before_text \[\] as in .*p0, found \[1\]": described(
+        before_text=[1]
+    ),
+    r"p1\.manifest\.json: expected after_text \[\] as in .*p0, found \[2\]": described(
+        after_text=[2]
+    ),
+    r"p1\.bin: expected each data set once, found the content of .*p0": copied,
     r"p1\.manifest\.json describes 5 tokens": described(tokens=5),
     r"p1\.manifest\.json is missing: expected manifests of all .* found that of .*p0": (
         lambda prefix: manifest_path(prefix).unlink()
@@ -179,6 +194,12 @@ def test_a_data_set_that_does_not_fit_is_named(parts, tmp_path, message):
     with pytest.raises(DataError, match=message):
         merge.merge(parts, str(tmp_path / "o"))
     assert files(tmp_path) == before
+
+
+def test_of_a_part_of_an_earlier_version_less_is_known(parts, tmp_path):
+    described(before_text=None, after_text=None)(parts[1])
+    merge.merge(parts, str(tmp_path / "o"))
+    assert read_manifest(tmp_path / "o").before_text is None
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from megatron_ext.data import documents, encode, fast_tokenizer, preprocess
+from megatron_ext.data import documents, encode, fast_tokenizer, preprocess, workers
 from megatron_ext.data.manifest import read_manifest
 from megatron_ext.exceptions import ConfigError, DataError
 from tests.helpers.preprocess import run, tool, write_as
@@ -28,7 +28,6 @@ def model(tmp_path_factory):
 BAD_LINES = {
     "not valid JSON": b'{"text": "a"',
     "expected a JSON object": b'["text"]',
-    "expected a JSON object, found a blank line": b"  ",
     "no key 'text'": b'{"txt": "a"}',
     "expected a string at 'text'": b'{"text": 3}',
     "text at 'text' is not valid Unicode": b'{"text": "\\ud800"}',
@@ -49,6 +48,29 @@ def test_bad_line_fails_with_its_number(tmp_path, model, reason, workers, monkey
         run(model, [source], tmp_path / "o", workers=workers)
     assert str(error.value).startswith(f"{source}:41: {reason}")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.jsonl"]
+
+
+def test_blank_lines_are_no_records(tmp_path, model):
+    """As files joined by `cat` have between them, or one has at its end; later lines keep their numbers."""
+    lines = [b"", b'{"text": "a"}', b"  \r", b'{"text": "b"}', b"", b""]
+    source = tmp_path / "a.jsonl"
+    source.write_bytes(b"\n".join(lines))
+    assert run(model, [source], tmp_path / "o").manifests[0].documents == 2
+    source.write_bytes(b"\n".join([*lines, b"{"]))
+    with pytest.raises(DataError, match=r"a\.jsonl:7: not valid JSON"):
+        run(model, [source], tmp_path / "p")
+
+
+def test_a_worker_that_dies_leaves_the_names_of_what_was_in_work(tmp_path, model, monkeypatch):
+    monkeypatch.setattr(documents, "BLOCK_BYTES", 64)
+    source = write_as(tmp_path / "a.jsonl", ["some text " * 20] * 30)
+    monkeypatch.setattr(workers, "_load", _die)
+    with pytest.raises(DataError, match=r"fewer --workers; in work were .*a\.jsonl:\d+ to .*:\d+$"):
+        run(model, [source], tmp_path / "o", workers=2)
+
+
+def _die(*_):
+    os._exit(1)
 
 
 def test_bad_lines_are_skipped_and_counted(tmp_path, model, monkeypatch):
@@ -157,6 +179,19 @@ def test_a_document_beyond_all_sizes_is_an_error(tmp_path, model, name, monkeypa
         DataError, match=rf"{name}.*: expected a document of at most .* found a longer"
     ):
         run(model, [tmp_path / name], tmp_path / "p")
+
+
+@pytest.mark.parametrize(
+    ("unit", "text", "place"),
+    [("line", "b\n" + "a" * 800 + "\n", 2), ("paragraph", "b\n\n" + "a b c d\n" * 100, 3)],
+)
+def test_a_line_or_paragraph_beyond_all_sizes_is_an_error(
+    tmp_path, model, unit, text, place, monkeypatch
+):
+    monkeypatch.setattr(documents, "_RECORD_BYTES", 640)
+    (tmp_path / "a.txt").write_text(text)
+    with pytest.raises(DataError, match=rf"a\.txt:{place}: expected a document of at most"):
+        run(model, [tmp_path / "a.txt"], tmp_path / "o", text_unit=unit)
 
 
 def test_no_tokens_is_an_error(tmp_path, model):

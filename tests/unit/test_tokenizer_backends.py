@@ -1,12 +1,13 @@
 """Tokenizers of preprocessing against megatron.core's, and gigatoken against both."""
 
 import logging
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import sentencepiece
 
-from megatron_ext.data import fast_tokenizer
+from megatron_ext.data import fast_tokenizer, tokenizers
 from megatron_ext.data.fast_tokenizer import HOSTILE_TEXTS, FastTokenizer, choose_tokenizer
 from megatron_ext.data.tokenizers import TokenizerSpec, build_reference, tokenizer_digest
 from megatron_ext.data.train_tokenizer import TrainTokenizerConfig, train_tokenizer
@@ -255,3 +256,13 @@ def test_training_errors_name_the_setting(tmp_path):
     with pytest.raises(ConfigError, match="at least 300"):
         train("a", 200)
     assert [path.name for path in tmp_path.iterdir()] == ["a.jsonl"]
+
+
+@pytest.mark.parametrize(
+    ("before", "after"), [([], []), ([1], []), ([], [2]), ([1], [2]), ([2], [2])]
+)
+def test_what_a_tokenizer_puts_around_texts(before, after):
+    def encode(texts):
+        return tokenizers.flatten([[*before, *map(ord, text), *after] for text in texts])
+
+    assert tokenizers.around_text(SimpleNamespace(encode_batch=encode)) == (before, after)

@@ -3,6 +3,7 @@
 import sys
 from collections import Counter
 
+from megatron_ext.data import documents
 from megatron_ext.data.train_tokenizer import TrainTokenizerConfig, _Lines
 from tests.helpers.text import make_texts, write_jsonl
 from tools import train_tokenizer as tool
@@ -38,6 +39,13 @@ def test_of_many_small_files_some_are_left_out_evenly(tmp_path):
     counts, files = learned(tmp_path, max_bytes=300)
     assert sorted(ord(c) - 0x4E00 for c in counts) == list(range(0, 100, 10))
     assert files == (10, 0)
+
+
+def test_a_large_text_is_read_in_part_and_line_by_line(tmp_path, monkeypatch):
+    monkeypatch.setattr(documents, "BLOCK_BYTES", 64)
+    monkeypatch.setattr(documents, "_RECORD_BYTES", 640)
+    (tmp_path / "a.txt").write_text("aaaaaaaaa\n\n" * 1000)
+    assert learned(tmp_path, max_bytes=900) == ({"a": 900}, (1, 1))
 
 
 def test_the_tool_says_of_how_many_files_it_has_read(tmp_path, monkeypatch, capsys):

@@ -149,6 +149,22 @@ def test_ids_of_two_tokenizers_are_not_compared(made, copy):
         find_overlaps([made["first"]], [made["last"], copy])
 
 
+def test_texts_with_bos_are_not_compared_with_those_without(made, copy, monkeypatch):
+    fields = read_manifest(copy)
+    assert (fields.before_text, fields.after_text) == ([], [])
+    write_manifest(copy, dataclasses.replace(fields, before_text=[1]), overwrite=True)
+    message = r"c\.manifest\.json: expected ids \[\] before each text as in .*, found \[1\]"
+    with pytest.raises(DataError, match=message):
+        find_overlaps([made["first"]], [made["last"], copy])
+    args, config = arguments(made, "first", "last")
+    args.data_path.append(copy)
+    with pytest.raises(DataError, match=message + ".*; --allow-data-overlap runs nevertheless"):
+        check_overlap(args, config)
+    write_manifest(copy, dataclasses.replace(fields, before_text=None), overwrite=True)
+    with pytest.raises(DataError, match="sampled documents as in"):
+        check_overlap(args, config)
+
+
 def test_an_end_of_document_hides_no_shared_text(made, tmp_path):
     """Made with --append-eod and without, with a manifest and, as by stock Megatron-LM, without one."""
     ended, bare = made["ended"], made["first"]

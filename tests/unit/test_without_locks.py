@@ -17,7 +17,8 @@ from megatron_ext.exceptions import DataError
 from tests.unit.test_chat_packing import Letters
 
 NAMED = (
-    r"^{} cannot be locked \(.*\): .* without flock; mount with -o flock \(or localflock\), or .*$"
+    r"^{} cannot be locked \(.*\): .* without flock; mount with -o flock \(localflock locks on one node "
+    r"only\), or .*$"
 )
 
 
@@ -48,6 +49,34 @@ def test_what_is_locked_by_another_is_told_apart(tmp_path):
         pytest.raises(DataError, match="another run is writing"),
     ):
         AtomicFiles([tmp_path / "a"])
+
+
+def test_locks_that_do_not_reach_another_node_cost_one_run_and_no_data(tmp_path, monkeypatch):
+    monkeypatch.setattr(fcntl, "flock", lambda *_: None)
+    paths = [tmp_path / "a.bin", tmp_path / "a.idx"]
+    first = AtomicFiles(paths)
+    first[paths[0]].write(b"first")
+    second = AtomicFiles(paths)
+    second[paths[0]].write(b"second, longer")
+    with pytest.raises(DataError, match=r"a\.bin\.partial: .* another run has taken it over"):
+        first.commit()
+    first.discard()
+    assert not any(path.exists() for path in paths)
+    second.commit()
+    assert paths[0].read_bytes() == b"second, longer"
+    third = AtomicFiles(paths, overwrite=True)
+    fourth = AtomicFiles(paths, overwrite=True)
+    fourth.commit()
+    with pytest.raises(DataError, match="taken it over"):
+        third.commit()
+    third.discard()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.bin", "a.idx"]
+
+
+def test_what_a_killed_run_left_behind_is_taken_over(tmp_path):
+    (tmp_path / "a.partial").write_text("half of a longer text")
+    write_atomically(tmp_path / "a", b"whole")
+    assert [path.read_bytes() for path in tmp_path.iterdir()] == [b"whole"]
 
 
 def test_the_template_of_a_run_needs_no_lock(tmp_path, no_locks):
