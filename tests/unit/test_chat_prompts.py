@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from megatron_ext import chat
-from megatron_ext.chat import warn_of_template
+from megatron_ext import arguments, chat
 from megatron_ext.checkpoint.inspect import Checkpoint
 from megatron_ext.checkpoint.own_tokenizer import tokenizer_spec
-from megatron_ext.config import ChatConfig
+from megatron_ext.checkpoint.source import Start
+from megatron_ext.config import ChatConfig, UnlearnConfig
 from megatron_ext.data.chat_template import BUILT_IN, TEMPLATE_FILE, load_template
 from megatron_ext.data.conversations import find_format
 from megatron_ext.evaluation.completion import Codec
@@ -173,17 +173,22 @@ def test_a_template_says_where_it_is_from(tmp_path):
     ],
 )
 def test_tuning_again_with_another_template_is_told(
-    recorded, ours, flag, rank, said, tmp_path, caplog
+    recorded, ours, flag, rank, said, tmp_path, caplog, monkeypatch
 ):
     saved = Namespace() if recorded is None else Namespace(tuned_chat_template=recorded)
-    start = Checkpoint(tmp_path, 5, tmp_path / "iter_0000005", saved)
-    args = Namespace(tuned_chat_template=ours, chat_template=flag, rank=rank)
+    found = Checkpoint(tmp_path, 5, tmp_path / "iter_0000005", saved)
+    start = Start(found, "--pretrained-checkpoint", resumed=False)
+    monkeypatch.setattr(arguments, "resolve_start", lambda *_, **__: start)
+    monkeypatch.setattr(arguments, "warn_of_overwriting", lambda *_: None)
+    args = Namespace(tuned_chat_template=ours, chat_template=flag, rank=rank, chat_digest="x")
+    args.ckpt_convert_format = None
     caplog.set_level(logging.WARNING)
-    warn_of_template(start, args)
+    arguments.check_checkpoints(args, UnlearnConfig())
+    assert args.tuned_chat_template == ours
     assert len(caplog.messages) == (said is not None)
     if said:
         assert said in caplog.text
         assert "--chat-template FILE keeps the former" in caplog.text
         (tmp_path / TEMPLATE_FILE).write_text("a")
-        warn_of_template(start, args)
+        arguments.check_checkpoints(args, UnlearnConfig())
         assert f"--chat-template {tmp_path / TEMPLATE_FILE} keeps" in caplog.messages[-1]
