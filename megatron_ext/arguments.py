@@ -19,7 +19,7 @@ from megatron.training.arguments import parse_and_validate_args, parse_args
 
 from megatron_ext import refusals
 from megatron_ext.batches import check_batches, check_layout
-from megatron_ext.chat import ChatRun, chat_run
+from megatron_ext.chat import ChatRun, chat_run, warn_of_template
 from megatron_ext.chat import check_resume as check_chat_resume
 from megatron_ext.checkpoint.kinds import check_plain, check_unlearning, tell_changes
 from megatron_ext.checkpoint.resumable import check_resumable, keep_buckets
@@ -168,9 +168,12 @@ def check_checkpoints(args: Namespace, config: UnlearnConfig) -> Start:
     """
     start = resolve_start(args, required=config.enabled or args.chat_digest is not None)
     warn_of_overwriting(args, start)
-    if args.chat_digest is None and start.checkpoint is not None:
-        # What is trained on from a tuned model still speaks its template.
-        args.tuned_chat_template = getattr(start.checkpoint.args, "tuned_chat_template", None)
+    if start.checkpoint is not None:
+        if args.chat_digest is None:
+            # What is trained on from a tuned model still speaks its template.
+            args.tuned_chat_template = getattr(start.checkpoint.args, "tuned_chat_template", None)
+        elif not start.resumed:
+            warn_of_template(start.checkpoint, args)
     args.unlearn_composition = args.unlearn_reference = None
     if config.enabled:
         _warn_of_dropout(args, config)

@@ -9,11 +9,12 @@ which weighs a token by how few others count beside it. Chat tuning therefore ru
 from __future__ import annotations
 
 import hashlib
+import logging
 from argparse import Namespace
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from megatron.core.datasets.utils import Split
 
@@ -21,12 +22,17 @@ from megatron_ext.chat_refusals import REQUIRED_WITH_CHAT, WITH_CHAT
 from megatron_ext.config import ChatConfig
 from megatron_ext.data.atomic import free_mib, replace_file
 from megatron_ext.data.chat_dataset import ChatDataset, Packing
-from megatron_ext.data.chat_template import TEMPLATE_FILE, ChatTemplate, load_template
+from megatron_ext.data.chat_template import BUILT_IN, TEMPLATE_FILE, ChatTemplate, load_template
 from megatron_ext.data.chat_tokens import load_tokens
 from megatron_ext.data.providers import Datasets, reads_data
 from megatron_ext.data.tokenizers import TokenizerSpec, tokenizer_digest
 from megatron_ext.exceptions import ConfigError, DataError
 from megatron_ext.refusals import refuse
+
+if TYPE_CHECKING:
+    from megatron_ext.checkpoint.inspect import Checkpoint
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -130,6 +136,7 @@ def chat_run(args: Namespace, config: ChatConfig) -> ChatRun:
         trust_remote_code=args.trust_remote_code,
     )
     template = load_template(spec, path=args.chat_template)
+    template.check_tuning()
 
     def packing(flag: str, files: list[str]) -> Packing:
         if missing := [file for file in files if not Path(file).is_file()]:
@@ -152,6 +159,26 @@ def chat_run(args: Namespace, config: ChatConfig) -> ChatRun:
     if args.train_iters is None and args.train_samples is None:
         iterations = -(-train.sequences(config.chat_epochs) // args.global_batch_size)
     return ChatRun(config, template, train, valid, iterations)
+
+
+def warn_of_template(start: Checkpoint, args: Namespace) -> None:
+    """Say that the model was tuned with another template before, where this run was given none.
+
+    Args:
+        start: the checkpoint whose weights the run starts from.
+        args: those of this run.
+    """
+    recorded = getattr(start.args, "tuned_chat_template", None)
+    if recorded in (None, args.tuned_chat_template) or args.chat_template is not None or args.rank:
+        return
+    taken = "the built-in one" if args.tuned_chat_template == BUILT_IN else "the tokenizer's own"
+    place = start.directory / TEMPLATE_FILE
+    file = place if place.is_file() else "FILE"
+    logger.warning(
+        "--chat-template: expected the template with which %s was tuned, found none given: this run tunes "
+        "with %s, which is another; --chat-template %s keeps the former",
+        *(start.path, taken, file),
+    )
 
 
 def write_template(args: Namespace) -> None:

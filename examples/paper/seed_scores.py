@@ -164,7 +164,7 @@ def score_page(folders: Sequence[Folder], before: str | None) -> str:
         "",
         f"{names}. Mean ± standard deviation over them, in",
     ]
-    lines += ["percent; MT-Bench from 1 to 10.", ""]
+    lines += ["percent; MT-Bench from 1 to 10; a metric that is named, in its own unit.", ""]
     lines += score_rows([folder.scores for folder in folders], {})
     if before is not None:
         lines += ["", f"## Changes from {before}", "", *change_rows(folders, before)]

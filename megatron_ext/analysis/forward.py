@@ -24,6 +24,7 @@ def final_states(
     *,
     args: Namespace,
     eod: int,
+    starts: Sequence[int] | None = None,
     micro_batches: int = 4,
 ) -> Iterator[tuple[MicroBatch, torch.Tensor]]:
     """Run samples through the model, each preceded by an end-of-document token as in training.
@@ -35,20 +36,23 @@ def final_states(
         samples: int64 token arrays of at most ``args.seq_length`` tokens; the same on every rank.
         args: Megatron's arguments: sequence length, micro-batch size.
         eod: id of the end-of-document token.
+        starts: where the text of each sample begins, of `text_starts`; by default at its first token.
         micro_batches: microbatches that a pass through the pipeline takes at a time.
 
     Yields:
         On the last pipeline stage each microbatch with its final hidden states ``[s, b, H]``, behind the
-        final normalisation: what the output layer reads. Rows beyond the samples are padding alone, with
-        a loss mask of 0. Nothing on other stages.
+        final normalisation: what the output layer reads. The loss mask is 1 where the label is of the
+        text. Rows beyond the samples are padding alone, with a mask of 0. Nothing on other stages.
     """
+    starts = starts or [0] * len(samples)
     step = args.micro_batch_size * micro_batches
     # On a terminal alone: in a file each redrawing would be another line.
     quiet = True if torch.distributed.get_rank() != 0 else None
     with tqdm(total=len(samples), unit="sample", disable=quiet, leave=False) as bar:
         for start in range(0, len(samples), step):
             group = samples[start : start + step]
-            batches = list(_micro_batches(group, args=args, eod=eod))
+            begins = starts[start : start + step]
+            batches = list(_micro_batches(group, begins, args=args, eod=eod))
             hidden = model.hidden_states(
                 get_forward_backward_func(),
                 [batches] * len(model.chunks),
@@ -59,10 +63,28 @@ def final_states(
             bar.update(len(group))
 
 
+def text_starts(samples: Sequence[np.ndarray], *, bos: int | None) -> list[int]:
+    """Where the text of each sample begins: at 1 if a tokenizer has begun it with a token of its own.
+
+    What a model thinks of that token behind the end of another document says nothing of the text, and
+    lm-evaluation-harness leaves it out as well. A sample that is nothing else is taken as it is.
+
+    Args:
+        samples: token arrays.
+        bos: id of the token that begins texts; ``None`` if the tokenizer has none.
+    """
+    return [int(len(sample) > 1 and int(sample[0]) == bos) for sample in samples]
+
+
 def embed_samples(
-    model: FrozenModel, samples: Sequence[np.ndarray], *, args: Namespace, eod: int
+    model: FrozenModel,
+    samples: Sequence[np.ndarray],
+    *,
+    args: Namespace,
+    eod: int,
+    bos: int | None = None,
 ) -> np.ndarray | None:
-    """Mean of the final hidden states over the tokens of each sample.
+    """Mean of the final hidden states over the tokens of each sample, a token that begins it left out.
 
     arXiv 2406.12397 embeds text by the last hidden state and does not say how a text's states become one
     vector. With the mean, every token counts, and the vector does not hang on how a text happens to end or
@@ -73,17 +95,22 @@ def embed_samples(
         samples: int64 arrays of at most ``args.seq_length - 1`` tokens; the same on every rank.
         args: Megatron's arguments.
         eod: id of the end-of-document token.
+        bos: id of the token that begins texts, if the tokenizer has one.
 
     Returns:
         fp32 ``[N, H]`` on the last pipeline stage, ``None`` elsewhere.
     """
     # One token more, so that the state of a sample's last token is computed as well.
     extended = [np.append(sample, eod) for sample in samples]
+    starts = text_starts(samples, bos=bos)
     rows = []
-    for batch, states in final_states(model, extended, args=args, eod=eod):
+    for batch, states in final_states(model, extended, args=args, eod=eod, starts=starts):
         assert batch.loss_mask is not None
         mask = batch.loss_mask.double().transpose(0, 1)
-        mask[0] = 0  # the end-of-document token in front, which all samples share
+        # A state is that of the token before its label. In front there is the end-of-document token, which
+        # all samples share, and then perhaps the one that begins texts, whose own label does not count.
+        mask[1] *= mask[0]
+        mask[0] = 0
         total = (states.double() * mask[..., None]).sum(dim=0)
         rows.append((total / mask.sum(dim=0).clamp(min=1)[:, None]).float().cpu())
     if not parallel_state.is_pipeline_last_stage(ignore_virtual=True):
@@ -92,7 +119,7 @@ def embed_samples(
 
 
 def _micro_batches(
-    samples: Sequence[np.ndarray], *, args: Namespace, eod: int
+    samples: Sequence[np.ndarray], starts: Sequence[int], *, args: Namespace, eod: int
 ) -> Iterator[MicroBatch]:
     """Right-padded microbatches of full size; rows beyond the samples are padding alone."""
     size, length = args.micro_batch_size, args.seq_length
@@ -105,7 +132,7 @@ def _micro_batches(
         for row, sample in enumerate(samples[start : start + size]):
             labels[row, : len(sample)] = torch.from_numpy(sample)
             tokens[row, 1 : len(sample)] = labels[row, : len(sample) - 1]
-            mask[row, : len(sample)] = 1
+            mask[row, starts[start + row] : len(sample)] = 1
         yield MicroBatch(
             tokens=tokens.to(device),
             labels=labels.to(device),

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from megatron.core import parallel_state
 
-from megatron_ext.analysis.forward import final_states
+from megatron_ext.analysis.forward import final_states, text_starts
 from megatron_ext.analysis.statistics import perplexity
 from megatron_ext.data.batch import MicroBatch
 from megatron_ext.frozen import FrozenModel
@@ -52,21 +52,26 @@ def score_samples(
     *,
     args: Namespace,
     eod: int,
+    bos: int | None = None,
 ) -> SampleScores | None:
     """Score samples, each preceded by an end-of-document token as in training.
+
+    A token with which the tokenizer begins a sample is read, and is none of those that are scored.
 
     Args:
         model: the model's chunks on this rank.
         samples: int64 token arrays of at most ``args.seq_length`` tokens; the same on every rank.
         args: Megatron's arguments: sequence length, micro-batch size.
         eod: id of the end-of-document token.
+        bos: id of the token that begins texts, if the tokenizer has one.
 
     Returns:
         The scores on the last pipeline stage, ``None`` elsewhere.
     """
     losses: list[torch.Tensor] = []
     probabilities: list[torch.Tensor] = []
-    for batch, states in final_states(model, samples, args=args, eod=eod):
+    starts = text_starts(samples, bos=bos)
+    for batch, states in final_states(model, samples, args=args, eod=eod, starts=starts):
         loss, probability = _score(model, states, batch)
         losses.append(loss)
         probabilities.append(probability)
@@ -75,7 +80,7 @@ def score_samples(
     return SampleScores(
         loss=torch.cat(losses)[: len(samples)].numpy(),
         probability=torch.cat(probabilities)[: len(samples)].numpy(),
-        tokens=np.array([len(sample) for sample in samples], dtype=np.int64),
+        tokens=np.array([len(s) - start for s, start in zip(samples, starts, strict=True)]),
     )
 
 

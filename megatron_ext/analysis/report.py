@@ -88,7 +88,8 @@ def _verdict(inputs: Inputs) -> str:
     lead = (
         "Every sentence is computed from the numbers below. A change is claimed only where its 95% interval, "
         "in brackets, leaves no change out, and of a score only beyond its noise, 1.96 standard errors of "
-        "the difference. Changes of perplexity are of the geometric mean over samples."
+        "the difference, and between scores made alike. Changes of perplexity are of the geometric mean over "
+        "samples."
     )
     return html.section("What was measured", html.paragraph(lead, soft=True), *parts)
 

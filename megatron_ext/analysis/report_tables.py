@@ -32,7 +32,7 @@ def score_section(own: Mapping[str, Mapping[str, Score]]) -> str:
     for title, benchmarks in (
         ("Knowledge and skills, percent", (*KNOWLEDGE, AVERAGE)),
         ("Following instructions, percent; MT-Bench 1 to 10", CHAT),
-        ("Other tasks, percent", tuple(others)),
+        ("Other tasks, percent where no other metric is named", tuple(others)),
     ):
         rows = [
             (name, *_cells(with_average(scores), benchmarks))

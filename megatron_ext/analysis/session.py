@@ -51,12 +51,15 @@ class Session:
     Attributes:
         args: Megatron's validated arguments.
         options: the tool's own.
+        eod: id of the token that ends documents.
+        bos: id of the one with which the tokenizer may begin them; ``None`` if it has none.
     """
 
     args: Namespace
     options: Namespace
     model_config: Any
     eod: int
+    bos: int | None = None
 
     @property
     def is_writer(self) -> bool:
@@ -92,7 +95,7 @@ class Session:
         model, report = self._open_model(directory)
         report["sets"] = {}
         for name, samples in drawn.items():
-            scores = score_samples(model, samples, args=self.args, eod=self.eod)
+            scores = score_samples(model, samples, args=self.args, eod=self.eod, bos=self.bos)
             if scores is not None:
                 _check_finite(scores.loss, directory, name)
                 report["sets"][name] = {
@@ -121,7 +124,7 @@ class Session:
         model, report = self._open_model(directory)
         found = {}
         for name, samples in drawn.items():
-            embedded = embed_samples(model, samples, args=self.args, eod=self.eod)
+            embedded = embed_samples(model, samples, args=self.args, eod=self.eod, bos=self.bos)
             if embedded is not None:
                 found[name] = embedded
         return report, found
@@ -215,7 +218,10 @@ def open_session(
         model_config = model_config_from_args(args)
         loop.initialize_megatron()
     try:
-        yield Session(args, options, model_config, eod=get_tokenizer().eod)
+        tokenizer = get_tokenizer()
+        # A tokenizer of numbers lacks the attribute.
+        bos = getattr(tokenizer, "bos", None)
+        yield Session(args, options, model_config, eod=tokenizer.eod, bos=bos)
     finally:
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()

@@ -1,12 +1,13 @@
 """What was measured, in sentences: what shifted, what unlearning took back, and what got worse.
 
 A sentence claims a change only if its 95% interval leaves no change out, and none of a score whose noise is
-not known. It says nothing that was not measured, and nothing about other data than the samples that were
-scored.
+not known, or that was made under other conditions. It says nothing that was not measured, and nothing about
+other data than the samples that were scored.
 """
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -20,6 +21,8 @@ from megatron_ext.analysis.token_report import structural_tokens
 
 # Accuracy of the classifier from which on sets are called apart, and up to which they are called mixed.
 _APART, _MIXED = 0.9, 0.6
+# Characters of a setting that a sentence shows.
+_SHOWN = 60
 
 
 @dataclass(frozen=True)
@@ -193,11 +196,36 @@ def _score_finding(benchmark: str, before: Score, after: Score, name: str) -> Fi
     unread = before.unparsable + after.unparsable
     if unread:
         text += f", without {unread} verdicts of the judge that could not be read"
+    if others := _differences(before.conditions, after.conditions):
+        unlike = f"made under other conditions, so the change is not the model's alone: {others}"
+        return Finding("note", "not comparable", f"{text}; {unlike}.")
     if before.error is None or after.error is None:
         unknown = "the noise of this score is not known, so neither is what the change says"
         return Finding("note", "noise not known", f"{text}; {unknown}.")
     half = 1.96 * math.hypot(before.error, after.error)
     if abs(change) <= half:
         return Finding("note", "no change", f"{text}, within the noise of ±{half:.2f}.")
-    kind = "better" if change > 0 else "worse"
-    return Finding(kind, f"got {kind}", f"{text}, beyond the noise of ±{half:.2f}.")
+    text += f", beyond the noise of ±{half:.2f}"
+    higher = after.higher_is_better
+    if higher is None or before.higher_is_better is not higher:
+        return Finding("note", "changed", f"{text}; whether more of it is better is not known.")
+    kind = "better" if (change > 0) == higher else "worse"
+    return Finding(kind, f"got {kind}", f"{text}{'' if higher else '; less of it is better'}.")
+
+
+def _differences(before: Mapping[str, Any], after: Mapping[str, Any]) -> str:
+    """What two scores were not made alike in; empty if they were, as far as their files say."""
+    names = dict.fromkeys((*before, *after))
+    unlike = [name for name in names if before.get(name) != after.get(name)]
+    return "; ".join(
+        f"{name} {_setting(before.get(name))} before, {_setting(after.get(name))} after"
+        for name in unlike
+    )
+
+
+def _setting(value: Any) -> str:
+    """A value of a flag; of a digest or a list no more than tells it from others at a glance."""
+    if value is None or value is True:
+        return "given" if value else "not given"
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= _SHOWN else f"{text[: _SHOWN - 1]}…"

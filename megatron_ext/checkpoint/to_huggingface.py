@@ -6,6 +6,7 @@ The peak is one safetensors file and one stored tensor.
 from __future__ import annotations
 
 import dataclasses
+import json
 import logging
 import tempfile
 from collections.abc import Iterator
@@ -264,8 +265,20 @@ def _write_config(
         setattr(config, field, value)
     config.dtype, config.architectures = dtype, [model.family.architecture]
     config.save_pretrained(folder)
+    _add_old_keys(folder / CONFIG)
     if not (folder / GENERATION).is_file():
         GenerationConfig.from_model_config(config).save_pretrained(folder)
+
+
+def _add_old_keys(path: Path) -> None:
+    """Say again what `transformers` before 5 reads elsewhere, where it would take its defaults in silence."""
+    fields = json.loads(path.read_text(encoding="utf-8"))
+    rope = dict(fields["rope_parameters"])
+    fields["rope_theta"] = rope.pop("rope_theta")
+    if rope.get("rope_type", "default") != "default":
+        fields["rope_scaling"] = rope
+    fields["torch_dtype"] = fields["dtype"]
+    path.write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def _config_of_tokenizer(folder: Path, family: Family) -> PreTrainedConfig:

@@ -8,10 +8,15 @@ prompt ends before the answer exists. With segments the tokens of a prompt are a
 training, token for token, as long as both come from `ChatTemplate.encode`; another engine that tokenises
 the text of `render` in one piece gives the same for a first answer, and may differ at the start of an
 earlier answer in the history.
+
+All this needs a template under which a conversation only grows. Models that were tuned elsewhere bring
+others, which move the system's text to the last question or drop earlier thoughts. They can be asked, with
+prompts in one piece, and not be tuned on.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,6 +28,8 @@ from megatron_ext.data.chat_environment import environment
 from megatron_ext.data.special_text import special_text
 from megatron_ext.data.tokenizers import TokenizerSpec
 from megatron_ext.exceptions import ConfigError, DataError
+
+logger = logging.getLogger(__name__)
 
 TEMPLATE_FILE = "chat_template.jinja"
 # Plain text, no newline: any tokenizer has pieces for it, also those that turn newlines into spaces.
@@ -49,24 +56,40 @@ class ChatTemplate:
         source: the template; it sees what it sees in ``transformers`` (of a SentencePiece model, the special
             tokens BOS and EOS), but no clock, so that text does not change with the day.
         tokenizer: type and model of the tokenizer.
+        origin: where the template is from, for messages.
 
     Attributes:
         source: the template.
+        origin: where it is from.
         end_of_turn: id of the token that ends an assistant's answer.
 
     Raises:
-        ConfigError: the template has an error, or does not tell answers from prompts (see `encode`).
+        ConfigError: the template has an error, or answers in its text have no end.
     """
 
-    def __init__(self, source: str, tokenizer: TokenizerSpec) -> None:
-        self.source = source
+    def __init__(self, source: str, tokenizer: TokenizerSpec, *, origin: str = "one") -> None:
+        self.source, self.origin = source, origin
         self._text = special_text(tokenizer)
+        self._told = False
+        question, answer = _PROBE[:2]
         try:
             self._template = environment().from_string(source)
-            ids, mask = self.encode(_PROBE)
+            # One turn, and no prompt before it: what a template does to earlier turns is none of its end.
+            turn = self._answer(self._render([question, answer], False), answer["content"])
         except (jinja2.TemplateError, DataError) as error:
             raise ConfigError(f"--chat-template: {error}") from error
-        self.end_of_turn = [i for i, written in zip(ids, mask, strict=True) if written][-1]
+        self.end_of_turn = self._text.encode(turn)[-1]
+
+    def check_tuning(self) -> None:
+        """Refuse a template whose prompts at inference could not be those that were tuned on.
+
+        Raises:
+            ConfigError: it rewrites earlier turns, or does not tell answers from prompts (see `encode`).
+        """
+        try:
+            self.encode(_PROBE)
+        except DataError as error:
+            raise ConfigError(f"--chat-template: {error}") from error
 
     @property
     def eod_id(self) -> int:
@@ -96,7 +119,8 @@ class ChatTemplate:
         """The tokens of a conversation, and which of them the model writes.
 
         The tokens of ``messages[:i]`` with a generation prompt are the first tokens of ``messages[:i + 1]``
-        wherever turn ``i`` is the assistant's.
+        wherever turn ``i`` is the assistant's. If a template does not allow for that, a prompt for an answer
+        is tokenised in one piece, with a warning, and anything else is refused.
 
         Args:
             messages: the turns.
@@ -112,7 +136,7 @@ class ChatTemplate:
         """
         ids: list[int] = []
         mask: list[int] = []
-        for text, written in self._segments(messages, add_generation_prompt):
+        for text, written in self._texts(messages, add_generation_prompt):
             new = self._text.encode(text)
             ids.extend(new)
             mask.extend([written] * len(new))
@@ -139,6 +163,26 @@ class ChatTemplate:
         """Tokens that the tokenizer does not read from text, by what stands for them in `pieces`."""
         return self._text.special_ids
 
+    def _texts(
+        self, messages: Sequence[Message], add_generation_prompt: bool
+    ) -> list[tuple[str, int]]:
+        """The segments, or the whole of a prompt that has none."""
+        try:
+            return list(self._segments(messages, add_generation_prompt))
+        except DataError:
+            if not add_generation_prompt:
+                raise
+        self._refuse_special(messages)
+        whole = self._render(messages, True)
+        if not self._told:
+            self._told = True
+            logger.warning(
+                "--chat-template: %s rewrites earlier turns; prompts that it does so in are rendered and "
+                "tokenised in one piece, as by other engines",
+                self.origin,
+            )
+        return [(whole, 0)]
+
     def _segments(
         self, messages: Sequence[Message], add_generation_prompt: bool
     ) -> Iterator[tuple[str, int]]:
@@ -148,12 +192,21 @@ class ChatTemplate:
         for index, message in enumerate(messages):
             if message["role"] == "assistant":
                 prompt = self._render(messages[:index], True)
-                yield _after(done, prompt), 0
-                turn = _after(prompt, self._render(messages[: index + 1], False))
+                yield self._after(done, prompt), 0
+                turn = self._after(prompt, self._render(messages[: index + 1], False))
                 answer = self._answer(turn, message["content"])
                 yield answer, 1
                 done = prompt + answer
-        yield _after(done, self._render(messages, add_generation_prompt)), 0
+        yield self._after(done, self._render(messages, add_generation_prompt)), 0
+
+    def _after(self, start: str, text: str) -> str:
+        if not text.startswith(start):
+            raise DataError(
+                "expected a chat template under which each turn only adds to the text before it (the prompt "
+                f"at inference must be what was trained on), found {self.origin}, which rewrites earlier "
+                "turns; --chat-template FILE names another"
+            )
+        return text[len(start) :]
 
     def without_special(self, text: str) -> str:
         """A text as the content of a message may be: what spells a special token is left out."""
@@ -205,14 +258,17 @@ def load_template(tokenizer: TokenizerSpec, *, path: str | Path | None = None) -
         path: a Jinja file, or a checkpoint directory of a chat run, which holds one.
 
     Raises:
-        ConfigError: the file is missing, or the template cannot be used.
+        ConfigError: the file is missing, or the template cannot be used. Whether it can be tuned on is for
+            `ChatTemplate.check_tuning` to say.
     """
     if path is not None:
         file = Path(path) / TEMPLATE_FILE if Path(path).is_dir() else Path(path)
         if not file.is_file():
             raise ConfigError(f"--chat-template: expected a Jinja file, found nothing at {file}")
-        return ChatTemplate(file.read_text(encoding="utf-8"), tokenizer)
-    return ChatTemplate(special_text(tokenizer).template or BUILT_IN, tokenizer)
+        return ChatTemplate(file.read_text(encoding="utf-8"), tokenizer, origin=str(file))
+    own = special_text(tokenizer).template
+    origin = "the tokenizer's own" if own else "the built-in one"
+    return ChatTemplate(own or BUILT_IN, tokenizer, origin=origin)
 
 
 def _places(part: str, text: str) -> Iterator[int]:
@@ -221,12 +277,3 @@ def _places(part: str, text: str) -> Iterator[int]:
     while place >= 0:
         yield place
         place = text.find(part, place + 1)
-
-
-def _after(start: str, text: str) -> str:
-    if not text.startswith(start):
-        raise DataError(
-            "expected a chat template under which each turn only adds to the text before it (the prompt "
-            "at inference must be what was trained on); this one rewrites earlier turns"
-        )
-    return text[len(start) :]

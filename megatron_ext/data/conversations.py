@@ -28,12 +28,14 @@ class ConversationFormat:
     Attributes:
         template: the chat template.
         name: where it is from: the name of a file or folder, ``tokenizer``, or ``built-in``.
+        origin: the same, for messages.
         tokenizer: the tokenizer, which adds no tokens to a text.
         shapes: shape of the records of each file.
     """
 
     template: str
     name: str
+    origin: str
     tokenizer: TokenizerSpec
     shapes: Mapping[str, Shape]
 
@@ -69,6 +71,7 @@ def find_format(
                 f"found {path} ({kind})"
             )
     loaded = load_template(tokenizer, path=template)
+    loaded.check_tuning()
     name = "built-in" if loaded.source == BUILT_IN else "tokenizer"
     if template is not None:
         name = Path(template).resolve().name
@@ -81,7 +84,9 @@ def find_format(
                 shapes[str(path)] = shape_of(first[1], f"{path}:{first[0]}")
             if first is not None or block.kind != "jsonl":
                 break
-    return ConversationFormat(template=loaded.source, name=name, tokenizer=tokenizer, shapes=shapes)
+    return ConversationFormat(
+        template=loaded.source, name=name, origin=loaded.origin, tokenizer=tokenizer, shapes=shapes
+    )
 
 
 class ConversationParser:
@@ -95,7 +100,7 @@ class ConversationParser:
     """
 
     def __init__(self, found: ConversationFormat) -> None:
-        self._template = ChatTemplate(found.template, found.tokenizer)
+        self._template = ChatTemplate(found.template, found.tokenizer, origin=found.origin)
         self._shapes = found.shapes
         self.special_ids = self._template.special_ids
 

@@ -5,14 +5,19 @@ from __future__ import annotations
 import contextlib
 from argparse import ArgumentParser, Namespace
 from collections.abc import Iterator
+from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from megatron_ext.data.chat_template import TEMPLATE_FILE
+from megatron_ext.data.chat_template import TEMPLATE_FILE, ChatTemplate
 from megatron_ext.data.tokenizers import TOKENIZER_TYPES, TokenizerSpec
 from megatron_ext.evaluation.completion import Codec, Generator
 from megatron_ext.evaluation.sampling import Sampling
 from megatron_ext.exceptions import ConfigError
 from megatron_ext.runtime import collector
+
+if TYPE_CHECKING:
+    from megatron_ext.checkpoint.inspect import Checkpoint
 
 
 def add_model_arguments(parser: ArgumentParser, *, required: bool = True) -> None:
@@ -133,6 +138,33 @@ def _huggingface(options: Namespace, template: Path | None) -> Iterator[tuple[Ge
     )
 
 
+class _TunedCodec(Codec):
+    """A codec with the template that a checkpoint records, where no file of it is beside the checkpoint.
+
+    Args:
+        spec: the tokenizer of the model.
+        source: the template.
+        origin: where it is from, for messages.
+    """
+
+    def __init__(self, spec: TokenizerSpec, *, source: str, origin: str) -> None:
+        super().__init__(spec)
+        self._source, self._origin = source, origin
+
+    @cached_property
+    def template(self) -> ChatTemplate:
+        """The chat template."""
+        return ChatTemplate(self._source, self._spec, origin=self._origin)
+
+
+def _codec(spec: TokenizerSpec, template: Path | None, checkpoint: Checkpoint) -> Codec:
+    """With the template that is given or kept, else the one that the model was tuned with."""
+    recorded = getattr(checkpoint.args, "tuned_chat_template", None)
+    if template is not None or recorded is None:
+        return Codec(spec, template=template)
+    return _TunedCodec(spec, source=recorded, origin=f"the one that {checkpoint.path} records")
+
+
 @contextlib.contextmanager
 def _megatron(options: Namespace, template: Path | None) -> Iterator[tuple[Generator, Codec]]:
     with collector.paused():
@@ -149,7 +181,7 @@ def _megatron(options: Namespace, template: Path | None) -> Iterator[tuple[Gener
     kind, tokenizer = choose_tokenizer(options, checkpoint)
     spec = TokenizerSpec(tokenizer_type=kind, tokenizer_model=tokenizer)
     try:
-        codec = Codec(spec, template=template)
+        codec = _codec(spec, template, checkpoint)
     except ConfigError as error:
         if options.tokenizer_model is not None or Path(spec.tokenizer_model).exists():
             raise

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from megatron.core.datasets.indexed_dataset import IndexedDataset
+from tokenizers import processors
 
 from tests.helpers import llama, naive_gpt
 from tests.helpers.entry import ROOT, Launch
@@ -90,8 +91,13 @@ def test_another_tokenizer_is_refused(tiny, tmp_path):
 
 
 def test_of_an_imported_model(tiny, server, tmp_path):
-    """A user's own model and tokenizer, against `transformers`."""
+    """A user's own model and tokenizer, which begins texts with a token, against `transformers`."""
     model = llama.save(tmp_path / "model")
+    tokenizer = llama.tokenizer()
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", 0)]
+    )
+    tokenizer.save_pretrained(model)
     (tmp_path / "text.jsonl").write_text(
         "".join(
             json.dumps({"text": f"Question {i}: {i} + {i + 3}?\nAnswer."}) + "\n" for i in range(20)
@@ -134,6 +140,8 @@ def test_of_an_imported_model(tiny, server, tmp_path):
         inputs = torch.cat((torch.tensor([llama.config().eos_token_id]), tokens[:-1]))[None]
         with torch.no_grad():
             z = llama.model()(inputs).logits[0]
-        expected.append(torch.nn.functional.cross_entropy(z, tokens).item())
+        assert tokens[0] == llama.config().bos_token_id  # read, and not scored
+        expected.append(torch.nn.functional.cross_entropy(z[1:], tokens[1:]).item())
     assert len(documents) == 20
+    assert scored["sets"]["own"]["tokens"] == [len(document) - 1 for document in documents]
     np.testing.assert_allclose(scored["sets"]["own"]["loss"], expected, rtol=2e-5)

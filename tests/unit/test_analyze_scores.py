@@ -69,3 +69,108 @@ def test_a_judge_tells_models_apart_beyond_the_noise_of_its_questions():
     assert kind(5.43, 6.10, 0.2) == "better"
     assert kind(5.43, 4.80, 0.2) == "worse"
     assert kind(5.43, 5.90, 0.2) == "note"  # beyond one score's noise, not beyond both
+
+
+def change(before, after):
+    """What is said of two files of one benchmark."""
+    found = [read_scores(file, name="x") for file in (before, after)]
+    ((finding),) = score_findings(
+        dict(zip(("synth", "unlearn"), found, strict=True)), Roles("synth", ["unlearn"])
+    )
+    return finding
+
+
+def task(metrics, **file):
+    return {"results": {"x": metrics | {"alias": "x"}}} | file
+
+
+@pytest.mark.parametrize(
+    ("told", "kinds"),
+    [(True, ("better", "worse")), (False, ("worse", "better")), (None, ("note", "note"))],
+)
+def test_what_is_better_is_as_the_harness_says(told, kinds):
+    told = {"higher_is_better": {"x": {"likelihood_diff": told}}}
+    low, high = (
+        task({"likelihood_diff,none": value, "likelihood_diff_stderr,none": 0.1}, **told)
+        for value in (3.0, 5.0)
+    )
+    up, down = change(low, high), change(high, low)
+    assert (up.kind, down.kind) == kinds
+    assert "x (likelihood_diff): 3.00 before, 5.00 after (+2.00)" in up.text
+    assert up.text.endswith("less of it is better.") == (kinds[0] == "worse")
+    if kinds[0] == "note":
+        assert (up.label, down.label) == ("changed", "changed")
+        assert "whether more of it is better is not known" in up.text
+
+
+def test_only_rates_are_percent():
+    score = read_scores(task({"word_perplexity,none": 12.3, "byte_perplexity,none": 1.7}), name="x")
+    assert score == {"x (word_perplexity)": Score(12.3, higher_is_better=None)}
+    for metric in ("acc", "acc_norm", "exact_match", "pass@10", "prompt_level_loose_acc"):
+        assert read_scores(task({f"{metric},none": 0.25}), name="x") == {"x": Score(25.0)}
+
+
+def rated(mean, **file):
+    score = {"mean": mean, "error": 0.1, "unparsable": 0}
+    return {"benchmark": "mt-bench", "scores": {"all": score}} | file
+
+
+ANSWERS = {"model": "a", "model_path": "p", "tokenizer_model": "t", "chat_template": "c", "seed": 1}
+ANSWERS |= {"max_new_tokens": 1024, "temperature": {"maths": 0.0}, "questions": "1f" * 32}
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "unlike"),
+    [
+        ({"judge": {"model": "J"}}, {"judge": {"model": "K"}}, "--judge-model J before, K after"),
+        ({"language": "en"}, {"language": "zh"}, "--language en before, zh after"),
+        (
+            {"answers": ANSWERS},
+            {"answers": ANSWERS | {"max_new_tokens": 64}},
+            "--max-new-tokens 1024 before, 64 after",
+        ),
+        (
+            {"constraint_types": {"style": {}}},
+            {"constraint_types": {"style": {}, "format": {}}},
+            '--constraint-types ["style"] before, ["format", "style"] after',
+        ),
+    ],
+)
+def test_verdicts_made_under_other_conditions_are_not_compared(before, after, unlike):
+    finding = change(rated(4.0, **before), rated(6.0, **after))
+    assert (finding.kind, finding.label) == ("note", "not comparable")
+    assert finding.text.endswith(f"the change is not the model's alone: {unlike}.")
+    assert change(rated(4.0, **before), rated(6.0, **before)).kind == "better"
+
+
+def test_another_model_is_no_other_condition():
+    others = dict.fromkeys(("model", "model_path", "tokenizer_model", "chat_template"), 2)
+    own = ANSWERS | others | {"seed": 2}
+    assert change(rated(4.0, answers=ANSWERS), rated(6.0, answers=own)).kind == "better"
+
+
+@pytest.mark.parametrize(
+    ("unlike", "text"),
+    [
+        ({"settings": {"limit": 100}}, "--limit not given before, 100 after"),
+        ({"settings": {"num_fewshot": 0}}, "--num-fewshot not given before, 0 after"),
+        ({"n-shot": {"x": 5}}, "--num-fewshot not given before, 5 after"),
+        ({"n-shot": {"a": 5, "b": 4}}, "--num-fewshot not given before, [4, 5] after"),
+        (
+            {"settings": {"apply_chat_template": True}},
+            "--apply-chat-template not given before, given",
+        ),
+        ({"versions": {"x": 2}}, "version of the task not given before, 2 after"),
+    ],
+)
+def test_tasks_asked_in_another_way_are_not_compared(unlike, text):
+    settings = {"limit": None, "num_fewshot": None, "apply_chat_template": False, "seed": 1}
+    groups = {"group_subtasks": {"x": ["part"], "part": ["a", "b"]}}
+    low, high = ({"acc,none": value, "acc_stderr,none": 0.01} for value in (0.2, 0.6))
+    finding = change(task(low, settings=settings, **groups), task(high, **groups | unlike))
+    assert (finding.kind, finding.label) == ("note", "not comparable")
+    assert text in finding.text
+    alike = [
+        task(metrics, settings=settings | {"seed": n}) for n, metrics in enumerate((low, high))
+    ]
+    assert change(*alike).kind == "better"

@@ -227,7 +227,7 @@ BAD = {
 @pytest.mark.parametrize("source", BAD)
 def test_a_template_that_cannot_be_masked_is_refused(sentencepiece_spec, source):
     with pytest.raises(ConfigError, match=f"--chat-template: .*{BAD[source]}"):
-        ChatTemplate(source, sentencepiece_spec)
+        ChatTemplate(source, sentencepiece_spec).check_tuning()
 
 
 def test_the_answer_may_occur_in_the_template_itself(huggingface_spec):

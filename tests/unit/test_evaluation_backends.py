@@ -6,12 +6,14 @@ from pathlib import Path
 import pytest
 
 from megatron_ext.checkpoint import inspect, named
+from megatron_ext.checkpoint.own_tokenizer import tokenizer_spec
 from megatron_ext.checkpoint.to_huggingface import _kept
 from megatron_ext.data.chat_template import TEMPLATE_FILE
 from megatron_ext.evaluation import backends
 from megatron_ext.evaluation.backends import add_model_arguments, open_generator
 from megatron_ext.exceptions import ConfigError
 from megatron_ext.runtime import compat
+from tests.helpers import llama
 
 
 def refused(*words):
@@ -64,6 +66,25 @@ def test_a_tokenizer_that_was_moved_is_told_from_one_that_was_named(checkpoint, 
     )
     other = refused(*words, "--tokenizer-model", "other.model")
     assert other == "--tokenizer-model other.model: no such file"
+
+
+def test_a_copied_iteration_has_the_template_that_its_arguments_record(tmp_path, caplog):
+    llama.tokenizer().save_pretrained(tmp_path)
+    spec, recorded = tokenizer_spec(tmp_path), "{{ messages[-1].content }}</s>"
+    path = tmp_path / "iter_0000005"
+    tuned, plain = (
+        inspect.Checkpoint(tmp_path, 5, path, Namespace(tuned_chat_template=source))
+        for source in (recorded, None)
+    )
+    template = backends._codec(spec, None, tuned).template
+    assert (template.source, template.origin) == (recorded, f"the one that {path} records")
+    assert backends._codec(spec, None, plain).template.source == llama.CHAT_TEMPLATE
+    (tmp_path / "given.jinja").write_text(
+        "{{ messages[0].content }}</s>{{ messages[-1].content }}</s>"
+    )
+    found = backends._codec(spec, tmp_path / "given.jinja", tuned).template
+    assert found.source.startswith("{{ messages[0]")
+    assert not caplog.messages
 
 
 def test_an_export_says_where_the_tokenizer_was(checkpoint):
