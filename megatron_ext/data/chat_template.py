@@ -228,6 +228,8 @@ class ChatTemplate:
         """The part of a turn that the model writes: up to and with the token that ends it."""
         # Templates may trim a text and put something before it; the text may happen to occur in that.
         text = content.strip()
+        if not text and (first := self._text.special.search(turn)):
+            return turn[: first.end()]  # an empty text is in every place, also behind that token
         starts = list(_places(text, turn))
         inside = {i for token in self._text.special.finditer(turn) for i in range(*token.span())}
         starts = [start for start in starts if start not in inside]

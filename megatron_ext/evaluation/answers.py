@@ -25,6 +25,8 @@ logger = logging.getLogger(__name__)
 
 Settings = dict[str, Any]
 
+# Further tokens that end an answer; no flag's, but a file's of the model.
+STOPS = "eos_token_id"
 # Said of a file of answers, and not what they depend on.
 _DIGEST, _PATH = "answers_sha256", "model_path"
 # Characters of a value that a message shows.
@@ -42,12 +44,18 @@ def digest(value: Any) -> str:
 
 
 def model_settings(generator: Generator, codec: Codec) -> Settings:
-    """Settings that only a model that was loaded tells, by flag."""
-    return {
+    """Settings that only a model that was loaded tells, by flag.
+
+    Tokenizer and template tell the tokens that end an answer. Those that the model's files declare are told
+    only where there are others: answers of models without any stay what they were.
+    """
+    found: Settings = {
         "model": generator.identity,
         "tokenizer_model": codec.digest,
         "chat_template": codec.template.source,
     }
+    more = codec.declared - {codec.eod, codec.template.end_of_turn}
+    return found | ({STOPS: sorted(more)} if more else {})
 
 
 def write_answers(
@@ -148,7 +156,7 @@ def common_settings(files: Sequence[Path], *, questions: str) -> Settings | None
 
 
 def _flag(key: str) -> str:
-    return f"--{key.replace('_', '-')}"
+    return key if key == STOPS else f"--{key.replace('_', '-')}"
 
 
 def _shown(value: Any) -> str:

@@ -20,6 +20,7 @@ from megatron_ext.data.tokenizers import (
     build_reference,
     tokenizer_digest,
 )
+from megatron_ext.evaluation.declared_stops import declared_stops
 from megatron_ext.evaluation.journal import Journal
 from megatron_ext.evaluation.sampling import Request, Sampling, Scored
 from megatron_ext.exceptions import ConfigError
@@ -74,6 +75,11 @@ class Codec:
         spec: the tokenizer of the model.
         template: chat template: a file, a directory that holds one, or the tokenizer's own.
 
+    Attributes:
+        vocab_size: tokens that there are.
+        eod: the token that ends a document.
+        declared: tokens of the vocabulary that the files beside the tokenizer call ends of a text.
+
     Raises:
         ConfigError: the tokenizer cannot be used.
     """
@@ -85,6 +91,7 @@ class Codec:
         if self._tokenizer.eod_id is None:
             raise ConfigError("--tokenizer-model: expected an end-of-document token, found none")
         self.eod = self._tokenizer.eod_id
+        self.declared = frozenset(i for i in declared_stops(spec) if 0 <= i < self.vocab_size)
 
     @cached_property
     def digest(self) -> str:
@@ -114,7 +121,7 @@ class Codec:
 
     def stops(self, *, chat: bool) -> frozenset[int]:
         """Tokens that end a document, or an answer in a conversation."""
-        return frozenset([self.eod, self.template.end_of_turn] if chat else [self.eod])
+        return self.declared | {self.eod, *([self.template.end_of_turn] if chat else [])}
 
     def encode(self, text: str, *, special: bool = True) -> list[int]:
         """Tokens of a text, as preprocessing makes them, but for what ends a document: a text goes on.

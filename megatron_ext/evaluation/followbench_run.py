@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from argparse import ArgumentParser, Namespace
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +27,18 @@ from megatron_ext.evaluation.completion import complete_all
 from megatron_ext.evaluation.errors import aligned, with_error
 from megatron_ext.evaluation.followbench_data import KINDS, LEVELS, Checkout, Question
 from megatron_ext.evaluation.journal import Journal, kept_from_before
-from megatron_ext.evaluation.judge import Judge, add_judge_arguments, ask_all
-from megatron_ext.evaluation.judged import add_common_arguments, check_common, publish
-from megatron_ext.evaluation.records import open_journal, read_records, write_records
+from megatron_ext.evaluation.judge import Judge, Said, add_judge_arguments, ask_all
+from megatron_ext.evaluation.judged import (
+    add_common_arguments,
+    check_common,
+    cut_note,
+    judge_settings,
+    log_reused,
+    publish,
+    stored,
+    take_place,
+)
+from megatron_ext.evaluation.records import Record, open_journal, read_records, write_records
 
 logger = logging.getLogger(__name__)
 
@@ -115,9 +124,10 @@ def _judge(
     prompts = {
         kind: bench.judge_prompts(checkout, questions[kind], answers[kind]) for kind in questions
     }
-    texts = _verdict_texts(options, judge, prompts)
+    said = _said(options, judge, questions, prompts)
+    texts = {key: one.verdict for key, one in said.items()}
     kinds = {
-        kind: bench.score(bench.verdicts(checkout, questions[kind], answers[kind], texts[kind]))
+        kind: bench.score(bench.verdicts(checkout, questions[kind], answers[kind], texts))
         for kind in questions
     }
     results: dict[str, Any] = {
@@ -125,48 +135,72 @@ def _judge(
         "model": name,
         "language": options.language,
         "answers": made_with,
-        "judge": {"url": judge.url, "model": judge.model},
+        "judge": judge_settings(judge, said.values()),
         "constraint_types": kinds,
         "summary": bench.summarise(kinds),
     }
     publish(results, report(results), output / f"followbench-{name}.json")
 
 
-def _verdict_texts(
-    options: Namespace, judge: Judge, prompts: Mapping[str, Mapping[str, list[Message]]]
-) -> dict[str, dict[str, str]]:
-    """The judge's texts by constraint type and question; asked again where prompt or judge is another."""
-    judged = [kind for kind in prompts if prompts[kind]]  # rules check all examples
-    files = {kind: bench.verdict_file(options.output_dir, options.name, kind) for kind in judged}
-    known = {
-        line["prompt_new"]: line["choices"][0]["message"]["content"]
-        for file in files.values()
-        if file.exists()
-        for line in read_records(file)
-        if line.get("judge") == judge.model
-    }
+def _said(
+    options: Namespace,
+    judge: Judge,
+    questions: Mapping[str, Sequence[Question]],
+    prompts: Mapping[str, Mapping[str, list[Message]]],
+) -> dict[str, Said]:
+    """What the judge says by question; asked where prompt or judge is another, or nothing was understood."""
+    known = _known(options, judge, questions, prompts)
     flat = {key: messages for kind in prompts.values() for key, messages in kind.items()}
-    todo = {key: m for key, m in flat.items() if m[0]["content"] not in known}
+    todo = {key: messages for key, messages in flat.items() if key not in known}
     settings = {"judge": judge.model, "url": judge.url, "prompts": flat}
     with Journal(
         options.output_dir / f"followbench-{options.name}-judge", settings=settings
     ) as kept:
-        asked = ask_all(judge, todo, journal=kept)
-        texts = {
-            kind: {
-                key: asked[key] if key in asked else known[messages[0]["content"]]
-                for key, messages in prompts[kind].items()
-            }
-            for kind in prompts
-        }
-        for kind, file in files.items():
-            lines = [
-                bench.record(messages[0]["content"], texts[kind][key]) | {"judge": judge.model}
-                for key, messages in prompts[kind].items()
-            ]
-            write_records(file, lines, overwrite=True)
+        said = known | ask_all(judge, todo, journal=kept)
+        for kind in KINDS:  # of one judge each, also if some are not judged now
+            file = bench.verdict_file(options.output_dir, options.name, kind)
+            found = read_records(file)[0].get("judge") if file.exists() else None
+            take_place(file, judge.model, found=found, output_dir=options.output_dir)
+            asked = prompts.get(kind, {})  # of none where rules check all examples
+            if lines := [_verdict(judge, m, said[key]) for key, m in asked.items()]:
+                write_records(file, lines, overwrite=True)
         kept.remove()
-    return texts
+    return said
+
+
+def _known(
+    options: Namespace,
+    judge: Judge,
+    questions: Mapping[str, Sequence[Question]],
+    prompts: Mapping[str, Mapping[str, list[Message]]],
+) -> dict[str, Said]:
+    """Verdicts of earlier runs: of this judge, on the same prompts, and such as can be parsed."""
+    known: dict[str, Said] = {}
+    for kind, asked in prompts.items():
+        place = bench.verdict_file(options.output_dir, options.name, kind)
+        file = stored(place, judge.model, output_dir=options.output_dir)
+        if not file.exists():
+            continue
+        texts = {
+            line["prompt_new"]: Said(line["choices"][0]["message"]["content"], line.get("cut_at"))
+            for line in read_records(file)
+            if line.get("judge") == judge.model
+        }
+        found = {
+            q.key: said
+            for q in questions[kind]
+            if q.key in asked and (said := texts.get(asked[q.key][0]["content"]))
+            if bench.parse_verdict(said.verdict, level=q.level) is not None
+        }
+        log_reused(len(found), len(asked), file)
+        known |= found
+    return known
+
+
+def _verdict(judge: Judge, messages: Sequence[Message], said: Said) -> Record:
+    """A line as the project writes it, with the judge and, if it was cut, the limit of tokens."""
+    cut = {} if said.cut_at is None else {"cut_at": said.cut_at}
+    return bench.record(messages[0]["content"], said.text) | {"judge": judge.model} | cut
 
 
 def report(results: Mapping[str, Any]) -> str:
@@ -187,7 +221,7 @@ def report(results: Mapping[str, Any]) -> str:
             for name, (low, high) in zip(_COLUMNS, ends, strict=True)
         )
         unparsable += f"; the means lie within {', '.join(shown)}"
-    lines.append(f"{unparsable}\n")
+    lines += [unparsable, *cut_note(results["judge"]), ""]
     ours = {results["model"]: (summary["ssr"]["mean"], summary["hsr"]["mean"], summary["csl"])}
     theirs = {model: (ssr, hsr, None) for model, (ssr, hsr, _) in paper.CHAT.items()}
     errors = (summary["ssr"]["error"], summary["hsr"]["error"], summary["csl_error"])

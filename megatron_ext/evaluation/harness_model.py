@@ -67,9 +67,16 @@ class HarnessModel(TemplateLM):
     def apply_chat_template(
         self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
     ) -> str:
-        """A conversation as text that `tok_encode` knows again."""
+        """A conversation as text that `tok_encode` knows again.
+
+        The harness asks for no generation prompt where a task begins the answer (``gen_prefix``): the last
+        turn, the assistant's, is then to be continued and has no end.
+        """
         cleaned = [turn | {"content": self._codec.clean(turn["content"])} for turn in chat_history]
-        return f"\ufdd4{json.dumps([cleaned, add_generation_prompt])}\ufdd5"
+        begun = ""
+        if not add_generation_prompt and cleaned and cleaned[-1]["role"] == "assistant":
+            begun, add_generation_prompt = cleaned.pop()["content"], True
+        return f"\ufdd4{json.dumps([cleaned, add_generation_prompt])}\ufdd5{begun}"
 
     def tok_encode(
         self, string: str, add_special_tokens: bool | None = None, **_: Any

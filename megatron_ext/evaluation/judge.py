@@ -17,7 +17,7 @@ import urllib.request
 from argparse import ArgumentParser, Namespace
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
 
@@ -31,6 +31,24 @@ logger = logging.getLogger(__name__)
 
 # Time-outs, conflicts, rate limits and faults of the server: another attempt may succeed.
 _PASSING = {408, 409, 425, 429, 500, 502, 503, 504, 529}
+
+
+@dataclass(frozen=True)
+class Said:
+    """What a judge said.
+
+    Attributes:
+        text: its words.
+        cut_at: the limit of tokens that ended them, where one did.
+    """
+
+    text: str
+    cut_at: int | None = None
+
+    @property
+    def verdict(self) -> str:
+        """What may be parsed: nothing of a text that was cut, for it ends with no conclusion."""
+        return self.text if self.cut_at is None else ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,11 +84,18 @@ class Judge:
                     f"--judge-{flag.replace('_', '-')}: expected at least 1, found {getattr(self, flag)}"
                 )
 
-    def ask(self, messages: Sequence[Message], *, given_up: threading.Event | None = None) -> str:
+    def ask(
+        self,
+        messages: Sequence[Message],
+        *,
+        key: str = "",
+        given_up: threading.Event | None = None,
+    ) -> Said:
         """The judge's answer at temperature 0.
 
         Args:
             messages: the prompt.
+            key: names the question in errors.
             given_up: once it is set, no further attempt is made.
 
         Raises:
@@ -84,26 +109,27 @@ class Judge:
             "temperature": 0,
             "max_tokens": self.max_tokens,
         }
-        problem = ""
+        problem, wanted = "", f"--judge-url {self.url}: expected a verdict of {self.model}"
+        if key:
+            wanted += f" on question {key!r}"
         for attempt in range(self.attempts):
             # Spread out, so that requests that failed together do not come back together.
             delay = self.wait * 2 ** (attempt - 1) * random.uniform(0.8, 1.2) if attempt else 0
             if given_up.wait(delay):
                 break
             try:
-                return _content(self._post(body))
+                text, is_cut = _content(self._post(body))
+                return Said(text, self.max_tokens if is_cut else None)
             except urllib.error.HTTPError as error:
                 problem = f"{error.code} {error.reason}: {_excerpt(error)}"
                 if error.code not in _PASSING:
-                    raise ConfigError(
-                        f"--judge-url {self.url}: expected a verdict of {self.model}, found {problem}"
-                    ) from error
+                    raise ConfigError(f"{wanted}, found {problem}") from error
             except (OSError, http.client.HTTPException, _NoVerdictError) as error:
                 problem = str(error) or type(error).__name__
             logger.info("judge: attempt %d of %d: %s", attempt + 1, self.attempts, problem)
         raise DataError(
-            f"--judge-url {self.url}: expected a verdict of {self.model}, found none in {self.attempts} "
-            f"attempts, the last: {problem}; finished verdicts are kept, the same command goes on"
+            f"{wanted}, found none in {self.attempts} attempts, the last: {problem}; finished verdicts are "
+            "kept, the same command goes on"
         )
 
     def _post(self, body: Mapping[str, Any]) -> bytes:
@@ -123,15 +149,18 @@ class _NoVerdictError(Exception):
     """An answer of another form."""
 
 
-def _content(data: bytes) -> str:
+def _content(data: bytes) -> tuple[str, bool]:
+    """The text of a chat completion, and whether the limit of tokens ended it."""
     try:
-        content = json.loads(data)["choices"][0]["message"]["content"]
+        choice = json.loads(data)["choices"][0]
+        content = choice["message"]["content"]
     except (ValueError, KeyError, IndexError, TypeError) as error:
         raise _NoVerdictError(f"expected a chat completion, found {data[:200]!r}") from error
     # A refusal has no content; it is a verdict that says nothing. Text that was cut in the middle of a
     # character may end with half of a pair, which no file can hold.
     text = content if isinstance(content, str) else ""
-    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return text, choice.get("finish_reason") == "length"
 
 
 def _excerpt(error: urllib.error.HTTPError) -> str:
@@ -143,8 +172,11 @@ def _excerpt(error: urllib.error.HTTPError) -> str:
 
 def ask_all(
     judge: Judge, prompts: Mapping[str, Sequence[Message]], *, journal: Journal
-) -> dict[str, str]:
-    """Ask for every verdict that the journal does not hold.
+) -> dict[str, Said]:
+    """Ask for every verdict that the journal does not hold, or holds only as a smaller limit cut it.
+
+    The limit is none of the journal's settings: what it did not cut is the same under any other, and one
+    that the judge's context has no room for can be lowered without asking for everything again.
 
     Args:
         judge: the endpoint.
@@ -152,24 +184,32 @@ def ask_all(
         journal: where verdicts are kept as they come.
 
     Returns:
-        The judge's texts by key, in the order of the prompts.
+        What the judge said by key, in the order of the prompts.
     """
-    todo = [key for key in prompts if key not in journal]
+    kept = {key: _said(journal[key]) for key in prompts if key in journal}
+    limit = judge.max_tokens
+    todo = [key for key in prompts if key not in kept or (kept[key].cut_at or limit) < limit]
     given_up = threading.Event()
     ask = partial(judge.ask, given_up=given_up)
     with journal.filling(prompts), ThreadPoolExecutor(max_workers=judge.parallel) as pool:
-        futures = {pool.submit(ask, prompts[key]): key for key in todo}
+        futures = {pool.submit(ask, prompts[key], key=key): key for key in todo}
         try:
             for future in tqdm(
                 as_completed(futures), total=len(todo), desc="verdicts", disable=None
             ):
-                journal.add(futures[future], future.result())
+                said = future.result()
+                journal.add(futures[future], said.text if said.cut_at is None else asdict(said))
         except BaseException:
             given_up.set()  # the executor waits for those that are on their way
             for future in futures:
                 future.cancel()
             raise
-    return {key: journal[key] for key in prompts}
+    return {key: _said(journal[key]) for key in prompts}
+
+
+def _said(kept: str | dict[str, Any]) -> Said:
+    """What a journal keeps; earlier versions kept texts alone."""
+    return Said(kept) if isinstance(kept, str) else Said(**kept)
 
 
 def add_judge_arguments(parser: ArgumentParser) -> None:
@@ -185,7 +225,12 @@ def add_judge_arguments(parser: ArgumentParser) -> None:
         metavar="NAME",
         help="environment variable that holds the API key, if one is needed",
     )
-    group.add_argument("--judge-max-tokens", type=int, default=Judge.max_tokens)
+    group.add_argument(
+        "--judge-max-tokens",
+        type=int,
+        default=Judge.max_tokens,
+        help="per verdict; one that needs more is cut and counts as unparsable",
+    )
     group.add_argument(
         "--judge-timeout", type=float, default=Judge.timeout, help="seconds per request"
     )

@@ -132,6 +132,9 @@ def requests(
         before: answers to the turns before it.
         codec: the model's tokenizer.
         base: settings but for the temperature, which follows from the category.
+
+    Raises:
+        DataError: the chat template refuses the turns; names the question.
     """
     found = []
     for question in questions:
@@ -143,7 +146,10 @@ def requests(
                 messages.append({"role": "assistant", "content": codec.clean(answers[turn])})
         temperature = TEMPERATURES.get(question.category, OTHER_TEMPERATURE)
         sampling = replace(base, temperature=temperature)
-        found.append(codec.chat(question.key(len(answers)), messages, sampling))
+        try:
+            found.append(codec.chat(question.key(len(answers)), messages, sampling))
+        except DataError as error:
+            raise DataError(f"question {question.id}, turn {len(answers) + 1}: {error}") from error
     return found
 
 

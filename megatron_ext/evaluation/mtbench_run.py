@@ -25,9 +25,16 @@ from megatron_ext.evaluation.backends import open_generator
 from megatron_ext.evaluation.completion import Codec, Generator, complete_all
 from megatron_ext.evaluation.errors import aligned, with_error
 from megatron_ext.evaluation.journal import Journal, kept_from_before
-from megatron_ext.evaluation.judge import Judge, add_judge_arguments, ask_all
-from megatron_ext.evaluation.judged import add_common_arguments, check_common, publish
-from megatron_ext.evaluation.records import open_journal, read_records, write_records
+from megatron_ext.evaluation.judge import Judge, Said, add_judge_arguments, ask_all
+from megatron_ext.evaluation.judged import (
+    add_common_arguments,
+    check_common,
+    cut_note,
+    judge_settings,
+    log_reused,
+    publish,
+)
+from megatron_ext.evaluation.records import Record, open_journal, read_records, write_records
 from megatron_ext.evaluation.sampling import Sampling
 from megatron_ext.exceptions import ConfigError
 
@@ -154,65 +161,93 @@ def _judge(
     """Ask for the verdicts that are not there, and score."""
     label = judge.model.replace("/", "_")
     file = options.output_dir / "model_judgment" / f"{label}_single.jsonl"
-    known = {
-        line["user_prompt"]: line["judgment"]
-        for line in _judgments(file)
-        if line["judge"][0] == judge.model
-    }
-    todo = {key: m for key, m in prompts.items() if m[-1]["content"] not in known}
+    known = _known(file, judge, prompts)
+    todo = {key: messages for key, messages in prompts.items() if key not in known}
     settings = {"judge": judge.model, "url": judge.url, "prompts": dict(prompts)}
     place = options.output_dir / f"mt-bench-{options.name}-judge"
     with Journal(place, settings=settings) as kept:
-        texts = known_texts(prompts, known) | ask_all(judge, todo, journal=kept)
+        asked = ask_all(judge, todo, journal=kept)
+        texts = {key: Said(line["judgment"]) for key, line in known.items()} | asked
         found = [
-            bench.Verdict(q, turn, bench.parse_rating(texts[q.key(turn)]))
+            bench.Verdict(q, turn, bench.parse_rating(texts[q.key(turn)].verdict))
             for q in questions
             for turn in range(len(q.turns))
         ]
         # Read again: the file is that of all models, and another may have been judged meanwhile.
         own = (options.name, judge.model)
         others = [line for line in _judgments(file) if (line["model"], line["judge"][0]) != own]
-        lines = [_judgment(options.name, judge, v, prompts, texts) for v in found]
+        lines = [
+            _judgment(options.name, judge, v, prompts[key], texts[key], known.get(key))
+            for v in found
+            for key in [v.question.key(v.turn)]
+        ]
         write_records(file, [*others, *lines], overwrite=True)
         kept.remove()
     results = {
         "benchmark": "mt-bench",
         "model": options.name,
         "answers": made_with,
-        "judge": {"url": judge.url, "model": judge.model},
+        "judge": judge_settings(judge, texts.values()),
         "scores": bench.score(found),
     }
     publish(results, report(results), options.output_dir / f"mt-bench-{options.name}.json")
 
 
-def _judgments(file: Path) -> list[dict[str, Any]]:
+def _judgments(file: Path) -> list[Record]:
     """Lines of earlier runs; judges whose names differ by a slash share a file."""
     return read_records(file) if file.exists() else []
 
 
-def known_texts(prompts: Mapping[str, list[Message]], known: Mapping[str, str]) -> dict[str, str]:
-    """Verdicts of an earlier run on the very same prompts."""
-    return {key: known[m[-1]["content"]] for key, m in prompts.items() if m[-1]["content"] in known}
+def _known(file: Path, judge: Judge, prompts: Mapping[str, Sequence[Message]]) -> dict[str, Record]:
+    """Lines of earlier runs by turn: of this judge, on the same messages, with a rating.
+
+    The project itself, and earlier versions, do not write the system prompt; it is taken for the same.
+    """
+    lines = {
+        (line.get("system_prompt"), line["user_prompt"]): line
+        for line in _judgments(file)
+        if line["judge"][0] == judge.model
+        if bench.parse_rating(Said(line["judgment"], line.get("cut_at")).verdict) is not None
+    }
+    found: dict[str, Record] = {}
+    unsure = 0
+    for key, (system, user) in prompts.items():
+        line = lines.get((system["content"], user["content"]))
+        if line is None and (line := lines.get((None, user["content"]))) is not None:
+            unsure += 1
+        if line is not None:
+            found[key] = line
+    note = f" ({unsure} of them without their system prompt, taken for the present one)"
+    log_reused(len(found), len(prompts), file, note if unsure else "")
+    return found
 
 
 def _judgment(
     model: str,
     judge: Judge,
     verdict: bench.Verdict,
-    prompts: Mapping[str, list[Message]],
-    texts: Mapping[str, str],
-) -> dict[str, Any]:
-    """A line as the project writes it; the score of what cannot be parsed is null, where it writes -1."""
-    key = verdict.question.key(verdict.turn)
-    return {
+    messages: Sequence[Message],
+    said: Said,
+    before: Record | None,
+) -> Record:
+    """A line as the project writes it, with the system prompt and, if it was cut, the limit of tokens.
+
+    The score of what cannot be parsed is null, where the project writes -1. What was known `before`, such as
+    the time, stays.
+    """
+    line = before or {
+        "system_prompt": messages[0]["content"],
+        "user_prompt": messages[-1]["content"],
+        "judgment": said.text,
+        "tstamp": time.time(),
+    }
+    cut = {} if said.cut_at is None else {"cut_at": said.cut_at}
+    return (line | cut) | {
         "question_id": verdict.question.id,
         "model": model,
         "judge": [judge.model, bench.prompt_name(verdict.question, verdict.turn)],
-        "user_prompt": prompts[key][-1]["content"],
-        "judgment": texts[key],
         "score": verdict.rating,
         "turn": verdict.turn + 1,
-        "tstamp": time.time(),
     }
 
 
@@ -235,7 +270,8 @@ def report(results: Mapping[str, Any]) -> str:
         lines.append(line.rstrip())
     total = scores["all"]
     lines.append("±: standard error over questions, whose turns are one observation each")
-    lines.append(f"unparsable verdicts: {total['unparsable']} of {total['verdicts']}\n")
+    lines.append(f"unparsable verdicts: {total['unparsable']} of {total['verdicts']}")
+    lines += [*cut_note(results["judge"]), ""]
     theirs = {model: (value,) for model, (_, _, value) in paper.CHAT.items()}
     ours, errors = {results["model"]: (total["mean"],)}, {results["model"]: (total["error"],)}
     lines.append(paper.table(("MT-Bench",), ours, theirs, errors=errors))

@@ -15,6 +15,7 @@ class StubJudge:
     Attributes:
         url: of the API.
         verdict: from the messages of a request to the text of its verdict.
+        limit: of the words of a verdict, whatever the request says; the rest is cut.
         failures: answers to the first requests, instead of a verdict: a status, or a body.
         requests: bodies, in the order of their arrival.
         keys: values of the header that carries the key.
@@ -22,6 +23,7 @@ class StubJudge:
 
     url: str
     verdict: Callable[[list[dict[str, str]]], str | None]
+    limit: int | None = None
     failures: list[int | bytes] = field(default_factory=list)
     requests: list[dict] = field(default_factory=list)
     keys: list[str | None] = field(default_factory=list)
@@ -42,8 +44,12 @@ def stub_judge(verdict: Callable[[list[dict[str, str]]], str | None]) -> Iterato
             if self.path != "/v1/chat/completions":
                 failure = 404
             status = failure if isinstance(failure, int) else 200
-            message = {"role": "assistant", "content": stub.verdict(body["messages"])}
-            answer = json.dumps({"choices": [{"message": message}]}).encode()
+            text, finish = stub.verdict(body["messages"]), "stop"
+            if stub.limit is not None and len((text or "").split()) > stub.limit:
+                text, finish = " ".join(text.split()[: stub.limit]), "length"
+            message = {"role": "assistant", "content": text}
+            choice = {"message": message, "finish_reason": finish}
+            answer = json.dumps({"choices": [choice]}).encode()
             self.send_response(status)
             self.end_headers()
             self.wfile.write(failure if isinstance(failure, bytes) else answer)

@@ -206,6 +206,36 @@ def test_a_chat_model_is_asked_as_a_user(world, tmp_path):
     assert answer == tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True)
 
 
+def test_an_answer_that_a_task_begins_is_gone_on_with(world, tmp_path):
+    """As humaneval_instruct begins it: behind a finished turn the model would have nothing to say."""
+    own = tmp_path / "tasks"
+    own.mkdir()
+    (own / "begun.yaml").write_text(
+        "task: begun\ndataset_path: demo/instructions\ntest_split: test\noutput_type: generate_until\n"
+        'doc_to_text: "{{prompt}}"\ndoc_to_target: ""\ngen_prefix: "the License"\n'
+        "generation_kwargs:\n  until: []\n  max_gen_toks: 8\nmetric_list:\n  - metric: exact_match\n"
+    )
+    more = ("--apply-chat-template", "--log-samples", "--include-path", own, "--tasks", "begun")
+    results = run(world, tmp_path / "chat.json", *more)
+    answer = results["samples"]["begun"][0]["resps"][0][0]
+    tokenizer = llama.tokenizer()
+    turns = [
+        {"role": "user", "content": "Say something."},
+        {"role": "assistant", "content": "the License"},
+    ]
+    text = tokenizer.apply_chat_template(turns, tokenize=False, continue_final_message=True)
+    assert text == "Say something.</s>the License"
+    model = AutoModelForCausalLM.from_pretrained(world / "model").eval()
+    ids = tokenizer(text, return_tensors="pt").input_ids
+    output = model.generate(ids, max_new_tokens=8, do_sample=False, pad_token_id=1)
+    assert answer == tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True)
+    asked = HarnessModel(Recorder(), Codec(tokenizer_spec(world / "model")))
+    assert asked.tok_encode(asked.apply_chat_template(turns, False)) == ids[0].tolist()
+    # Without an answer to go on with there is nothing to continue.
+    finished = asked.apply_chat_template(turns[:1], False)
+    assert asked.tok_encode(finished) == tokenizer("Say something.</s>").input_ids
+
+
 def test_a_megatron_checkpoint_gives_the_same_at_two_layouts(world, server, tmp_path):
     source = ("import", "--source", world / "model", "--output", tmp_path / "megatron")
     tools = ROOT / "tools"

@@ -128,9 +128,9 @@ def test_followbench(world, tmp_path, capsys):
         run(followbench_run, *common, *answering(world, tmp_path), *judging(stub))
         assert len(stub.requests) == 10  # the rest is for rules
         results = json.loads((tmp_path / "followbench-mine.json").read_text())
-        # Answers and verdicts are there: nobody is asked again.
+        # Answers and verdicts are there: asked again is for the one that was not understood.
         run(followbench_run, *common, "--name", "mine", "--output-dir", tmp_path, *judging(stub))
-        assert len(stub.requests) == 10
+        assert len(stub.requests) == 10 + 1
     assert json.loads((tmp_path / "followbench-mine.json").read_text()) == results
     with stub_judge(lambda messages: "NO") as other:
         # Another one rates a type, and then both: no verdict of the first is taken for its own.
@@ -138,7 +138,7 @@ def test_followbench(world, tmp_path, capsys):
         for kinds in (["content"], ["content", "format"]):
             types = ("--constraint-types", *kinds)
             run(followbench_run, *common[:2], *types, *name, "--judge-model", "other")
-        assert len(other.requests) == 10
+        assert len(other.requests) == 10 + 4
     scores = json.loads((tmp_path / "followbench-mine.json").read_text())
     assert scores["constraint_types"]["format"]["unparsable"] == 4
 
@@ -203,7 +203,7 @@ def test_mt_bench(world, tmp_path, capsys):
         assert len(stub.requests) == 4
         again = ("--name", "mine", "--output-dir", tmp_path)
         run(mtbench_run, *files, *again, *judging(stub))
-        assert len(stub.requests) == 4
+        assert len(stub.requests) == 4 + 1  # for the one that was not understood
     lines = (tmp_path / "model_answer" / "mine.jsonl").read_text().splitlines()
     answers = {line["question_id"]: line for line in map(json.loads, lines)}
     (one, two), model = answers[81]["choices"][0]["turns"], answers[81]["model_id"]

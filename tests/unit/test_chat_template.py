@@ -248,6 +248,18 @@ def test_the_answer_may_occur_in_the_tokens_that_end_a_turn(huggingface_spec):
         assert (1, f"{answer}<|im_end|>") in spans(huggingface_spec, template, turns)
 
 
+def test_an_answer_may_be_empty(sentencepiece_spec, huggingface_spec):
+    """As a model's own may be in a conversation that goes on."""
+    for spec, end in ((sentencepiece_spec, "</s>"), (huggingface_spec, "<|im_end|>")):
+        for empty in ("", " \n"):
+            turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": empty}]
+            found = spans(spec, load_template(spec), [*turns, *TURNS[1:3]])
+            assert [text.strip() for written, text in found if written] == [
+                end,
+                f"fine thanks{end}",
+            ]
+
+
 def test_a_file_or_a_run_gives_the_template(tmp_path, sentencepiece_spec):
     (tmp_path / "chat_template.jinja").write_text(GLUED)
     for path in (tmp_path, tmp_path / "chat_template.jinja"):

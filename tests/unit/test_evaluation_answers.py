@@ -27,8 +27,13 @@ def bench(request, tmp_path, monkeypatch):
     @contextmanager
     def open_generator(options):
         opened.append(options.model.name)
-        template = SimpleNamespace(source=str(options.chat_template or "{{ messages }}"))
-        codec = SimpleNamespace(digest=options.tokenizer_model or "0" * 64, template=template)
+        source = str(options.chat_template or "{{ messages }}")
+        codec = SimpleNamespace(
+            digest=options.tokenizer_model or "0" * 64,
+            template=SimpleNamespace(source=source, end_of_turn=1),
+            eod=0,
+            declared=run.declared,
+        )
         yield SimpleNamespace(identity=64 * options.model.name[0], is_writer=True), codec
 
     monkeypatch.setattr(verb, "open_generator", open_generator)
@@ -52,19 +57,19 @@ def bench(request, tmp_path, monkeypatch):
             lambda _, __, asked, **___: {q.key: Completion(opened[-1], "stop", 1) for q in asked},
         )
 
-    def run(*more, model=None, judge=None):
+    def run(*more, model=None, judge=None, judge_model="stub"):
         parser = ArgumentParser()
         verb.add_arguments(parser)
         named = ["--model", str(tmp_path / model)] if model else []
         if judge:
-            named += ["--judge-url", judge, "--judge-model", "stub"]
+            named += ["--judge-url", judge, "--judge-model", judge_model]
         if verb is followbench_run and "--constraint-types" not in more:
             named += ["--constraint-types", *KINDS]
         options = parser.parse_args([*words, *named, *map(str, more)])
         options.is_writer = True
         verb.run(options)
 
-    run.opened = opened
+    run.opened, run.declared = opened, frozenset([0, 1])
     run.name = "mt-bench" if verb is mtbench_run else "followbench"
     folder = tmp_path / ("model_answer" if verb is mtbench_run else "api_output/chat")
     name = "chat" if verb is mtbench_run else "content_constraint"
@@ -130,6 +135,17 @@ def test_answers_with_other_settings_are_refused_before_the_model_is_loaded_wher
     with pytest.raises(ConfigError, match=re.escape(message)):
         bench(*words, model="first")
     assert len(bench.opened) == 1 + is_loaded
+
+
+@both
+def test_tokens_that_a_models_files_declare_are_settings_where_they_add_any(bench):
+    bench(model="first")
+    assert "eos_token_id" not in json.loads(bench.settings.read_text())
+    bench.declared = frozenset([0, 7, 5])
+    with pytest.raises(ConfigError, match=r"with others \(eos_token_id: expected \[5, 7\], found "):
+        bench(model="first")
+    bench("--overwrite", model="first")
+    assert json.loads(bench.settings.read_text())["eos_token_id"] == [5, 7]
 
 
 @both

@@ -5,7 +5,7 @@ import pytest
 from megatron_ext.evaluation.followbench import Verdict, parse_verdict, score, summarise
 from megatron_ext.evaluation.followbench_data import Question
 from megatron_ext.evaluation.journal import Journal
-from megatron_ext.evaluation.judge import Judge, ask_all
+from megatron_ext.evaluation.judge import Judge, Said, ask_all
 from megatron_ext.evaluation.mtbench import parse_rating
 from megatron_ext.exceptions import ConfigError, DataError
 from tests.helpers.judge import stub_judge
@@ -25,7 +25,7 @@ def judge(stub, **changes) -> Judge:
 def test_passing_failures_are_tried_again():
     with stub_judge(lambda messages: "fine") as stub:
         stub.failures = [503, 429, b"<html>"]
-        assert judge(stub, api_key="secret").ask(MESSAGES) == "fine"
+        assert judge(stub, api_key="secret").ask(MESSAGES) == Said("fine")
     assert len(stub.requests) == 4
     assert stub.keys == ["Bearer secret"] * 4
     body = stub.requests[-1]
@@ -48,7 +48,7 @@ def test_a_refused_request_ends_at_once_and_an_absent_judge_after_all_attempts()
 
 def test_no_content_is_a_verdict_that_says_nothing():
     with stub_judge(lambda messages: None) as stub:
-        assert judge(stub).ask(MESSAGES) == ""
+        assert judge(stub).ask(MESSAGES) == Said("")
 
 
 def test_half_a_character_does_not_stop_a_run(tmp_path):
@@ -57,7 +57,8 @@ def test_half_a_character_does_not_stop_a_run(tmp_path):
         stub_judge(lambda messages: "YES \ud83d\ude00 \ud83d") as stub,
         Journal(tmp_path / "j", settings={}) as journal,
     ):
-        assert ask_all(judge(stub), {"1": MESSAGES}, journal=journal) == {"1": "YES 😀 \ufffd"}
+        found = ask_all(judge(stub), {"1": MESSAGES}, journal=journal)
+        assert found == {"1": Said("YES 😀 \ufffd")}
 
 
 def test_finished_verdicts_are_kept_when_the_judge_goes_away(tmp_path):
@@ -75,8 +76,42 @@ def test_finished_verdicts_are_kept_when_the_judge_goes_away(tmp_path):
             found = ask_all(one, prompts, journal=journal)
     assert len(stub.requests) - before == 6 - kept
     assert list(found) == list(prompts)
-    assert found["0"] == "first"
-    assert found["5"] == "got 5"
+    assert found["0"] == Said("first")
+    assert found["5"] == Said("got 5")
+
+
+def test_what_a_limit_cut_is_asked_again_under_a_higher_one_and_nothing_else(tmp_path):
+    """What was whole depends on no limit, so that one that is too high for the judge can be lowered."""
+    prompts = {text: [{"role": "user", "content": text}] for text in ("short", "a long one", "old")}
+    with (
+        stub_judge(lambda messages: messages[0]["content"]) as stub,
+        Journal(tmp_path / "j", settings={}) as journal,
+    ):
+        journal.add("old", "of an earlier version")
+        for words, asked in ((2, ["short", "a long one"]), (2, []), (1, []), (3, ["a long one"])):
+            stub.limit = words
+            one = judge(stub, max_tokens=words, parallel=1)
+            before = len(stub.requests)
+            found = ask_all(one, prompts, journal=journal)
+            assert [r["messages"][0]["content"] for r in stub.requests[before:]] == asked
+            assert found["a long one"] == (Said("a long one") if words == 3 else Said("a long", 2))
+            assert found["short"] == Said("short")
+            assert found["old"] == Said("of an earlier version")
+    assert Said("a long", 2).verdict == ""
+
+
+def test_a_refused_request_names_its_question(tmp_path):
+    with (
+        stub_judge(lambda messages: "fine") as stub,
+        Journal(tmp_path / "j", settings={}) as journal,
+    ):
+        stub.failures = [200, 400]
+        prompts = {"81 1": MESSAGES, "81 2": MESSAGES}
+        with pytest.raises(ConfigError, match=r"verdict of stub on question '81 2', found 400 "):
+            ask_all(judge(stub, parallel=1), prompts, journal=journal)
+        stub.failures = [503] * 9
+        with pytest.raises(DataError, match=r"on question '81 \d', found none in 4 attempts"):
+            ask_all(judge(stub, parallel=1), prompts, journal=journal)
 
 
 def test_a_refusal_ends_the_attempts_of_all(tmp_path):
