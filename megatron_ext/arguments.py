@@ -6,7 +6,6 @@ What a machine without CUDA or without Transformer Engine needs is set here by i
 from __future__ import annotations
 
 import importlib.util
-import logging
 from argparse import ArgumentParser, Namespace
 from dataclasses import fields
 from pathlib import Path
@@ -32,6 +31,7 @@ from megatron_ext.config import ChatConfig, LogConfig, UnlearnConfig
 from megatron_ext.data.checks import check_vocabulary
 from megatron_ext.data.tokenizers import TOKENIZER_TYPES, TokenizerSpec, tokenizer_digest
 from megatron_ext.exceptions import ConfigError, refused_by_megatron
+from megatron_ext.noise import warn_of_noise
 from megatron_ext.runtime import compat, console, cpu
 from megatron_ext.values import (
     check_experts,
@@ -43,8 +43,6 @@ from megatron_ext.values import (
     check_training,
     check_values,
 )
-
-logger = logging.getLogger(__name__)
 
 
 def add_arguments(parser: ArgumentParser) -> ArgumentParser:
@@ -109,9 +107,7 @@ def parse() -> tuple[Namespace, UnlearnConfig, ChatRun | None]:
     check_values(raw)
     check_training(raw)
     if not raw.use_checkpoint_args:
-        check_sizes(raw)
-        check_experts(raw)
-        check_layout(raw)
+        _check_model(raw)
     check_index(raw)
     check_places(raw)
     _config(LogConfig, raw)  # checks itself
@@ -134,6 +130,8 @@ def parse() -> tuple[Namespace, UnlearnConfig, ChatRun | None]:
         if leaving.code:
             raise
         raise ConfigError("refused by Megatron-Core, which says why above") from leaving
+    if raw.use_checkpoint_args:  # then the command line does not tell
+        _check_model(args)
     record_tokenizer(args)
     args.chat_digest = args.tuned_chat_template = None
     if chat is not None:
@@ -142,6 +140,12 @@ def parse() -> tuple[Namespace, UnlearnConfig, ChatRun | None]:
     check_vocabulary(args)
     check_batches(args, config)
     return args, config, chat
+
+
+def _check_model(args: Namespace) -> None:
+    check_sizes(args)
+    check_experts(args)
+    check_layout(args)
 
 
 def record_tokenizer(args: Namespace) -> None:
@@ -176,7 +180,7 @@ def check_checkpoints(args: Namespace, config: UnlearnConfig) -> Start:
             warn_of_template(start.checkpoint, args)
     args.unlearn_composition = args.unlearn_reference = None
     if config.enabled:
-        _warn_of_dropout(args, config)
+        warn_of_noise(args, config)
         args.unlearn_composition = _composition(args, config)
         check_unlearning(start, args.unlearn_composition)
         tell_changes(start, args)
@@ -193,18 +197,6 @@ def check_checkpoints(args: Namespace, config: UnlearnConfig) -> Start:
         check_resumable(start.before, args)
         keep_buckets(start.before, args)
     return start
-
-
-def _warn_of_dropout(args: Namespace, config: UnlearnConfig) -> None:
-    """Megatron's default of 0.1 is of another time, and is taken where the flags are left out."""
-    rates = {name: getattr(args, name) for name in ("hidden_dropout", "attention_dropout")}
-    if config.needs_reference and any(rates.values()) and args.rank == 0:
-        found = ", ".join(f"--{name.replace('_', '-')} {rate:g}" for name, rate in rates.items())
-        logger.warning(
-            "%s: the reference computes without dropout, so the KL also measures dropout noise; set both to "
-            "0 for a model that was trained without dropout",
-            found,
-        )
 
 
 def _composition(args: Namespace, config: UnlearnConfig) -> dict[str, int]:

@@ -3,7 +3,8 @@
 The step is that of plain training with another loss mask. How many tokens count differs widely between
 microbatches there, and Megatron by default takes the mean over microbatches and ranks of each one's mean,
 which weighs a token by how few others count beside it. Chat tuning therefore runs with
-``--calculate-per-token-loss``: gradients are sums over the global batch, divided by its counted tokens.
+``--calculate-per-token-loss``: gradients are sums over the global batch, divided by its counted tokens. What
+that does to the balancing losses of experts is mended in balancing.py.
 """
 
 from __future__ import annotations

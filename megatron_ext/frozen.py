@@ -91,6 +91,9 @@ class FrozenModel:
         transformer.fp8 = transformer.fp4 = None
         transformer.fp8_param = transformer.fp4_param = False
         transformer.quant_recipe = None
+        # Tokens of an expert would be padded to a multiple of what fp8 needs, of which there is none.
+        transformer.moe_router_padding_for_quantization = False
+        transformer.moe_router_padding_for_fp8 = False
         transformer.moe_input_jitter_eps = (
             None  # noise that a router adds without asking for training
         )

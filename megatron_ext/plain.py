@@ -13,6 +13,7 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.utils import get_attr_wrapped_model
 from megatron.training import get_timers
 
+from megatron_ext import balancing
 from megatron_ext.data.batch import MicroBatch, read_micro_batch
 from megatron_ext.dataset_losses import DatasetLosses
 from megatron_ext.finite import FiniteGuard
@@ -35,7 +36,9 @@ class PlainStep:
         self.datasets = DatasetLosses(args, _Losses()) if per_dataset else None
 
     def install(self) -> None:
-        """Put the guard against NaN around Megatron's schedule."""
+        """Put the guard against NaN around Megatron's schedule, and what balances experts inside."""
+        if self.args.num_experts and self.args.calculate_per_token_loss:
+            balancing.install()
         if self.datasets is not None:
             self.datasets.install()
         self.guard.install()

@@ -25,12 +25,14 @@ class Refusal:
         reason: why not.
         expected: what it must be; where it may not be used at all, nothing.
         is_refused: whether a value is.
+        beside: another argument, and its value with which this one cannot be used; by default any.
     """
 
     name: str
     reason: str
     expected: str = ""
     is_refused: Callable[[Any], Any] = bool
+    beside: tuple[str, str] | None = None
 
     @property
     def flag(self) -> str:
@@ -47,23 +49,21 @@ def _differs_from(default: object) -> Callable[[Any], bool]:
     return lambda value: value != default
 
 
+_ONLY_LAYERS = "only Transformer layers (attention and MLP or experts) are supported"
 # These make another model of the same weights, or weights that no model here has.
 OF_THE_MODEL: tuple[Refusal, ...] = (
     Refusal("multi_latent_attention", "multi-latent attention is not implemented here"),
     Refusal("use_mup", "the fused head does not scale logits by width"),
-    Refusal(
-        "is_hybrid_model", "only Transformer layers (attention and MLP or experts) are supported"
-    ),
-    Refusal(
-        "hybrid_layer_pattern",
-        "only Transformer layers (attention and MLP or experts) are supported",
-    ),
-    Refusal(
-        "hybrid_override_pattern",
-        "only Transformer layers (attention and MLP or experts) are supported",
-    ),
+    Refusal("is_hybrid_model", _ONLY_LAYERS),
+    Refusal("hybrid_layer_pattern", _ONLY_LAYERS),
+    Refusal("hybrid_override_pattern", _ONLY_LAYERS),
     Refusal("linear_attention_freq", "linear attention is not implemented here"),
 )
+_NO_FSDP = (
+    "FSDP is not supported; use tensor and pipeline parallelism and --use-distributed-optimizer"
+)
+_AT_RANDOM = "tokens would be routed at random (it is a benchmark setting)"
+_SHARDED = "weights are sharded by tensor parallelism only"
 _WHOLE_SAMPLE = "attention always covers the whole sample, across documents"
 _ONE_KIND = (
     "a run resumes only from ordinary checkpoints; to keep fewer of them use --save-retain-interval"
@@ -71,14 +71,8 @@ _ONE_KIND = (
 NEVER: tuple[Refusal, ...] = (
     *OF_THE_MODEL,
     Refusal("yaml_cfg", "settings are given as flags only"),
-    Refusal(
-        "use_torch_fsdp2",
-        "FSDP is not supported; use tensor and pipeline parallelism and --use-distributed-optimizer",
-    ),
-    Refusal(
-        "use_megatron_fsdp",
-        "FSDP is not supported; use tensor and pipeline parallelism and --use-distributed-optimizer",
-    ),
+    Refusal("use_torch_fsdp2", _NO_FSDP),
+    Refusal("use_megatron_fsdp", _NO_FSDP),
     Refusal("fim_data", "fill-in-the-middle samples are not implemented here"),
     Refusal("sft", "use --chat-data-path for chat tuning"),
     Refusal(
@@ -92,13 +86,8 @@ NEVER: tuple[Refusal, ...] = (
         "it replaces the pipeline schedule that this program wraps",
     ),
     Refusal("moe_use_upcycling", "a checkpoint can only be resumed with its own architecture"),
-    Refusal(
-        "moe_router_force_load_balancing",
-        "tokens would be routed at random (it is a benchmark setting)",
-    ),
-    Refusal(
-        "moe_router_force_biased", "tokens would be routed at random (it is a benchmark setting)"
-    ),
+    Refusal("moe_router_force_load_balancing", _AT_RANDOM),
+    Refusal("moe_router_force_biased", _AT_RANDOM),
     Refusal("hybrid_context_parallel", "every sample is split over the same number of ranks"),
     Refusal(
         "defer_embedding_wgrad_compute",
@@ -151,7 +140,8 @@ NEVER: tuple[Refusal, ...] = (
     ),
     Refusal("non_persistent_save_interval", _ONE_KIND),
     Refusal("non_persistent_ckpt_type", _ONE_KIND),
-    Refusal("tensor_parallel_num_weight_shards", "weights are sharded by tensor parallelism only"),
+    Refusal("tensor_parallel_num_weight_shards", _SHARDED),
+    Refusal("expert_tensor_parallel_num_weight_shards", _SHARDED),
 )
 _LOOKED_FOR = (
     "Megatron-Core supports it only for Transformer Engine's layers, which are not installed"
@@ -246,6 +236,12 @@ WITH_UNLEARNING: tuple[Refusal, ...] = (
         "each term of the objective is already a mean over its tokens of the global batch",
     ),
     Refusal("moe_expert_capacity_factor", _BY_OTHERS),
+    # The backend ncclep needs it, and ends the run where it is exceeded.
+    Refusal(
+        "moe_expert_rank_capacity_factor",
+        f"tokens beyond it are dropped, so that {_BY_OTHERS}",
+        beside=("moe_flex_dispatcher_backend", "hybridep"),
+    ),
     Refusal(
         "moe_router_load_balancing_type",
         f"{_BY_OTHERS}, and the reference would route by another rule",
@@ -288,6 +284,8 @@ def refuse(args: Namespace, refusals: Iterable[Refusal], *, where: str) -> None:
     for row in refusals:
         value = getattr(args, row.name, None)
         if value is None or not row.is_refused(value):
+            continue
+        if row.beside is not None and getattr(args, row.beside[0], None) != row.beside[1]:
             continue
         if row.expected:
             found = getattr(value, "name", value)  # an enum's, as it is typed

@@ -123,6 +123,11 @@ def check_experts(args: Namespace) -> None:
                 f"{args.expert_model_parallel_size}, found none"
             )
         return
+    every = args.moe_layer_freq
+    if isinstance(every, int) and every < 1:
+        raise ConfigError(
+            f"--moe-layer-freq: expected a number above 0, or 0 or 1 for each layer, found {every}"
+        )
     # More of them end the first step in a traceback, and none at all trains without experts.
     if not 1 <= chosen <= experts:
         raise ConfigError(

@@ -57,6 +57,8 @@ def render() -> str:
         lines += ["", f"## {title}", "", "| flag | refused | because |", "|---|---|---|"]
         for row in rows:
             what = f"unless {row.expected}" if row.expected else "always"
+            if row.beside is not None:
+                what = f"beside --{row.beside[0].replace('_', '-')} {row.beside[1]}"
             lines.append(f"| `{row.flag}` | {what} | {row.reason} |")
     required = ", ".join(f"`--{name.replace('_', '-')}`" for name in REQUIRED_WITH_CHAT)
     lines += ["", f"Chat tuning needs {required}."]

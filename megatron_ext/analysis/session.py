@@ -22,8 +22,10 @@ from megatron_ext.analysis.samples import check_samples, read_samples
 from megatron_ext.arguments import add_arguments, record_tokenizer
 from megatron_ext.checkpoint.inspect import (
     ARCHITECTURE,
+    ROUTING_RULES,
     Checkpoint,
     check_architecture,
+    routing_rule,
 )
 from megatron_ext.checkpoint.named import open_named, short_names
 from megatron_ext.data.manifest import check_prefix
@@ -245,6 +247,8 @@ def _arguments(options: Namespace, checkpoint: Checkpoint, length: int | None) -
     for name in (*ARCHITECTURE, *_RUN, "group_query_attention", "num_query_groups"):
         if hasattr(saved, name):
             setattr(args, name, getattr(saved, name))
+    if routing_rule(saved) in ROUTING_RULES:  # the others have no part in a forward pass
+        args.moe_router_load_balancing_type = routing_rule(saved)
     if length is not None:
         if length > args.seq_length:
             raise ConfigError(

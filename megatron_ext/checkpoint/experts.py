@@ -8,7 +8,7 @@ from typing import Any
 
 from megatron_ext.checkpoint.families import Family
 from megatron_ext.checkpoint.fields import refuse
-from megatron_ext.checkpoint.inspect import flag_of
+from megatron_ext.checkpoint.inspect import ROUTING_RULES, flag_of, routing_rule
 
 # Fields of a config that must be as here (or missing): every layer is a mixture.
 _CONFIG: dict[str, object] = {"decoder_sparse_step": 1, "mlp_only_layers": []}
@@ -24,6 +24,8 @@ _ARGUMENTS: dict[str, object] = {
     "moe_router_topk_scaling_factor": None,
     "moe_apply_probs_on_input": False,
     "moe_expert_capacity_factor": None,
+    "moe_mlp_glu_interleave_size": None,
+    "moe_shared_expert_glu_interleave_size": None,
 }
 
 
@@ -81,9 +83,10 @@ class Experts:
             found = getattr(args, name, expected)
             if found != expected:
                 refuse(f"--{flag_of(name)}", expected, found)
-        balancing = getattr(args, "moe_router_load_balancing_type", "none")
-        if "sinkhorn" in balancing:
-            refuse("--moe-router-load-balancing-type", "another than sinkhorn", balancing)
+        rule = routing_rule(args)
+        if rule in ROUTING_RULES:
+            wanted = routing_rule(Namespace())
+            refuse("--moe-router-load-balancing-type", wanted, rule)
         return cls(
             number=number,
             top_k=args.moe_router_topk,

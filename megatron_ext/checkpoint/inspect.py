@@ -77,7 +77,11 @@ ARCHITECTURE = (
     "moe_router_enable_expert_bias",
     "moe_apply_probs_on_input",
     "moe_latent_size",
+    "moe_mlp_glu_interleave_size",
+    "moe_shared_expert_glu_interleave_size",
 )
+# Ways to balance experts that decide where a token goes; the others add to the loss at most.
+ROUTING_RULES = ("sinkhorn", "quantile_balancing")
 # Where the flag has another name than the argument.
 _FLAGS = {
     "layernorm_epsilon": "norm-epsilon",
@@ -252,7 +256,16 @@ def _architecture(args: Namespace) -> dict[str, object]:
         # Megatron fills num_query_groups in during a run; the flag alone says nothing without the switch.
         grouped = getattr(args, "group_query_attention", False)
         values["num_query_groups"] = args.num_query_groups if grouped else args.num_attention_heads
+    if getattr(args, "num_experts", None) and hasattr(args, "moe_router_load_balancing_type"):
+        values["moe_router_load_balancing_type"] = routing_rule(args)
     return values
+
+
+def routing_rule(args: Namespace) -> str:
+    """How the experts of a token are chosen, in words for an error."""
+    balancing = getattr(args, "moe_router_load_balancing_type", None) or ()  # one, or a list
+    found = (rule for rule in ROUTING_RULES if rule in balancing)
+    return next(found, f"another than {' or '.join(ROUTING_RULES)}")
 
 
 def _check_vocabulary(checkpoint: Checkpoint, args: Namespace, flag: str) -> None:

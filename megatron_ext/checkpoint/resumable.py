@@ -126,13 +126,7 @@ def _check_settings(checkpoint: Checkpoint, args: Namespace) -> None:
                 f"--{name.replace('_', '-')}: expected {expected}, as in {checkpoint.path}, found {found}; "
                 f"{_ANEW}"
             )
-    apart = [getattr(a, "expert_model_parallel_size", 1) for a in (saved, args)]
-    if (apart[0] > 1) != (apart[1] > 1):
-        wanted = "more than 1" if apart[0] > 1 else "1"
-        raise ConfigError(
-            f"--expert-model-parallel-size: expected {wanted}, as in {checkpoint.path}, found {apart[1]}; "
-            f"above 1 Megatron keeps an optimizer of its own for the experts; {_ANEW}"
-        )
+    _check_experts(checkpoint, args)
     halves = [any(getattr(a, name, False) for name in ("bf16", "fp16")) for a in (saved, args)]
     if halves[0] != halves[1] and not args.use_distributed_optimizer:
         raise ConfigError(
@@ -140,6 +134,25 @@ def _check_settings(checkpoint: Checkpoint, args: Namespace) -> None:
             f"whose optimizer keeps other tensors in fp32 runs, found {'neither' if halves[0] else 'one'}; "
             f"{_ANEW}"
         )
+
+
+def _check_experts(checkpoint: Checkpoint, args: Namespace) -> None:
+    there, here = (_spread_apart(a) for a in (checkpoint.args, args))
+    if there != here:
+        expected, found = ("otherwise than" if apart else "as" for apart in (there, here))
+        raise ConfigError(
+            "--expert-model-parallel-size, --expert-tensor-parallel-size: expected experts that are spread "
+            f"{expected} the other weights, as in {checkpoint.path}, found them spread {found} these; those "
+            f"that are spread otherwise have an optimizer of their own in Megatron; {_ANEW}"
+        )
+
+
+def _spread_apart(args: Namespace) -> bool:
+    """Whether there are experts, on other ranks than a dense layer's parts would be."""
+    tensor = getattr(args, "tensor_model_parallel_size", 1)
+    own = getattr(args, "expert_tensor_parallel_size", None) or tensor
+    apart = getattr(args, "expert_model_parallel_size", 1) > 1 or own != tensor
+    return bool(getattr(args, "num_experts", None)) and apart
 
 
 def _check_distributed_optimizer(checkpoint: Checkpoint, args: Namespace) -> None:

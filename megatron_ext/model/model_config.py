@@ -28,8 +28,7 @@ def model_config_from_args(args: Namespace) -> Any:
         ConfigError: Megatron-Core refuses the model, or the torch-native layers are used and do not compute
             what is asked for.
     """
-    # Of experts the second one is fused.
-    if args.squared_relu or (args.quick_geglu and args.num_experts is None):
+    if not fuses_activation(args):
         args.bias_gelu_fusion = False
     try:
         config = gpt_config_from_args(args)
@@ -41,3 +40,20 @@ def model_config_from_args(args: Namespace) -> Any:
         check_config(config.transformer)
         config.transformer_layer_spec = torch_native_spec_for_builder
     return config
+
+
+def fuses_activation(args: Namespace) -> bool:
+    """Whether all layers have a kernel for a bias with the activation, where it is not SwiGLU.
+
+    In Megatron dense layers and shared experts have one for GELU, and the experts that tokens are routed to
+    for the quick GEGLU; a layer without one ends the first step.
+
+    Args:
+        args: Megatron's validated arguments.
+    """
+    if args.swiglu:
+        return True  # by a flag of its own
+    if args.num_experts is None:
+        return not (args.squared_relu or args.quick_geglu)
+    routed = args.moe_layer_freq in (1, [1] * args.num_layers)
+    return bool(args.quick_geglu) and routed and not args.moe_shared_expert_intermediate_size

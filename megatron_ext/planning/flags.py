@@ -57,6 +57,7 @@ _NOT_PLANNED = (
     *("fp4-format", "cpu-offloading-num-layers", "fine-grained-activation-offloading"),
     *("no-pad-vocab-size", "disable-pad-vocab-size", "window-size", "step-batch-size-schedule"),
     *("data-args-path", "per-split-data-args-path", "heterogeneous-layers-config-path"),
+    "tensor-parallel-num-weight-shards",
 )
 # Of the flags that are passed over, those whose names are like one that is not.
 _PASSED_OVER = (

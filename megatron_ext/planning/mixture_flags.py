@@ -21,6 +21,7 @@ SWITCHES = ("moe-shared-expert-gate", "moe-grouped-gemm", "moe-apply-probs-on-in
 NOT_PLANNED = (
     *("moe-expert-capacity-factor", "moe-pad-expert-input-to-capacity", "moe-latent-size"),
     *("moe-layer-recompute", "moe-single-grouped-weight", "moe-expert-rank-capacity-factor"),
+    "expert-tensor-parallel-num-weight-shards",
 )
 
 

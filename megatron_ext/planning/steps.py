@@ -7,7 +7,8 @@ The model is arithmetic; nothing of it was measured. Its parts and where they co
 - Recompute makes a layer's forward pass again (full), or its attention's (selective, 2205.05198).
 - Tensor parallelism: four all-reduces of `s b h` a layer and microbatch, two each way, or as many
   pairs of all-gather and reduce-scatter (2104.04473, section 3.2; 2205.05198, section 4.2.2), through
-  a node's links, nothing hidden. A ring moves `2 (t - 1) / t` of the bytes.
+  a node's links, nothing hidden. A ring moves `2 (t - 1) / t` of the bytes. Without experts that all tokens
+  have, a mixture has attention's alone.
 - Context parallelism: a layer gathers keys and values forward, and again backward, where their gradients
   are reduced and scattered; nothing hidden, over the links of a node if TP x CP ranks are in one.
 - Expert parallelism: a layer sends the rows of its tokens to their experts and back, forward and backward,
@@ -32,6 +33,7 @@ from dataclasses import dataclass
 from megatron_ext.planning.architecture import Architecture
 from megatron_ext.planning.gpus import Gpu
 from megatron_ext.planning.layout import Layout, Unlearning
+from megatron_ext.planning.mixture import Mixture
 
 
 def step_flops(arch: Architecture, layout: Layout, unlearning: Unlearning | None = None) -> float:
@@ -100,7 +102,9 @@ def model_step(
         seconds + 2 * layout.gradient * _parameters(arch, layout, stage) / gpu.memory_bandwidth
         for stage, seconds in enumerate(work)
     ]
-    tensor = _reductions(layout) * _reduction(arch, layout, gpu) * arch.layers / p
+    reductions = _reductions(arch, layout) * _reduction(arch, layout, gpu)
+    # One each way, and one more where the forward pass is made again.
+    tensor = (3 if layout.recompute == "full" else 2) * reductions
     gather = _gather(arch, layout, gpu, gpus_per_node) * arch.layers / p
     # Forward, backward again, and the gradient's way back; and once more where a layer is made again.
     context = (3 if layout.recompute == "none" else 4) * gather
@@ -111,7 +115,6 @@ def model_step(
     far = gpu.link if layout.gpus <= gpus_per_node else gpu.network
     output = layout.tokens * arch.hidden * layout.element / layout.sequence_split
     sent = 2 * v * output / far if p > 1 else 0.0
-    reductions = 2 * _reduction(arch, layout, gpu) * arch.layers / p
     forward_only = reductions + gather + exchange + sent / 2
     busy = slowest + tensor + context + expert
     return StepTime(
@@ -167,9 +170,20 @@ def _parameters(arch: Architecture, layout: Layout, stage: int, *, expert: bool 
     )
 
 
-def _reductions(layout: Layout) -> int:
-    """All-reduces of a layer: two each way, and two more where its forward pass is made again."""
-    return 6 if layout.recompute == "full" else 4
+def _kinds(arch: Architecture, layout: Layout) -> list[list[Mixture | None]]:
+    """Of each stage, which mixtures its layers are, those of all of its chunks."""
+    return [
+        [kind for chunk in range(layout.vpp) for kind in arch.kinds(stage, chunk, layout.split)]
+        for stage in range(layout.pp)
+    ]
+
+
+def _reductions(arch: Architecture, layout: Layout) -> int:
+    """All-reduces forward of the stage with most: behind attention, and behind what all tokens pass."""
+    return max(
+        sum(1 if kind is not None and not kind.shared else 2 for kind in kinds)
+        for kinds in _kinds(arch, layout)
+    )
 
 
 def _reduction(arch: Architecture, layout: Layout, gpu: Gpu) -> float:
@@ -196,12 +210,8 @@ def _exchange(arch: Architecture, layout: Layout, gpu: Gpu, gpus_per_node: int) 
         rows = (layout.ep - 1) / layout.ep * tokens * mixture.topk
         rows += (layout.etp - 1) * tokens * mixture.topk
     link = gpu.link if ranks <= gpus_per_node else gpu.network
-    most = max(
-        sum(kind is not None for kind in arch.kinds(stage, chunk, layout.split))
-        for stage in range(layout.pp)
-        for chunk in range(layout.vpp)
-    )
-    return most * layout.vpp * rows * arch.hidden * layout.element / link
+    most = max(sum(kind is not None for kind in kinds) for kinds in _kinds(arch, layout))
+    return most * rows * arch.hidden * layout.element / link
 
 
 def _data_link(ranks: int, stride: int, gpu: Gpu, gpus_per_node: int) -> float:

@@ -21,6 +21,7 @@ from megatron_ext.runtime import (
     console,
     devices,
     launched,
+    mixture,
     progress,
     recompute,
     resume,
@@ -285,6 +286,8 @@ def apply() -> None:
     progress.apply()
     skip_on_every_layout()
     recompute.return_copies()
+    mixture.share_loss_scale()
+    mixture.count_in_fp32()
     warm_up_even_widths()
     signals.ask_at_once()
     read_sizes_and_types()

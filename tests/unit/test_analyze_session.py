@@ -15,10 +15,22 @@ def test_a_tool_attends_by_flash_whatever_training_did():
     saved = Namespace(num_layers=2, hidden_size=8, num_attention_heads=2, seq_length=16)
     saved.max_position_embeddings, saved.attention_backend = 16, AttnBackend.fused
     args = session._arguments(options, Namespace(args=saved, path="x"), length=8)
+    assert args.moe_router_load_balancing_type == "aux_loss"  # Megatron's
     # Transformer Engine chooses for itself.
     native = args.transformer_impl == "local"
     assert (args.attention_backend is AttnBackend.flash) == native
     assert (args.num_layers, args.seq_length) == (2, 8)
+
+
+def test_a_tool_routes_by_the_rule_that_was_trained_by():
+    options = Namespace(micro_batch_size=1, tokenizer_type="NullTokenizer", tokenizer_model="7")
+    options.tensor_model_parallel_size = options.pipeline_model_parallel_size = 1
+    saved = Namespace(num_layers=2, hidden_size=8, num_attention_heads=2, seq_length=16)
+    saved.max_position_embeddings, saved.num_experts = 16, 4
+    for trained, runs in (("sinkhorn", "sinkhorn"), (["seq_aux_loss", "none"], "aux_loss")):
+        saved.moe_router_load_balancing_type = trained
+        args = session._arguments(options, Namespace(args=saved, path="x"), length=8)
+        assert args.moe_router_load_balancing_type == runs
 
 
 @pytest.mark.parametrize(

@@ -290,24 +290,3 @@ def test_rows_that_do_not_hold_the_tokens_or_cannot_be_shared_are_named(rows, tp
     )
     with pytest.raises(ConfigError, match=f"{message} {tp}, found {rows}"):
         check_vocabulary(Namespace(padded_vocab_size=rows, **sizes))
-
-
-@pytest.mark.parametrize(
-    ("rates", "weight", "warns"),
-    [
-        ((0.1, 0.1), 1.0, True),
-        ((0.0, 0.1), 1.0, True),
-        ((0.0, 0.0), 1.0, False),
-        ((0.1, 0.1), 0, False),
-    ],
-)
-def test_dropout_against_a_reference_is_told(rates, weight, warns, caplog):
-    from megatron_ext.arguments import _warn_of_dropout
-    from megatron_ext.config import UnlearnConfig
-
-    args = Namespace(hidden_dropout=rates[0], attention_dropout=rates[1], rank=0)
-    _warn_of_dropout(args, UnlearnConfig(forget_data_path=["a"], mitigation_weight=weight))
-    found = (
-        f"--hidden-dropout {rates[0]:g}, --attention-dropout {rates[1]:g}: the reference computes"
-    )
-    assert caplog.text.count(found) == warns

@@ -123,6 +123,11 @@ def test_arguments_that_do_not_fit_are_refused_by_their_flag(name, value, flag):
         ("moe_shared_expert_intermediate_size", 64, "--moe-shared-expert-intermediate-size"),
         ("moe_router_score_function", "sigmoid", "--moe-router-score-function"),
         ("moe_router_load_balancing_type", "sinkhorn", "--moe-router-load-balancing-type"),
+        (
+            *("moe_router_load_balancing_type", "quantile_balancing"),
+            "--moe-router-load-balancing-type",
+        ),
+        ("moe_mlp_glu_interleave_size", 32, "--moe-mlp-glu-interleave-size"),
         ("qk_layernorm", False, "--num-experts"),  # and Mixtral has no shares of all experts
         ("add_bias_linear", True, "--num-experts"),
     ],

@@ -87,6 +87,26 @@ def test_another_model_is_refused(tmp_path, now, message):
         check(tmp_path, {}, now)
 
 
+def test_a_mixture_routed_by_another_rule_is_another_model(tmp_path):
+    name, experts = "moe_router_load_balancing_type", {"num_experts": 4}
+
+    def compare(saved, now):
+        check(tmp_path, experts | saved, experts | now)
+
+    # What balances by a loss, or not at all, routes alike; older checkpoints do not tell.
+    compare({name: ["aux_loss", "global_aux_loss"]}, {name: "none"})
+    compare({}, {name: "sinkhorn"})
+    compare({name: "sinkhorn"}, {name: "sinkhorn"})
+    check(tmp_path, {name: "sinkhorn"}, {name: "aux_loss"})  # dense
+    for rule in ("sinkhorn", "quantile_balancing"):
+        message = "another than sinkhorn or quantile_balancing, as this run has, found"
+        with pytest.raises(CheckpointError, match=rf"--{name.replace('_', '-')} {message} {rule} "):
+            compare({name: rule}, {name: "aux_loss"})
+    interleaved = {"moe_mlp_glu_interleave_size": 32}
+    with pytest.raises(CheckpointError, match=r"--moe-mlp-glu-interleave-size None, .* found 32"):
+        compare(interleaved, dict.fromkeys(interleaved))
+
+
 def test_a_vocabulary_beyond_a_stock_checkpoints_padding_is_refused(tmp_path):
     stock = {"unpadded_vocab_size": None, "tokenizer_digest": None}
     with pytest.raises(CheckpointError, match=r"at most the 512 ids .*, found 513"):

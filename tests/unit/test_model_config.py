@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from argparse import Namespace
 
 import pytest
 
@@ -96,6 +97,29 @@ def test_what_the_layers_do_not_compute_is_refused_before_any_process_group(pars
 
 def test_an_activation_is_fused_only_where_the_layers_can(parsed):
     assert parsed["activations"] == [True, False, False]
+
+
+@pytest.mark.parametrize(
+    ("changes", "fused"),
+    [
+        ({}, True),
+        ({"moe_layer_freq": [1, 1]}, True),
+        # Dense layers, and experts that all tokens have, are Megatron's ordinary MLP.
+        ({"moe_layer_freq": [0, 1]}, False),
+        ({"moe_layer_freq": 2}, False),
+        ({"moe_shared_expert_intermediate_size": 8}, False),
+        ({"quick_geglu": False}, False),
+        ({"quick_geglu": False, "squared_relu": True}, False),
+        ({"quick_geglu": False, "num_experts": None}, True),
+        ({"moe_layer_freq": 2, "quick_geglu": False, "swiglu": True}, True),
+    ],
+)
+def test_experts_fuse_another_activation_than_dense_layers(changes, fused):
+    from megatron_ext.model.model_config import fuses_activation
+
+    args = {"swiglu": False, "squared_relu": False, "quick_geglu": True, "num_layers": 2}
+    args |= {"num_experts": 4, "moe_layer_freq": 1, "moe_shared_expert_intermediate_size": None}
+    assert fuses_activation(Namespace(**args | changes)) is fused
 
 
 def test_what_megatron_refuses_of_a_model_is_one_line(parsed):

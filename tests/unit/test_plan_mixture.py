@@ -166,6 +166,34 @@ def test_rows_go_to_their_experts_and_back():
     assert step(replace(ONE, gpus=2), arch=sent, gpu=link).expert_parallel == 0
 
 
+def test_the_stage_with_most_mixtures_sends_most_rows():
+    link, first = replace(GPU, link=10.0), (True, False, False, False, False, False, False, False)
+    layout = replace(ONE, gpus=4, pp=2, ep=2, micro_batch=1, global_batch=8, half=True)
+    for layers, most in ((first, 1), ((True, False) * 4, 2), ((True,) * 4 + (False,) * 4, 4)):
+        arch = replace(ROUTED, layers=8, mixture=replace(MIXTURE, layers=layers))
+        one = 16 * 8 * 2 / 10
+        found = step(layout, arch=arch, gpu=link)
+        assert found.expert_parallel == pytest.approx(4 * 4 * most * one)
+    # The first stage has layers 0, 1, 4 and 5, and so two mixtures, of its first chunk.
+    two = replace(layout, vpp=2)
+    assert step(two, arch=arch, gpu=link).expert_parallel == pytest.approx(4 * 4 * 2 * one)
+
+
+def test_a_mixture_that_no_token_passes_as_a_whole_reduces_attention_alone():
+    link = replace(GPU, link=10.0)
+    layout = replace(ONE, gpus=2, tp=2, global_batch=2, half=True, sequence_parallel=True)
+    one = 512 / 10  # as of a dense layer, in test_plan_ranking
+    routed = replace(ROUTED, mixture=replace(MIXTURE, shared=0, gate=False))
+    for arch, forward in ((SMALL, 8), (ROUTED, 8), (routed, 2 + 3)):
+        found = step(layout, arch=arch, gpu=link)
+        assert found.tensor_parallel == pytest.approx(2 * forward * one)
+        full = step(replace(layout, recompute="full"), arch=arch, gpu=link)
+        assert full.tensor_parallel == pytest.approx(3 * forward * one)
+    # Of two stages the one with the dense layer has more.
+    apart = replace(layout, gpus=4, pp=2)
+    assert step(apart, arch=routed, gpu=link).tensor_parallel == pytest.approx(2 * 3 * one)
+
+
 def test_only_the_experts_of_a_token_compute():
     attention = 8 * (12 + 2 * 6) + 12 * 8
     dense, mixed = (2 * (attention + 3 * 8 * width + 16 * 12) for width in (20, 2 * 6 + 10))
@@ -243,6 +271,8 @@ def test_mixtures_that_cannot_be_are_named(words, message):
 def test_flags_of_mixtures_that_are_not_planned_are_named():
     with pytest.raises(ConfigError, match="--moe-latent-size is not supported by the plan"):
         entry_flags([*QWEN, "--moe-latent-size", "64"])
+    with pytest.raises(ConfigError, match="--expert-tensor-parallel-num-weight-shards is not supp"):
+        entry_flags([*QWEN, "--expert-tensor-parallel-num-weight-shards", "2"])
     alone = entry_flags([*MODEL, "--expert-model-parallel-size", "2"])
     with pytest.raises(ConfigError, match=r"--num-experts: expected beside .*-size 2, found none"):
         architecture(alone)

@@ -28,6 +28,8 @@ OFF = {
     "quant_recipe": None,
     "tp_comm_overlap": False,  # whose buffers are fp8's
     "moe_input_jitter_eps": None,
+    "moe_router_padding_for_quantization": False,
+    "moe_router_padding_for_fp8": False,
 }
 
 
@@ -68,6 +70,8 @@ def student():
         "quant_recipe": object(),
         "tp_comm_overlap": True,
         "moe_input_jitter_eps": 0.1,
+        "moe_router_padding_for_quantization": True,
+        "moe_router_padding_for_fp8": True,
     }
     return ModelConfig(SimpleNamespace(**asked, hidden_size=7), post_wrap_hooks=[print])
 

@@ -141,6 +141,22 @@ def test_experts_are_not_shared_out_over_a_microbatch_where_the_reference_does_n
         refuse(Namespace(**{name: ["sinkhorn"]}), WITH_UNLEARNING, where="")
 
 
+def test_a_rank_of_experts_has_room_for_all_tokens_unless_the_run_ends_where_it_has_not():
+    args = Namespace(moe_expert_rank_capacity_factor=2.0, moe_flex_dispatcher_backend="ncclep")
+    refuse(args, WITH_UNLEARNING, where="")
+    args.moe_flex_dispatcher_backend = "hybridep"
+    with pytest.raises(
+        ConfigError, match=r"^--moe-expert-rank-capacity-factor : .* dropped, so that a token's"
+    ):
+        refuse(args, WITH_UNLEARNING, where="")
+
+
+def test_weights_of_experts_are_sharded_as_those_of_the_rest():
+    for name in ("tensor_parallel_num_weight_shards", "expert_tensor_parallel_num_weight_shards"):
+        with pytest.raises(ConfigError, match="sharded by tensor parallelism only"):
+            refuse(Namespace(**{name: 4}), NEVER, where="is not supported")
+
+
 def test_optimizers_of_a_package_that_is_not_installed_are_named_before_a_model_is_built():
     rows = WITHOUT_PACKAGE["emerging_optimizers"]
     for name in ("muon", "adaptive_muon", "lion", "soap"):

@@ -43,6 +43,8 @@ RUN = {
     "end_weight_decay": 0.01,
     "weight_decay_incr_style": "constant",
 }
+EXPERTS = {"num_experts": 4, "expert_model_parallel_size": 1, "expert_tensor_parallel_size": None}
+RESHARDABLE = {"dist_ckpt_optim_fully_reshardable": True}
 SAMPLES = {"train_iters": None, "train_samples": 96}
 
 
@@ -67,6 +69,13 @@ def check(now, saved=None, folder="iter_0000005"):
         ({"no_load_rng": True}, {"no_save_rng": True}),
         ({"sgd_momentum": 0.8}, {}),  # Adam has none
         ({"bf16": True}, {"fp16": True}),
+        # One optimizer of their own there and here, if the buffers are not compared.
+        (
+            EXPERTS | {"expert_model_parallel_size": 2} | RESHARDABLE,
+            EXPERTS | {"expert_tensor_parallel_size": 1} | RESHARDABLE,
+        ),
+        (EXPERTS | {"expert_tensor_parallel_size": 2}, EXPERTS | RESHARDABLE),
+        ({"expert_tensor_parallel_size": 1}, {"expert_tensor_parallel_size": 2} | RESHARDABLE),
         ({"account_for_loss_in_pipeline_split": False}, {}),  # saved before there was that flag
         (
             {"tensor_model_parallel_size": 1, "transformer_impl": "transformer_engine"},
@@ -168,9 +177,16 @@ def test_a_release_has_no_optimizer_to_go_on_with():
             "resume once with the old settings",
         ),
         (
-            {"expert_model_parallel_size": 1},
-            {"expert_model_parallel_size": 2},
-            "--expert-model-parallel-size: expected more than 1, .* found 1; above 1 Megatron keeps",
+            EXPERTS,
+            EXPERTS | {"expert_model_parallel_size": 2},
+            "--expert-model-parallel-size, --expert-tensor.*: expected .* otherwise than .*iter_0000005, "
+            "found them spread as these; .* --no-load-optim",
+        ),
+        # RUN has a TP of 2.
+        (
+            EXPERTS | {"expert_tensor_parallel_size": 1},
+            EXPERTS,
+            "--expert-model-parallel-size, --expert-tensor-parallel-size: expected .* spread as the other",
         ),
     ],
 )

@@ -82,7 +82,7 @@ def test_a_model_whose_sizes_do_not_go_together(changes, message):
 
 EXPERTS = {
     **{"num_experts": 4, "moe_router_topk": 2, "expert_model_parallel_size": 1},
-    "moe_apply_probs_on_input": False,
+    **{"moe_apply_probs_on_input": False, "moe_layer_freq": 1},
 }
 
 
@@ -99,6 +99,9 @@ EXPERTS = {
         ),
         ({"moe_apply_probs_on_input": True, "moe_router_topk": 1}, None),
         ({"num_experts": None, "moe_router_topk": 9}, None),
+        ({"moe_layer_freq": 0}, "--moe-layer-freq: expected a number above 0, .* found 0"),
+        ({"moe_layer_freq": [0, 1]}, None),
+        ({"moe_layer_freq": 0, "num_experts": None}, None),
         (
             {"num_experts": None, "expert_model_parallel_size": 2},
             "--num-experts: expected beside --expert-model-parallel-size 2, found none",
@@ -239,3 +242,32 @@ def test_a_vocabulary_that_is_not_padded_has_the_rows_of_the_tokenizer(monkeypat
     args = Namespace(padded_vocab_size=given, tokenizer_type="NullTokenizer")
     arguments.record_tokenizer(args)
     assert (args.padded_vocab_size, args.unpadded_vocab_size) == (rows, 500)
+
+
+@pytest.mark.parametrize("from_checkpoint", [True, False])
+def test_a_models_sizes_are_checked_wherever_they_come_from(from_checkpoint, monkeypatch):
+    from megatron_ext import arguments as module
+
+    for name in vars(module).copy():
+        if name.startswith("check_") and name not in ("check_sizes", "check_experts"):
+            monkeypatch.setattr(module, name, lambda *_, **__: None)
+    for name in ("unlearn_config", "_config", "record_tokenizer"):
+        monkeypatch.setattr(module, name, lambda *_: Namespace(enabled=False))
+    monkeypatch.setattr(module.compat, "leave_transformers_out", lambda _: None)
+    names = ("num_attention_heads", "hidden_size", "kv_channels", "seq_length", "swiglu")
+    typed = dict.fromkeys((*names, "group_query_attention", "num_query_groups", "tokenizer_type"))
+    typed |= {"max_position_embeddings": None, "expert_model_parallel_size": 1}
+    experts = {"num_experts": 4, "moe_router_topk": 9, "moe_layer_freq": 1}
+    read = typed | experts | {"use_checkpoint_args": from_checkpoint}
+    typed = read if not from_checkpoint else read | {"num_experts": None}
+    monkeypatch.setattr(module, "parse_args", lambda _: Namespace(**typed))
+    validated = []
+
+    def validate(_):
+        validated.append(True)
+        return Namespace(**read)
+
+    monkeypatch.setattr(module, "parse_and_validate_args", validate)
+    with pytest.raises(ConfigError, match=r"--moe-router-topk: .* --num-experts 4, found 9"):
+        module.parse()
+    assert bool(validated) is from_checkpoint
