@@ -126,6 +126,8 @@ def working_bytes(arch: Architecture, layout: Layout, stage: int) -> int:
         inner = max(attention, *(_inner_width(arch, layout, kind) for kind in kinds))
         width = layout.element * (inner + residual + gathered)
         if layout.recompute == "full":
+            if any(kind is not None for kind in kinds):
+                width += layout.element * residual  # an output made again, beside its gradient
             whole = [_whole(arch, layout, kind) for kind in kinds]
             n = min(layout.recompute_layers, len(kinds))
             if layout.recompute_method == "uniform":
