@@ -2,7 +2,7 @@
 
 A mixture has a router, E experts, of which each token has k, and possibly shared experts that every token
 has (arXiv 2101.03961, 2401.06066). Everything here assumes that experts get equal shares of the tokens;
-without a limit to what one may get (the run refuses such limits) a rank whose experts are the favourites
+without a limit to what one may get (the plan refuses such limits) a rank whose experts are the favourites
 has as much more rows as they have more tokens.
 
 Symbols as in `architecture`; m width of an expert.

@@ -90,7 +90,9 @@ def _value(node: ast.expr) -> int | list[int]:
     if isinstance(node, ast.Constant) and type(node.value) is int:
         return node.value
     if isinstance(node, ast.List):
-        return [number for item in node.elts if isinstance(number := _value(item), int)]
+        numbers = [_value(item) for item in node.elts]
+        if all(isinstance(number, int) for number in numbers):
+            return numbers  # type: ignore[return-value]
     if isinstance(node, ast.BinOp) and type(node.op) in _OPERATIONS:
         try:
             found = _OPERATIONS[type(node.op)](_value(node.left), _value(node.right))

@@ -256,6 +256,7 @@ def test_patterns_of_layers(pattern, layers):
         (["--moe-layer-freq", "0"], "--moe-layer-freq: expected a number above 0"),
         (["--moe-layer-freq", "__import__('os')"], "--moe-layer-freq: .* found __import__"),
         (["--moe-layer-freq", "[1]*[2]"], "--moe-layer-freq: "),
+        (["--moe-layer-freq", "[1]*31 + [[0]]"], "--moe-layer-freq: "),
         (
             ["--moe-router-topk", "9"],
             "--moe-router-topk: expected 1 to --num-experts 8, found 9",
