@@ -106,7 +106,7 @@ def enable() -> Callable[[], None]:
 
     undo = ExitStack()
     _share_checkpoints(undo)
-    _make_sgd_resumable(undo)
+    _make_whole_resumable(undo)
     if optimizers.USING_PYTORCH_OPTIMIZER:
         undo.callback(register_optimizer_step_pre_hook(_fuse_before_step).remove)
         _make_resumable(undo)
@@ -124,11 +124,12 @@ def _make_resumable(undo: ExitStack) -> None:
     """Let the distributed optimizer resume with torch's Adam, whose step is a tensor of each parameter.
 
     Three things in Megatron's way of loading stand against it. To learn which tensors a checkpoint has to
-    fill, it asks the new optimizer for its state and asserts that all parameters share one step; before
-    the first step there is none (zero moments at step 0 answer, and the checkpoint overwrites them). The
-    step, restored from the parameter groups, is then overwritten by the one of that answer, or looked
-    for in vain. And in an fp32 run the weights are copied in place into parameters that require a
-    gradient, which torch refuses outside ``no_grad``.
+    fill, it asks the new optimizer for its state and asserts that all parameters share one step; before the
+    first step there is none (zero moments at step 0 answer, and the checkpoint overwrites them). They are
+    also what is saved where each step so far was skipped, as fp16's first ones are. The step, restored from
+    the parameter groups, is then overwritten by the one of that answer, or looked for in vain. And in an fp32
+    run the weights are copied in place into parameters that require a gradient, which torch refuses outside
+    ``no_grad``.
     """
     from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
@@ -142,14 +143,7 @@ def _make_resumable(undo: ExitStack) -> None:
         *args: Any,
         **kwargs: Any,
     ) -> Any:
-        if is_loading and not self.optimizer.state:
-            for group in self.optimizer.param_groups:
-                for parameter in group["params"]:
-                    self.optimizer.state[parameter] = {
-                        "step": torch.zeros((), dtype=torch.float32),
-                        "exp_avg": torch.zeros_like(parameter),
-                        "exp_avg_sq": torch.zeros_like(parameter),
-                    }
+        begin(self.optimizer)
         return sharded_state_dict(self, model_state or {}, is_loading, *args, **kwargs)
 
     def set_states_but_step(
@@ -167,15 +161,36 @@ def _make_resumable(undo: ExitStack) -> None:
     _replace(undo, DistributedOptimizer, "load_state_dict", load)
 
 
-def _make_sgd_resumable(undo: ExitStack) -> None:
-    """Let SGD say which tensors a checkpoint has to fill: Megatron calls what it gives Adam alone."""
+def begin(optimizer: torch.optim.Optimizer) -> None:
+    """Give each parameter of torch's Adam, before the first step, the state that this would begin with."""
+    if type(optimizer) not in (torch.optim.Adam, torch.optim.AdamW) or optimizer.state:
+        return
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            optimizer.state[parameter] = {
+                "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
+                "exp_avg": torch.zeros_like(parameter),
+                "exp_avg_sq": torch.zeros_like(parameter),
+            }
+
+
+def _make_whole_resumable(undo: ExitStack) -> None:
+    """Let optimizers that are not distributed save, and say, which tensors a checkpoint has.
+
+    Megatron asks for those of SGD only where it asks for Adam's, in vain. And if each step so far was
+    skipped, as fp16's first ones are, a checkpoint would be without a state, which no run resumes from.
+    """
     from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params, FP32Optimizer
 
     def answering(sharded_state_dict: Callable[..., Any]) -> Callable[..., Any]:
-        def sharded_state_dict_of_filled(self: Any, *args: Any, **kwargs: Any) -> Any:
+        def sharded_state_dict_of_filled(
+            self: Any, model_state: Any, is_loading: bool = False, *args: Any, **kwargs: Any
+        ) -> Any:
             if self.init_state_fn is None:
                 self.init_state_fn = lambda optimizer, config: fill_momentum(optimizer)
-            return sharded_state_dict(self, *args, **kwargs)
+            if not is_loading:
+                begin(self.optimizer)
+            return sharded_state_dict(self, model_state, is_loading, *args, **kwargs)
 
         return sharded_state_dict_of_filled
 
@@ -206,15 +221,17 @@ def adopt(state: dict[str, Any], optimizer: torch.optim.Optimizer, *, step_in_gr
     groups = state["param_groups"]
     steps = [state.get("state", {}).pop("common_step", None), *(g.get("step") for g in groups)]
     step = next((found for found in steps if found is not None), None)
-    if step is None:
+    if step is None and step_in_groups:
         return
     if not step_in_groups:
+        step = 0 if step is None else step  # a step of 0 Megatron leaves out
         state["state"]["common_step"] = torch.as_tensor(step, dtype=torch.float32)
     settings = {k: v for k, v in optimizer.param_groups[0].items() if k not in ("params", "step")}
     for group in groups:
         group |= {name: value for name, value in settings.items() if name not in group}
         group.pop("step", None)
         if step_in_groups:
+            assert step is not None
             group["step"] = int(step)
 
 

@@ -129,6 +129,26 @@ def test_another_kind_of_adam_goes_on_from_a_checkpoint(first, second):
     assert {float(step) for step in steps if step is not None} == {6.0}
 
 
+def test_a_checkpoint_from_before_the_first_step_is_one_to_go_on_from():
+    """As of fp16, where each step so far may have been skipped."""
+    from megatron.core.optimizer.optimizer import MegatronOptimizer
+
+    fresh, resumed = ([p.requires_grad_() for p in _parameters()] for _ in "ab")
+    optimizer, other = (torch.optim.AdamW(parameters, lr=1e-2) for parameters in (fresh, resumed))
+    kernels.begin(optimizer)
+    state = _saved(optimizer)
+    assert all(not s["exp_avg"].any() for s in state["state"].values() if isinstance(s, dict))
+    del state["state"]["common_step"]  # Megatron leaves out a step of 0
+    kernels.adopt(state, other, step_in_groups=False)
+    MegatronOptimizer._restore_common_per_param_step(state, state["state"].pop("common_step"))
+    other.load_state_dict(state)
+    plain = [p.detach().clone().requires_grad_() for p in fresh]
+    _train(torch.optim.AdamW(plain, lr=1e-2), plain, 3, seed=1, fused=False)
+    for parameters, each in ((fresh, optimizer), (resumed, other)):
+        _train(each, parameters, 3, seed=1, fused=False)
+        torch.testing.assert_close(parameters, plain, rtol=0, atol=0)
+
+
 def test_the_distributed_optimizers_groups_get_a_step_that_counts_in_whole_numbers():
     """Megatron writes torch's step, a float, into the groups; the kernels of others take integers only."""
     other = GroupAdam([torch.zeros(2, requires_grad=True)], lr=1e-2)
@@ -148,13 +168,17 @@ def test_sgd_asks_a_checkpoint_for_what_it_has_saved(momentum, monkeypatch):
 
     # As Megatron's begins when it loads.
     monkeypatch.setattr(
-        FP32Optimizer, "sharded_state_dict", lambda self: self.init_state_fn(self.optimizer, None)
+        FP32Optimizer,
+        "sharded_state_dict",
+        lambda self, *_: self.init_state_fn(self.optimizer, None),
     )
     parameters = [p.requires_grad_() for p in _parameters()]
     saved, new = (torch.optim.SGD(parameters, lr=1e-2, momentum=momentum) for _ in range(2))
     _train(saved, parameters, 1, seed=1, fused=False)
     undo = kernels.enable()
-    FP32Optimizer.sharded_state_dict(types.SimpleNamespace(init_state_fn=None, optimizer=new))
+    FP32Optimizer.sharded_state_dict(
+        types.SimpleNamespace(init_state_fn=None, optimizer=new), {}, True
+    )
     undo()
     found, wanted = new.state_dict()["state"], saved.state_dict()["state"]
     assert {i: state.keys() for i, state in found.items()} == {
