@@ -87,7 +87,8 @@ def check_tokenizers(prefixes: Sequence[str | Path]) -> list[Manifest | None]:
     """
     known: tuple[str | Path, str] | None = None
     manifests = [read_manifest(prefix) for prefix in prefixes]
-    if different := different_starts(prefixes, manifests):
+    starts = [None if each is None else each.before_text for each in manifests]
+    if different := different_starts(prefixes, starts):
         raise DataError(different)
     for prefix, manifest in zip(prefixes, manifests, strict=True):
         if manifest is None:
@@ -102,21 +103,25 @@ def check_tokenizers(prefixes: Sequence[str | Path]) -> list[Manifest | None]:
 
 
 def different_starts(
-    prefixes: Sequence[str | Path], manifests: Sequence[Manifest | None]
+    prefixes: Sequence[str | Path], starts: Sequence[list[int] | None]
 ) -> str | None:
     """What to say of the first data set whose texts begin otherwise than the others'; None if there is none.
 
     What a tokenizer puts behind texts is an end-of-document id, without which documents are compared.
+
+    Args:
+        prefixes: of the data sets.
+        starts: what the manifest of each calls `before_text`; None where that is not known.
     """
     known: tuple[str | Path, list[int]] | None = None
-    for prefix, manifest in zip(prefixes, manifests, strict=True):
-        if manifest is None or manifest.before_text is None:
+    for prefix, found in zip(prefixes, starts, strict=True):
+        if found is None:
             continue
-        known = known or (prefix, manifest.before_text)
-        if manifest.before_text != known[1]:
+        known = known or (prefix, found)
+        if found != known[1]:
             return (
                 f"{manifest_path(prefix)}: expected ids {known[1]} before each text as in {known[0]}, found "
-                f"{manifest.before_text}: no document of the one is the same as one of the other"
+                f"{found}: no document of the one is the same as one of the other"
             )
     return None
 

@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from argparse import Namespace
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -149,20 +150,29 @@ def test_ids_of_two_tokenizers_are_not_compared(made, copy):
         find_overlaps([made["first"]], [made["last"], copy])
 
 
-def test_texts_with_bos_are_not_compared_with_those_without(made, copy, monkeypatch):
+def test_texts_with_bos_are_not_compared_with_those_without(made, copy, tmp_path):
     fields = read_manifest(copy)
     assert (fields.before_text, fields.after_text) == ([], [])
     write_manifest(copy, dataclasses.replace(fields, before_text=[1]), overwrite=True)
     message = r"c\.manifest\.json: expected ids \[\] before each text as in .*, found \[1\]"
     with pytest.raises(DataError, match=message):
         find_overlaps([made["first"]], [made["last"], copy])
-    args, config = arguments(made, "first", "last")
-    args.data_path.append(copy)
-    with pytest.raises(DataError, match=message + ".*; --allow-data-overlap runs nevertheless"):
-        check_overlap(args, config)
-    write_manifest(copy, dataclasses.replace(fields, before_text=None), overwrite=True)
-    with pytest.raises(DataError, match="sampled documents as in"):
-        check_overlap(args, config)
+    unlike = (
+        r"first_.*: expected ids \[1\] .* as in .*with_bos, found \[\]: .*--allow-data-overlap runs"
+    )
+    with_bos = str(tmp_path / "with_bos")
+    for suffix in (".bin", ".idx"):
+        Path(f"{with_bos}{suffix}").write_bytes(Path(f"{made['last']}{suffix}").read_bytes())
+    last = read_manifest(made["last"])
+    for before, refused in (
+        ([1], True),
+        ([], False),
+        (None, False),
+    ):  # the last as in older manifests
+        write_manifest(with_bos, dataclasses.replace(last, before_text=before), overwrite=True)
+        args, config = arguments(made | {"with_bos": with_bos}, "first", "with_bos")
+        with pytest.raises(DataError, match=unlike) if refused else nullcontext():
+            check_overlap(args, config)
 
 
 def test_an_end_of_document_hides_no_shared_text(made, tmp_path):
