@@ -10,6 +10,7 @@ is logged of them does not depend on it.
 
 from __future__ import annotations
 
+from argparse import Namespace
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
@@ -20,6 +21,18 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.utils import get_model_config
 
 Samples = Iterator[dict[str, Any]] | None
+
+
+def is_needed(args: Namespace) -> bool:
+    """Whether experts are balanced by a loss, and gradients divided by the tokens that count.
+
+    Args:
+        args: Megatron's validated arguments.
+    """
+    if not args.num_experts or not args.calculate_per_token_loss:
+        return False
+    given = args.moe_aux_loss_coeff
+    return any([*(given if isinstance(given, list) else [given]), args.moe_z_loss_coeff])
 
 
 def install() -> None:

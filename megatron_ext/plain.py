@@ -37,7 +37,7 @@ class PlainStep:
 
     def install(self) -> None:
         """Put the guard against NaN around Megatron's schedule, and what balances experts inside."""
-        if self.args.num_experts and self.args.calculate_per_token_loss:
+        if balancing.is_needed(self.args):
             balancing.install()
         if self.datasets is not None:
             self.datasets.install()

@@ -1,5 +1,6 @@
 """The scale of balancing losses where only some tokens are in the loss, as Megatron asks for it."""
 
+from argparse import Namespace
 from types import SimpleNamespace
 
 import pytest
@@ -78,3 +79,20 @@ def test_chunks_of_a_stage_read_on_their_own(rank):
 
 def test_validation_is_left_alone(rank):
     assert scales(samples(), forward_only=True) == (2, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("changes", "needed"),
+    [
+        ({}, True),
+        ({"moe_aux_loss_coeff": [0.0, 0.1]}, True),
+        ({"moe_aux_loss_coeff": 0.0}, False),  # no read-ahead and no exchange for nothing
+        ({"moe_aux_loss_coeff": 0.0, "moe_z_loss_coeff": 1e-3}, True),
+        ({"calculate_per_token_loss": False}, False),
+        ({"num_experts": None}, False),
+    ],
+)
+def test_where_the_schedule_is_gone_around(changes, needed):
+    args = {"num_experts": 4, "calculate_per_token_loss": True, "moe_aux_loss_coeff": 0.01}
+    args |= {"moe_z_loss_coeff": None} | changes
+    assert balancing.is_needed(Namespace(**args)) is needed
