@@ -6,7 +6,7 @@
 # make slurm-test  the job scripts of examples/slurm under a Slurm on this machine, nodes lost; needs Debian's packages
 # make test-gpu  the tests that need a GPU, and those over NCCL that find enough of them
 # make gpu-check  MINUTES=60: those tests, the benchmarks and an unlearning run on one GPU, within that time
-# make bench   benchmarks.head, step, launch, preprocess, on a GPU layers; MEGATRON_LM=DIR adds its preprocess_data.py
+# make bench   benchmarks.head, step, layers (on a GPU), experts, launch, preprocess; MEGATRON_LM=DIR adds its own tool
 # make study-mini  SEED=1: every model of the paper in miniature, their evaluation and a report
 # make setup   the virtual environment; the others make it when it is needed
 
@@ -67,6 +67,7 @@ bench: $(READY)
 	$(PYTHON) -m benchmarks.head
 	$(PYTHON) -m benchmarks.step
 	$(PYTHON) -m benchmarks.layers
+	$(PYTHON) -m benchmarks.experts
 	$(PYTHON) -m benchmarks.launch
 	$(PYTHON) -m benchmarks.preprocess $(if $(MEGATRON_LM),--peer-path $(MEGATRON_LM))
 

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from megatron.core import parallel_state
 
-from megatron_ext.exceptions import ConfigError
 from megatron_ext.losses import TokenLoss, unlearning_head, unlearning_head_loss
+from megatron_ext.model.hooks import run_forward_pre_hooks
 
 
 def head_margins(
@@ -98,7 +98,7 @@ def _head_arguments(
     reference_hidden: torch.Tensor | None,
 ) -> dict[str, Any]:
     """What the layer and the tensors of a microbatch mean to the head."""
-    _run_forward_pre_hooks(output_layer, hidden_states)
+    run_forward_pre_hooks(output_layer, hidden_states)
     weight = output_weight if output_weight is not None else output_layer.get_parameter("weight")
     return {
         "hidden": hidden_states.flatten(0, 1),
@@ -111,21 +111,3 @@ def _head_arguments(
         "sequence_parallel": bool(output_layer.sequence_parallel),
         "fuse_weight_gradient": weight.requires_grad,
     }
-
-
-def _run_forward_pre_hooks(module: torch.nn.Module, *inputs: torch.Tensor) -> None:
-    """Run what is due before a module's weight is read.
-
-    With ``--overlap-param-gather`` DDP finishes the all-gather of a module's parameters in such a hook;
-    reading ``output_layer.weight`` without it would use the weights of the step before.
-    """
-    for hook_id, hook in module._forward_pre_hooks.items():
-        if hook_id in module._forward_pre_hooks_with_kwargs:
-            changed = hook(module, inputs, {})
-        else:
-            changed = hook(module, inputs)
-        if changed is not None:
-            raise ConfigError(
-                f"{type(module).__name__}: expected forward pre-hooks that leave the inputs alone, found "
-                f"{hook!r}; the fused head reads the layer's weight directly"
-            )

@@ -10,7 +10,6 @@ from collections.abc import Callable
 from typing import Any
 
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
-from megatron.core.models.backends import LocalSpecProvider
 from megatron.core.models.gpt.moe_module_specs import get_moe_module_spec_for_backend
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer import ModuleSpec, TransformerConfig
@@ -32,6 +31,7 @@ from megatron.core.transformer.transformer_layer import (
 
 from megatron_ext.exceptions import ConfigError
 from megatron_ext.model.attention import SdpaCoreAttention, TorchSelfAttention
+from megatron_ext.model.experts import TorchSpecProvider, check_grouped
 from megatron_ext.model.mlp import TorchMLP
 from megatron_ext.model.norm import TorchNorm
 
@@ -57,7 +57,7 @@ UNSUPPORTED = {
     "batch_invariant_mode": "--batch-invariant-mode",
     # Megatron adds an expert's bias in place, to a view that autograd does not let it write to.
     "add_bias_linear": "biases of experts (--num-experts without --disable-bias-linear)",
-    "moe_grouped_gemm": "grouped GEMM of experts (--moe-grouped-gemm)",
+    "moe_mlp_glu_interleave_size": "--moe-mlp-glu-interleave-size",
     "moe_permute_fusion": "--moe-permute-fusion",
     "moe_router_fusion": "--moe-router-fusion",
     "moe_latent_size": "--moe-latent-size",
@@ -76,7 +76,7 @@ def check_config(config: TransformerConfig) -> None:
 
     Raises:
         ConfigError: The config asks for something of Transformer Engine or of another attention;
-            the message names all of it.
+            the message names all of it. Or see `check_grouped`.
     """
     values = {field: getattr(config, field, None) for field in UNSUPPORTED}
     if config.num_moe_experts is None:
@@ -88,6 +88,7 @@ def check_config(config: TransformerConfig) -> None:
     ]
     if wrong:
         raise ConfigError(f"the torch-native layers do not support: {'; '.join(wrong)}")
+    check_grouped(config)
 
 
 def _layer_spec(config: TransformerConfig, *, experts: bool) -> ModuleSpec:
@@ -111,7 +112,7 @@ def _layer_spec(config: TransformerConfig, *, experts: bool) -> ModuleSpec:
     if experts:
         # Transformer Engine too keeps the norm before a router apart.
         mlp = get_moe_module_spec_for_backend(
-            LocalSpecProvider(), num_experts=config.num_moe_experts
+            TorchSpecProvider(), num_experts=config.num_moe_experts
         )
     else:
         dense = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)

@@ -9,6 +9,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from torch import Tensor
 from torch.nn import functional
@@ -37,6 +38,17 @@ def swiglu(x: Tensor) -> Tensor:
     return _SwiGLU.apply(x)
 
 
+def is_plain_swiglu(config: TransformerConfig) -> bool:
+    """Whether feed-forward layers compute `silu(gate) * linear` and nothing else between their products."""
+    return bool(
+        config.gated_linear_unit
+        and config.activation_func == functional.silu
+        and config.activation_func_clamp_value is None
+        and config.glu_linear_offset == 0.0
+        and not config.activation_func_fp8_input_store
+    )
+
+
 class TorchMLP(MLP):
     """Megatron's MLP; eager SwiGLU off the GPU, everything else the parent's.
 
@@ -52,15 +64,8 @@ class TorchMLP(MLP):
         self, hidden_states: Tensor, per_token_scale: Tensor | None = None, **kwargs: Any
     ) -> tuple[Tensor, Tensor | None]:
         """Transform `hidden_states` `[s, b, hidden]`; the bias is returned, not added."""
-        config = self.config
-        plain_swiglu = (
-            config.gated_linear_unit
-            and config.activation_func == functional.silu
-            and config.activation_func_clamp_value is None
-            and config.glu_linear_offset == 0.0
-            and per_token_scale is None
-        )
-        if hidden_states.is_cuda or not plain_swiglu:
+        eager = not hidden_states.is_cuda and per_token_scale is None
+        if not (eager and is_plain_swiglu(self.config)):
             return super().forward(hidden_states, per_token_scale, **kwargs)
         x, bias = self.linear_fc1(hidden_states)
         if bias is not None:

@@ -167,16 +167,15 @@ def _passing(arch: Architecture, layout: Layout, kind: Mixture) -> float:
 def forward_bytes(arch: Architecture, layout: Layout, stage: int) -> int:
     """Bytes of a layer's tensors where nothing is kept, of the layer that needs most.
 
-    Its input, the projection, context, both halves and their product. Experts have one after another what
-    they compute, but their rows all at once.
+    Its input, the projection, context, both halves and their product. Experts are taken to compute theirs
+    all at once (Transformer Engine's do so with ``--moe-grouped-gemm`` only).
     """
     width = arch.hidden + 2 * arch.query / layout.tp
 
     def inner(kind: Mixture | None) -> float:
         if kind is None:
             return 3 * arch.ffn / layout.tp
-        own = 1 if kind.grouped else layout.ep / kind.experts
-        rows = kind.topk * (layout.etp * arch.hidden + 3 * own * kind.ffn)
+        rows = kind.topk * (layout.etp * arch.hidden + 3 * kind.ffn)
         return _passing(arch, layout, kind) + rows / layout.sequence_split
 
     kinds = {kind for c in range(layout.vpp) for kind in arch.kinds(stage, c, layout.split)}

@@ -53,8 +53,10 @@ def check_rank(
     unlearning = entry.unlearning(flags)
     place = layout.place(rank)
     stage = place.stage
-    fused_norms, built = _build(words, gpus=gpus, rank=rank)
-    arch = dataclasses.replace(arch, fused_norms=fused_norms)
+    fused, built = _build(words, gpus=gpus, rank=rank)
+    arch = dataclasses.replace(arch, fused_norms=fused)
+    if arch.mixture is not None and not fused:  # the torch-native layers keep experts' order
+        arch = dataclasses.replace(arch, mixture=dataclasses.replace(arch.mixture, grouped=False))
     planned = {"parameters": arch.stage_parameters(stage, layout.split)}
     planned |= state_bytes(arch, layout, stage, place=place)
     if unlearning is not None and unlearning.reference:

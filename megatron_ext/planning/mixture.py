@@ -29,8 +29,8 @@ class Mixture:
         ffn: m, width of an expert, of each of its two halves.
         shared: width of the shared experts, all together; 0 without.
         gate: whether a gate weighs the shared experts' output.
-        grouped: whether a rank's experts are computed in one product, as Transformer Engine does; that
-            changes the order of their parameters.
+        grouped: whether a rank's experts are one module of Transformer Engine, for one product; that changes
+            the order of their parameters.
         dispatcher: how tokens get to the ranks of their experts.
     """
 

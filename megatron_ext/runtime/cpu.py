@@ -148,7 +148,8 @@ def _patch_devices() -> None:
     cuda.set_device = lambda device: None
     cuda.synchronize = lambda device=None: None
     cuda.get_device_name = lambda device=None: "cpu"
-    cuda.get_device_capability = lambda device=None: (0, 0)
+    # What Megatron asks of a device for --moe-grouped-gemm; torch has that product for a CPU too.
+    cuda.get_device_capability = lambda device=None: (8, 0)
     cuda.get_device_properties = lambda device=None: SimpleNamespace(
         name="cpu", major=0, minor=0, total_memory=0, multi_processor_count=os.cpu_count() or 1
     )

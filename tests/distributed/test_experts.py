@@ -37,10 +37,10 @@ LAYOUTS: dict[str, tuple[int, tuple[object, ...]]] = {
         2,
         (*EXPERTS, *SHARDED, "--overlap-grad-reduce", "--overlap-param-gather"),
     ),
-    "EP 2 x TP 2, sequence parallel": (
+    "EP 2 x TP 2, sequence parallel, one product": (
         4,
         (*EXPERTS, "--tensor-model-parallel-size", 2, "--sequence-parallel")
-        + ("--expert-tensor-parallel-size", 1),
+        + ("--expert-tensor-parallel-size", 1, "--moe-grouped-gemm"),
     ),
     "CP 2": (2, ("--context-parallel-size", 2)),
     "interleaved PP 2": (

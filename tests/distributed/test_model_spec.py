@@ -9,6 +9,10 @@ from torch.distributed.checkpoint import CheckpointException
 from tests.helpers.distributed import run_ranks
 
 _SELECTIVE = {"recompute_granularity": "selective"}
+_EXPERTS = {
+    **{"num_moe_experts": 4, "moe_router_topk": 2, "moe_ffn_hidden_size": 24},
+    **{"moe_shared_expert_intermediate_size": 16, "moe_router_load_balancing_type": "none"},
+}
 # What a config may ask for; each is compared in loss and in every gradient.
 CASES = {
     "grouped queries": {},
@@ -37,10 +41,16 @@ CASES = {
         **{"apply_query_key_layer_scaling": True, "attention_softmax_in_fp32": True},
     },
     "layers without rotation": {"no_rope_freq": [1, 0]},
-    "experts": {
-        **{"num_moe_experts": 4, "moe_router_topk": 2, "moe_ffn_hidden_size": 24},
-        **{"moe_shared_expert_intermediate_size": 16, "moe_router_load_balancing_type": "none"},
+    "experts": _EXPERTS,
+    "GEGLU experts": _EXPERTS | {"activation_func": torch.nn.functional.gelu},
+    "router's weights on the input": _EXPERTS
+    | {
+        **{"moe_router_topk": 1, "moe_router_pre_softmax": True, "moe_apply_probs_on_input": True},
+        "moe_grouped_gemm": True,
     },
+    "experts in one product": _EXPERTS | {"moe_grouped_gemm": True},
+    "experts in one product, activation recomputed": _EXPERTS
+    | {"moe_grouped_gemm": True, **_SELECTIVE, "recompute_modules": ["moe_act"]},
 }
 
 
@@ -64,7 +74,11 @@ def _compare(case: dict, *, tensor_parallel: int, sequence_parallel: bool) -> tu
 
 
 # Megatron's own local attention cannot split one query group over two ranks.
-TP_CASES = [name for name in CASES if name not in ("one group", "all recomputed", "experts")]
+TP_CASES = [
+    name
+    for name, case in CASES.items()
+    if name not in ("one group", "all recomputed") and "num_moe_experts" not in case
+]
 
 
 def _everything(directory: str) -> dict[str, Any]:

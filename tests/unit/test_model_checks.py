@@ -23,6 +23,7 @@ VALUES = {
 
 def _config(**changes):
     plain = {"softmax_type": "vanilla", "cuda_graph_impl": "none", "num_moe_experts": 4}
+    plain |= {"moe_grouped_gemm": False}
     return SimpleNamespace(**(plain | changes))
 
 

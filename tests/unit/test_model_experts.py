@@ -1,0 +1,166 @@
+"""The torch-native experts by themselves: gradients into Megatron's buffers, rounding, hooks, refusals.
+
+Loss and gradients of models are compared with Megatron's in tests/distributed/test_model_spec.py.
+"""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch.nn import functional
+
+from megatron_ext.exceptions import ConfigError
+from megatron_ext.model.experts import TorchExperts, check_grouped, weighted_swiglu
+
+HIDDEN, WIDTH = 16, 24
+ROWS = torch.tensor([5, 0, 9])
+
+
+class _Linear(torch.nn.Module):
+    def __init__(self, outputs, inputs):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.randn(outputs, inputs))
+
+
+class _Experts(TorchExperts):
+    """Experts without Megatron's process groups; only what `forward` reads."""
+
+    def __init__(self, **changes):
+        torch.nn.Module.__init__(self)
+        config = {
+            **{
+                "gated_linear_unit": True,
+                "activation_func": functional.silu,
+                "glu_linear_offset": 0.0,
+            },
+            **{"activation_func_clamp_value": None, "activation_func_fp8_input_store": False},
+            **{"moe_apply_probs_on_input": False, "moe_grouped_gemm": False},
+            **{"gradient_accumulation_fusion": False, "recompute_granularity": None},
+        }
+        self.config = SimpleNamespace(**config | changes)
+        torch.manual_seed(1)
+        self.local_experts = torch.nn.ModuleList()
+        for _ in ROWS:
+            expert = torch.nn.Module()
+            expert.linear_fc1 = _Linear(2 * WIDTH, HIDDEN)
+            expert.linear_fc2 = _Linear(HIDDEN, WIDTH)
+            self.local_experts.append(expert)
+
+
+def _inputs(rows=ROWS, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(2)
+    total = int(rows.sum())
+    hidden = torch.randn(total, HIDDEN, generator=generator).to(dtype).requires_grad_()
+    return hidden, rows, torch.rand(total, generator=generator, requires_grad=True)
+
+
+def _gradients(experts):
+    return [parameter.grad for parameter in experts.parameters()]
+
+
+@pytest.fixture(scope="module")
+def expected():
+    """Gradients of the sum of squares, by autograd alone."""
+    experts = _Experts()
+    hidden, rows, probs = _inputs()
+    parts = zip(
+        hidden.split(rows.tolist()), probs.split(rows.tolist()), experts.local_experts, strict=True
+    )
+    outs = []
+    for part, prob, expert in parts:
+        gate, linear = (part @ expert.linear_fc1.weight.t()).chunk(2, dim=-1)
+        activated = functional.silu(gate) * linear * prob[:, None]
+        outs.append(activated @ expert.linear_fc2.weight.t())
+    torch.cat(outs).square().sum().backward()
+    return [hidden.grad, probs.grad, *_gradients(experts)]
+
+
+@pytest.mark.parametrize("grouped", [False, True])
+def test_gradients_are_those_of_autograd(grouped, expected):
+    experts = _Experts(moe_grouped_gemm=grouped)
+    hidden, rows, probs = _inputs()
+    experts(hidden, rows, probs)[0].square().sum().backward()
+    torch.testing.assert_close([hidden.grad, probs.grad, *_gradients(experts)], expected)
+    assert not _gradients(experts)[2].any()  # an expert without tokens
+
+
+@pytest.mark.parametrize("zeros", [False, True])
+def test_fused_gradients_are_added_to_megatrons_buffers(zeros, expected):
+    experts = _Experts(gradient_accumulation_fusion=True)
+    for parameter in experts.parameters():
+        parameter.main_grad = torch.ones_like(parameter)
+        parameter.grad_added_to_main_grad = False
+        parameter.zero_out_wgrad = zeros
+    hidden, rows, probs = _inputs()
+    experts(hidden, rows, probs)[0].square().sum().backward()
+    assert all(parameter.grad_added_to_main_grad for parameter in experts.parameters())
+    added = [parameter.main_grad - 1 for parameter in experts.parameters()]
+    torch.testing.assert_close(added, expected[2:], rtol=1e-5, atol=1e-4)
+    assert all(not gradient.any() for gradient in _gradients(experts)) or not zeros
+
+
+@pytest.mark.parametrize("grouped", [False, True])
+def test_frozen_experts_pass_gradients_on_and_get_none(grouped, expected):
+    experts = _Experts(moe_grouped_gemm=grouped).requires_grad_(False)
+    hidden, rows, probs = _inputs()
+    experts(hidden, rows, probs)[0].square().sum().backward()
+    torch.testing.assert_close([hidden.grad, probs.grad], expected[:2])
+    assert _gradients(experts) == [None] * 6
+
+
+@pytest.mark.parametrize("grouped", [False, True])
+def test_a_rank_may_get_no_tokens(grouped):
+    experts = _Experts(moe_grouped_gemm=grouped)
+    hidden, rows, probs = _inputs(torch.zeros(3, dtype=torch.int64))
+    out, _ = experts(hidden, rows, probs)
+    assert out.shape == (0, HIDDEN)
+    out.sum().backward()
+    assert all(gradient is not None and not gradient.any() for gradient in _gradients(experts))
+
+
+def test_hooks_run_before_a_weight_is_read():
+    experts = _Experts()
+    seen = []
+    for expert in experts.local_experts:
+        for linear in (expert.linear_fc1, expert.linear_fc2):
+            linear.register_forward_pre_hook(lambda module, _: seen.append(module))
+    experts(*_inputs())
+    assert len({*map(id, seen)}) == len(seen) == 6
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_activation_is_as_exact_as_its_type(dtype):
+    generator = torch.Generator().manual_seed(3)
+    x = torch.randn(64, 2 * WIDTH, generator=generator).to(dtype)
+    weights = torch.rand(64, generator=generator)
+    grad = torch.randn(64, WIDTH, generator=generator).to(dtype)
+
+    inputs = [x.clone().requires_grad_(), weights.clone().requires_grad_()]
+    out = weighted_swiglu(*inputs)
+    out.backward(grad)
+    assert (out.dtype, inputs[1].grad.dtype) == (dtype, torch.float32)
+    exact = [x.double().requires_grad_(), weights.double().requires_grad_()]
+    gate, linear = exact[0].chunk(2, dim=-1)
+    expected = functional.silu(gate) * linear * exact[1][:, None]
+    expected.backward(grad.double())
+    pairs = [(out, expected), *((a.grad, b.grad) for a, b in zip(inputs, exact, strict=True))]
+    for ours, theirs in pairs:  # at most four roundings, of eps / 2 each
+        assert (ours.double() - theirs).norm() / theirs.norm() < 2 * torch.finfo(dtype).eps
+
+
+def _config(**changes):
+    sizes = {"hidden_size": 64, "moe_ffn_hidden_size": 48, "expert_tensor_parallel_size": 1}
+    kind = {"num_moe_experts": 4, "moe_grouped_gemm": True, "params_dtype": torch.bfloat16}
+    return SimpleNamespace(**vars(_Experts().config) | sizes | kind | changes)
+
+
+def test_sizes_that_the_grouped_product_does_not_take_are_named():
+    check_grouped(_config())
+    check_grouped(_config(hidden_size=60, moe_grouped_gemm=False))
+    check_grouped(_config(hidden_size=60, params_dtype=torch.float32))
+    with pytest.raises(ConfigError, match=r"--hidden-size: .* multiple of 8 .*found 60"):
+        check_grouped(_config(hidden_size=60))
+    with pytest.raises(ConfigError, match=r"--moe-ffn-hidden-size: .* multiple of 8 .*found 12"):
+        check_grouped(_config(expert_tensor_parallel_size=4))
+    with pytest.raises(ConfigError, match=r"--moe-grouped-gemm: .* --swiglu"):
+        check_grouped(_config(activation_func=functional.gelu))
