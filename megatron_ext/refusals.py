@@ -235,6 +235,10 @@ WITH_UNLEARNING: tuple[Refusal, ...] = (
         "calculate_per_token_loss",
         "each term of the objective is already a mean over its tokens of the global batch",
     ),
+    Refusal(
+        "log_validation_ppl_to_tensorboard",
+        "perplexities are logged as they are, and those of Megatron-Core are of its losses only",
+    ),
     Refusal("moe_expert_capacity_factor", _BY_OTHERS),
     # The backend ncclep needs it, and ends the run where it is exceeded.
     Refusal(

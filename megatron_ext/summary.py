@@ -70,7 +70,7 @@ def _steps(args: Namespace, start: Start) -> str:
     done = 0 if start.before is None else start.before.iteration
     left = max(0, args.train_iters - done)
     count = f"{left:,} left of {args.train_iters:,}" if done else f"{left:,}"
-    if args.rampup_batch_size or args.step_batch_size_schedule:
+    if args.step_batch_size_schedule:
         return f"{count}, each of up to {batch:,} samples of {length:,} tokens"
     return (
         f"{count}, each of {batch:,} samples of {length:,} tokens: {left * batch * length:,} tokens"

@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from megatron_ext.data.batch import MicroBatch
 from megatron_ext.frozen import FrozenModel
+from megatron_ext.replicas import over_replicas
 
 
 def final_states(
@@ -29,11 +30,12 @@ def final_states(
 ) -> Iterator[tuple[MicroBatch, torch.Tensor]]:
     """Run samples through the model, each preceded by an end-of-document token as in training.
 
-    Every rank must take all of it.
+    Every rank of the model's replica must take all of it.
 
     Args:
         model: the model's chunks on this rank.
-        samples: int64 token arrays of at most ``args.seq_length`` tokens; the same on every rank.
+        samples: int64 token arrays of at most ``args.seq_length`` tokens; the same on every rank of the
+            replica.
         args: Megatron's arguments: sequence length, micro-batch size.
         eod: id of the end-of-document token.
         starts: where the text of each sample begins, of `text_starts`; by default at its first token.
@@ -86,6 +88,8 @@ def embed_samples(
 ) -> np.ndarray | None:
     """Mean of the final hidden states over the tokens of each sample, a token that begins it left out.
 
+    Every replica of the model takes its share of the samples.
+
     arXiv 2406.12397 embeds text by the last hidden state and does not say how a text's states become one
     vector. With the mean, every token counts, and the vector does not hang on how a text happens to end or
     where it was cut, as the last token's would.
@@ -100,22 +104,31 @@ def embed_samples(
     Returns:
         fp32 ``[N, H]`` on the last pipeline stage, ``None`` elsewhere.
     """
-    # One token more, so that the state of a sample's last token is computed as well.
-    extended = [np.append(sample, eod) for sample in samples]
-    starts = text_starts(samples, bos=bos)
-    rows = []
-    for batch, states in final_states(model, extended, args=args, eod=eod, starts=starts):
-        assert batch.loss_mask is not None
-        mask = batch.loss_mask.double().transpose(0, 1)
-        # A state is that of the token before its label. In front there is the end-of-document token, which
-        # all samples share, and then perhaps the one that begins texts, whose own label does not count.
-        mask[1] *= mask[0]
-        mask[0] = 0
-        total = (states.double() * mask[..., None]).sum(dim=0)
-        rows.append((total / mask.sum(dim=0).clamp(min=1)[:, None]).float().cpu())
+
+    def embed(mine: Sequence[np.ndarray]) -> list[np.ndarray | None]:
+        # One token more, so that the state of a sample's last token is computed as well.
+        extended = [np.append(sample, eod) for sample in mine]
+        starts = text_starts(mine, bos=bos)
+        states = final_states(model, extended, args=args, eod=eod, starts=starts)
+        found = [_mean_states(batch, hidden) for batch, hidden in states]
+        return [*torch.cat(found)[: len(mine)].numpy()] if found else [None] * len(mine)
+
+    rows = over_replicas(samples, embed)
     if not parallel_state.is_pipeline_last_stage(ignore_virtual=True):
         return None
-    return torch.cat(rows)[: len(samples)].numpy()
+    return np.stack([row for row in rows if row is not None])
+
+
+def _mean_states(batch: MicroBatch, states: torch.Tensor) -> torch.Tensor:
+    """Mean state of each sequence's text, fp32 ``[b, H]`` on the CPU."""
+    assert batch.loss_mask is not None
+    mask = batch.loss_mask.double().transpose(0, 1)
+    # A state is that of the token before its label. In front there is the end-of-document token, which all
+    # samples share, and then perhaps the one that begins texts, whose own label does not count.
+    mask[1] *= mask[0]
+    mask[0] = 0
+    total = (states.double() * mask[..., None]).sum(dim=0)
+    return (total / mask.sum(dim=0).clamp(min=1)[:, None]).float().cpu()
 
 
 def _micro_batches(

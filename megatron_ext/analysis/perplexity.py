@@ -19,6 +19,7 @@ from megatron_ext.analysis.statistics import perplexity
 from megatron_ext.data.batch import MicroBatch
 from megatron_ext.frozen import FrozenModel
 from megatron_ext.losses import cross_entropy
+from megatron_ext.replicas import over_replicas
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ def score_samples(
     eod: int,
     bos: int | None = None,
 ) -> SampleScores | None:
-    """Score samples, each preceded by an end-of-document token as in training.
+    """Score samples, each preceded by an end-of-document token as in training; every replica its share.
 
     A token with which the tokenizer begins a sample is read, and is none of those that are scored.
 
@@ -66,28 +67,26 @@ def score_samples(
         bos: id of the token that begins texts, if the tokenizer has one.
 
     Returns:
-        The scores on the last pipeline stage, ``None`` elsewhere.
+        The scores of all samples on the last pipeline stage, ``None`` elsewhere.
     """
-    losses: list[torch.Tensor] = []
-    probabilities: list[torch.Tensor] = []
-    starts = text_starts(samples, bos=bos)
-    for batch, states in final_states(model, samples, args=args, eod=eod, starts=starts):
-        loss, probability = _score(model, states, batch)
-        losses.append(loss)
-        probabilities.append(probability)
+
+    def scores(mine: Sequence[np.ndarray]) -> list[np.ndarray | None]:
+        starts = text_starts(mine, bos=bos)
+        states = final_states(model, mine, args=args, eod=eod, starts=starts)
+        found = [_score(model, hidden, batch) for batch, hidden in states]
+        return [*torch.cat(found)[: len(mine)].numpy()] if found else [None] * len(mine)
+
+    rows = over_replicas(samples, scores)
     if not parallel_state.is_pipeline_last_stage(ignore_virtual=True):
         return None
-    return SampleScores(
-        loss=torch.cat(losses)[: len(samples)].numpy(),
-        probability=torch.cat(probabilities)[: len(samples)].numpy(),
-        tokens=np.array([len(s) - start for s, start in zip(samples, starts, strict=True)]),
-    )
+    loss, probability = np.stack([row for row in rows if row is not None]).T
+    starts = text_starts(samples, bos=bos)
+    tokens = np.array([len(s) - start for s, start in zip(samples, starts, strict=True)])
+    return SampleScores(loss=loss, probability=probability, tokens=tokens)
 
 
-def _score(
-    model: FrozenModel, states: torch.Tensor, batch: MicroBatch
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean loss and mean probability of each sequence, fp64 ``[b]`` on the CPU."""
+def _score(model: FrozenModel, states: torch.Tensor, batch: MicroBatch) -> torch.Tensor:
+    """Mean loss and mean probability of each sequence, fp64 ``[b, 2]`` on the CPU."""
     assert batch.labels is not None
     assert batch.loss_mask is not None
     rows, length = batch.labels.shape
@@ -97,4 +96,4 @@ def _score(
     count = mask.sum(dim=1).clamp(min=1)
     loss = (cross_entropy(margin).double() * mask).sum(dim=1) / count
     probability = (torch.sigmoid(margin).double() * mask).sum(dim=1) / count
-    return loss.cpu(), probability.cpu()
+    return torch.stack((loss, probability), dim=1).cpu()

@@ -194,6 +194,7 @@ def _arguments(flags: list[list[str]]) -> Namespace:
     with compat.command_line(word for flag in flags for word in flag):
         args: Namespace = parse_args(add_arguments)
     args.consumed_train_samples = args.consumed_valid_samples = args.skipped_train_samples = 0
+    args.no_save_optim = args.no_save_rng = True  # it holds neither, so no run is resumed from it
     return args
 
 

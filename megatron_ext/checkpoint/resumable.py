@@ -41,6 +41,7 @@ _BUFFER = {
     "account_for_loss_in_pipeline_split": None,
     "transformer_impl": None,
     "spec": None,
+    "moe_grouped_gemm": None,
 }
 # Kept in the optimizer's state, which wins over the flags without a word.
 _SETTINGS = {"sgd": ("sgd_momentum",), "adam": ("adam_beta1", "adam_beta2", "adam_eps")}
@@ -65,18 +66,21 @@ def check_resumable(checkpoint: Checkpoint, args: Namespace) -> None:
     saved = checkpoint.args
     if checkpoint.path.name == "release":
         return
-    if getattr(saved, "no_save_rng", False) and not args.no_load_rng:
+    lacking = [
+        part
+        for part in ("optim", "rng")
+        if getattr(saved, f"no_save_{part}", False) and not getattr(args, f"no_load_{part}")
+    ]
+    if lacking:
+        loads, saves = (
+            "".join(f" --no-{verb}-{part}" for part in lacking) for verb in ("load", "save")
+        )
         raise ConfigError(
-            f"--no-load-rng: expected it, for {checkpoint.path} was saved with --no-save-rng, found a run "
-            "without it"
+            f"--load: expected{loads} beside it, for {checkpoint.path} was saved with{saves}, found a run "
+            f"without; {_ANEW}; --finetune starts a new run from the weights"
         )
     if args.no_load_optim:
         return
-    if getattr(saved, "no_save_optim", False):
-        raise ConfigError(
-            f"--no-load-optim: expected it, for {checkpoint.path} was saved with --no-save-optim, found a "
-            f"run without it; {_ANEW}"
-        )
     _check_settings(checkpoint, args)
     _check_distributed_optimizer(checkpoint, args)
     skips = args.override_opt_param_scheduler or args.use_checkpoint_opt_param_scheduler
@@ -169,6 +173,8 @@ def _check_distributed_optimizer(checkpoint: Checkpoint, args: Namespace) -> Non
     if not distributed or getattr(saved, "dist_ckpt_optim_fully_reshardable", True):
         return
     for name, flag in _BUFFER.items():
+        if name == "moe_grouped_gemm" and args.transformer_impl == "local":
+            continue  # these layers have the same parameters with it and without
         found = getattr(args, name, None)
         expected = getattr(saved, name, found)  # an older Megatron may not know the flag
         if str(expected) != str(found):
@@ -180,12 +186,16 @@ def _check_distributed_optimizer(checkpoint: Checkpoint, args: Namespace) -> Non
 
 
 def _check_schedule(checkpoint: Checkpoint, args: Namespace) -> None:
-    assert checkpoint.schedule is not None
-    for name, found in schedule_of(args).items():
-        expected = checkpoint.schedule.get(name, found)
-        if expected == found:
-            continue
-        flag = _SCHEDULE[name]
+    saved = checkpoint.schedule
+    assert saved is not None
+    differing = {n: v for n, v in schedule_of(args).items() if saved.get(n, v) != v}
+    if args.lr_warmup_fraction is not None and "lr_decay_steps" in differing:
+        differing.pop("lr_warmup_steps", None)  # a part of that
+    epochs = [getattr(a, "chat_epochs", None) for a in (checkpoint.args, args)]
+    for name, found in differing.items():
+        expected, flag = saved[name], _SCHEDULE[name]
+        if flag is None and args.chat_digest is not None and epochs[0] != epochs[1]:
+            flag, (expected, found) = "--chat-epochs", epochs
         if flag is None:
             flag = _length_flag(name, args)
             expected, found = (f"{steps:g} samples" for steps in (expected, found))

@@ -95,12 +95,13 @@ def load_tokens(
     key = digest.hexdigest()
     if cache is None:
         return _tokenise(paths, template, limit, key)
-    cache.mkdir(parents=True, exist_ok=True)
     names = [cache / f"chat_{key[:32]}.{part}" for part in ("ids", "mask", "bounds", "json")]
+    if names[-1].is_file():
+        return _map(names)
     # One process works, the others wait here and then read its files. The lock only saves work: where it
     # does not reach other machines, or a file system has none, each makes the same files.
     place = cache / f"chat_{key[:32]}.lock"
-    with place.open("wb") as file:
+    with _lock_file(place) as file:
         try:
             lock(file, place, wait=True)
         except (OSError, DataError) as error:
@@ -108,6 +109,17 @@ def load_tokens(
         if not names[-1].is_file():
             _save(_tokenise(paths, template, limit, key), names)
     return _map(names)
+
+
+def _lock_file(place: Path) -> BinaryIO:
+    try:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        return place.open("wb")
+    except OSError as error:
+        raise DataError(
+            f"--data-cache-path {place.parent}: expected a directory to write the tokenised conversations "
+            f"to, or one that has them, found {error}"
+        ) from error
 
 
 def _tokenise(paths: Sequence[Path], template: ChatTemplate, limit: int, digest: str) -> ChatTokens:

@@ -57,7 +57,7 @@ def parse_verdict(text: str, *, level: int) -> int | None:
     Returns:
         How many are satisfied; ``None`` if the last line is of another form.
     """
-    last = text.strip("`").strip().rpartition("\n")[2]
+    last = text.strip("` \n\r\t").rpartition("\n")[2]
     if level == 1:
         return 1 if "YES" in last else 0 if "NO" in last else None
     found = re.search(r"\[(.*)\]", last)

@@ -131,11 +131,17 @@ def _evaluate(options: Namespace, manager: Any) -> dict[str, Any] | None:
                 "%d prompts were longer than the model's context of %d tokens and lost their beginning",
                 *(model.truncated, generator.context_length),
             )
+        if model.shortened and generator.is_writer:
+            logger.warning(
+                "%d answers had room in the model's context for fewer tokens than their task allows",
+                model.shortened,
+            )
         if not generator.is_writer:
             return None
         assert found is not None
         kept = {key: found[key] for key in _KEPT if key in found}
         kept |= {"model": generator.identity, "truncated_prompts": model.truncated}
+        kept["shortened_answers"] = model.shortened
         return kept | ({"samples": found["samples"]} if options.log_samples else {})
 
 

@@ -22,7 +22,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
 
 from megatron_ext.evaluation.completion import Codec, Generator
-from megatron_ext.evaluation.sampling import Request, Sampling, Scored
+from megatron_ext.evaluation.sampling import Request, Sampling, Scored, room_for_prompt
 from megatron_ext.exceptions import DataError
 
 _CHAT = re.compile("\ufdd4(.*?)\ufdd5", re.DOTALL)
@@ -43,7 +43,7 @@ class HarnessModel(TemplateLM):
     def __init__(self, generator: Generator, codec: Codec, *, seed: int = 1234) -> None:
         super().__init__()
         self._generator, self._codec, self._seed = generator, codec, seed
-        self.truncated = 0
+        self.truncated = self.shortened = 0
 
     @property
     def eot_token_id(self) -> int:
@@ -164,10 +164,12 @@ class HarnessModel(TemplateLM):
     def _request(self, number: int, context: str, settings: dict[str, Any]) -> Request:
         settings = normalize_gen_kwargs(settings, _MAX_NEW_TOKENS)
         words = _stop_words(settings)
-        limit = min(int(settings["max_gen_toks"]), self._generator.context_length - 1)
+        context_length, asked = self._generator.context_length, int(settings["max_gen_toks"])
         tokens = self.tok_encode(context) or [self.prefix_token_id]
-        room = self._generator.context_length - limit
+        room = room_for_prompt(len(tokens), new=asked, context=context_length)
+        limit = min(asked, context_length - room)
         self.truncated += len(tokens) > room
+        self.shortened += limit < asked
         sampling = Sampling(
             max_new_tokens=limit,
             temperature=float(settings.get("temperature") or 0.0),

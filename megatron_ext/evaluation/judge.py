@@ -78,6 +78,8 @@ class Judge:
     def __post_init__(self) -> None:
         if not self.url.startswith(("http://", "https://")):
             raise ConfigError(f"--judge-url: expected http:// or https://, found {self.url}")
+        if self.timeout <= 0:
+            raise ConfigError(f"--judge-timeout: expected seconds above 0, found {self.timeout:g}")
         for flag in ("max_tokens", "attempts", "parallel"):
             if getattr(self, flag) < 1:
                 raise ConfigError(

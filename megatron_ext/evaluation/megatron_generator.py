@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import functools
 from argparse import Namespace
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -25,6 +25,7 @@ from torch import Tensor
 from megatron_ext.evaluation.sampling import Chooser, Request, Scored
 from megatron_ext.evaluation.scoring import label_scores, rows_to_score, sum_scores
 from megatron_ext.frozen import FrozenModel
+from megatron_ext.replicas import over_replicas
 
 # From hidden states `[s, b, H]` to logits `[s, b, V]` of the whole vocabulary.
 Projection = Callable[[Tensor], Tensor]
@@ -69,7 +70,7 @@ class MegatronGenerator:
         Returns:
             The new tokens of each, on every rank.
         """
-        return _over_replicas(requests, self._complete)
+        return over_replicas(requests, self._complete)
 
     def _complete(self, requests: Sequence[Request]) -> Iterator[list[int]]:
         """Continue prompts on this model replica."""
@@ -113,7 +114,7 @@ class MegatronGenerator:
             For each the sum over its tokens from `start` on, in nats, and whether each of them is the most
             probable one.
         """
-        return _over_replicas(sequences, self._score)
+        return over_replicas(sequences, self._score)
 
     def _score(self, sequences: Sequence[Scored]) -> list[tuple[float, bool]]:
         """Score sequences on this model replica."""
@@ -190,22 +191,6 @@ class MegatronGenerator:
             collect_non_loss_data=True,
         )
         return torch.cat(outputs) if outputs else None
-
-
-def _over_replicas[Item, Result](
-    items: Sequence[Item], work: Callable[[Sequence[Item]], Iterable[Result]]
-) -> list[Result]:
-    """Each model replica's share of the work, and all of its results on every rank."""
-    rank = parallel_state.get_data_parallel_rank()
-    ranks = parallel_state.get_data_parallel_world_size()
-    mine = items[rank::ranks]
-    found = list(work(mine)) if mine else []
-    if ranks == 1:
-        return found
-    gathered: list[Any] = [None] * ranks
-    group = parallel_state.get_data_parallel_group()
-    torch.distributed.all_gather_object(gathered, found, group=group)
-    return [gathered[i % ranks][i // ranks] for i in range(len(items))]
 
 
 def _process_output(

@@ -81,6 +81,20 @@ class Scored:
     start: int
 
 
+def room_for_prompt(tokens: int, *, new: int, context: int) -> int:
+    """How many of a prompt's last tokens are read.
+
+    As many as `new` tokens behind them leave of the context, but half of it at least: some tasks ask for more
+    new tokens than a small model has positions, and would be answered without their question.
+
+    Args:
+        tokens: of the prompt.
+        new: the most that are to be made.
+        context: positions of the model.
+    """
+    return max(context - new, min(tokens, context // 2))
+
+
 class Chooser:
     """Chooses the next token of each request of a batch.
 

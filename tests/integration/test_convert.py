@@ -53,6 +53,8 @@ def megatron_logits(checkpoint: Path) -> torch.Tensor:
     args.unpadded_vocab_size, args.tokenizer_digest = llama.TOKENS, None
     args.padded_vocab_size = args.padded_vocab_size or 512  # what Megatron makes of 500 tokens
     opened = open_checkpoint(checkpoint, flag="--load")
+    assert opened.args.no_save_optim  # so that no run is resumed from it
+    assert opened.args.no_save_rng
     check_architecture(opened, args, flag="--load")
     frozen = FrozenModel(model_config_from_args(args), args=args, checkpoint=opened, flag="--load")
     (model,) = unwrap_model(frozen.chunks)

@@ -51,13 +51,14 @@ def test_tensor_parallel_embeddings_are_naive(tiny, server, tmp_path):
     np.testing.assert_allclose(np.load(output), expected, atol=2e-5)
 
 
-def test_command_on_one_rank(tiny, server, tmp_path):
+def test_command_on_two_replicas(tiny, server, tmp_path):
     output = tmp_path / "embeddings.json"
     printed = server.tool(
         *("analyze", "embeddings", "--checkpoint", tiny.base),
         *("--data", f"text={tiny.replay}", f"sums={tiny.forget}"),
         *("--samples", SAMPLES, "--seed", SEED),
         *("--output", output, "--length", SHORT + 1),
+        ranks=2,
     )
     report = json.loads(output.read_text())
     (pair,) = report["pairs"]

@@ -19,6 +19,7 @@ HEADS, GROUPS = 4, 2
 END_OF_DOCUMENT = 2
 LAYOUTS = {
     "one rank": (1, ()),
+    "DP 2": (2, ()),
     "PP 2": (2, ("--pipeline-model-parallel-size", 2)),
     "TP 2": (2, ("--tensor-model-parallel-size", 2)),
 }

@@ -155,6 +155,21 @@ def test_tokens_are_kept_and_found_again(tmp_path, monkeypatch):
     assert load_tokens([path], Letters(), **options).digest != changed.digest
 
 
+def test_kept_tokens_are_read_where_nothing_can_be_written(tmp_path):
+    path = write_jsonl(tmp_path / "a.jsonl", conversations(20, seed=1))
+    options = {"limit": 100, "tokenizer_digest": "x", "cache": tmp_path / "cache"}
+    first = load_tokens([path], Letters(), **options)
+    [lock] = (tmp_path / "cache").glob("*.lock")
+    lock.unlink()
+    lock.mkdir()  # which cannot be opened
+    assert load_tokens([path], Letters(), **options).digest == first.digest
+    next((tmp_path / "cache").glob("*.json")).unlink()
+    with pytest.raises(
+        DataError, match=r"--data-cache-path .*cache: expected a directory to write"
+    ):
+        load_tokens([path], Letters(), **options)
+
+
 @pytest.mark.parametrize(("part", "share"), [("ids", 0.5), ("mask", 0.0), ("json", 0.5)])
 def test_kept_tokens_that_were_cut_are_named(tmp_path, part, share):
     path = write_jsonl(tmp_path / "a.jsonl", conversations(20, seed=1))

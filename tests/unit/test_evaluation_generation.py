@@ -18,7 +18,7 @@ from megatron_ext.evaluation.records import (
     requests_of,
     write_records,
 )
-from megatron_ext.evaluation.sampling import Chooser, Request, Sampling, sample
+from megatron_ext.evaluation.sampling import Chooser, Request, Sampling, room_for_prompt, sample
 from megatron_ext.exceptions import ConfigError, DataError
 from tests.helpers import llama
 from tests.helpers.text import train_sentencepiece
@@ -258,3 +258,11 @@ def test_numbers_out_of_range_are_refused(change):
 def test_temperatures_that_are_none_are_refused(temperature):
     with pytest.raises(ConfigError, match=r"--temperature: expected 0 or more, found "):
         Sampling(temperature=temperature)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "new", "room"),
+    [(300, 100, 924), (1000, 100, 924), (300, 1280, 300), (900, 1280, 512), (600, 800, 512)],
+)
+def test_a_prompt_keeps_half_of_the_context_at_least(tokens, new, room):
+    assert room_for_prompt(tokens, new=new, context=1024) == room

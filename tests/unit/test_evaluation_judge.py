@@ -44,6 +44,8 @@ def test_a_refused_request_ends_at_once_and_an_absent_judge_after_all_attempts()
         assert len(stub.requests) == 5
     with pytest.raises(DataError, match="refused"):
         judge(stub, attempts=2).ask(MESSAGES)
+    with pytest.raises(ConfigError, match="--judge-timeout: expected seconds above 0, found 0"):
+        judge(stub, timeout=0)
 
 
 def test_no_content_is_a_verdict_that_says_nothing():
@@ -137,6 +139,7 @@ def test_a_refusal_ends_the_attempts_of_all(tmp_path):
         (1, "", None),
         (3, "Reasons.\n['YES', 'NO', 'YES']", 2),
         (3, '```\n["YES", "YES", "YES"]\n```', 3),
+        (3, '```\n["YES", "NO", "YES"]\n```\n', 2),
         (3, "So: [YES, NO, PARTIAL]", 1),
         (3, "['YES', 'NO']", None),  # one is missing
         (3, "['YES', 'NO', 'WELL']", None),

@@ -1,6 +1,5 @@
 """A run that cannot go on from a checkpoint's optimizer or schedule is refused by the flag's name."""
 
-import logging
 from argparse import Namespace
 from pathlib import Path
 
@@ -8,7 +7,6 @@ import pytest
 
 from megatron_ext.checkpoint.inspect import Checkpoint
 from megatron_ext.checkpoint.resumable import check_resumable, keep_buckets, schedule_of
-from megatron_ext.checkpoint.source import Start, warn_of_overwriting
 from megatron_ext.exceptions import ConfigError
 
 RUN = {
@@ -42,6 +40,8 @@ RUN = {
     "start_weight_decay": 0.01,
     "end_weight_decay": 0.01,
     "weight_decay_incr_style": "constant",
+    "chat_digest": None,
+    "chat_epochs": 2,
 }
 EXPERTS = {"num_experts": 4, "expert_model_parallel_size": 1, "expert_tensor_parallel_size": None}
 RESHARDABLE = {"dist_ckpt_optim_fully_reshardable": True}
@@ -68,6 +68,7 @@ def check(now, saved=None, folder="iter_0000005"):
         ({"train_iters": 8, "no_load_optim": True, "adam_eps": 1e-5}, {"no_save_optim": True}),
         ({"no_load_rng": True}, {"no_save_rng": True}),
         ({"sgd_momentum": 0.8}, {}),  # Adam has none
+        ({"moe_grouped_gemm": True}, {"moe_grouped_gemm": False}),  # in torch-native layers
         ({"bf16": True}, {"fp16": True}),
         # One optimizer of their own there and here, if the buffers are not compared.
         (
@@ -162,8 +163,37 @@ def test_a_release_has_no_optimizer_to_go_on_with():
             {"decoupled_lr": 1e-3},
             "--lr: expected 0.0001 beside --decoupled-lr, .*found 0.0002; --no-load-optim",
         ),
-        ({}, {"no_save_optim": True}, "--no-load-optim: expected it, .* --no-save-optim"),
-        ({}, {"no_save_rng": True}, "--no-load-rng: expected it, .* --no-save-rng"),
+        (
+            {},
+            {"no_save_optim": True},
+            "--load: expected --no-load-optim beside it, .* --no-save-optim",
+        ),
+        (
+            {},
+            {"no_save_rng": True},
+            "--load: expected --no-load-rng beside it, .* --no-save-rng, found",
+        ),
+        (
+            {},
+            {"no_save_optim": True, "no_save_rng": True},
+            "--load: expected --no-load-optim --no-load-rng beside it, .* --finetune starts a new run",
+        ),
+        # The number of epochs is what the user typed.
+        (
+            {"train_iters": 12, "chat_epochs": 4, "chat_digest": "ab"},
+            {"chat_digest": "ab"},
+            "--chat-epochs: expected 2, the schedule of .*iter_0000005, found 4; --override-opt",
+        ),
+        (
+            {"train_iters": 12, "lr_warmup_fraction": 0.5},
+            {"lr_warmup_fraction": 0.5},
+            "--train-iters x --global-batch-size: expected 96 samples, .* found 192 samples",
+        ),
+        (
+            {"transformer_impl": "transformer_engine", "moe_grouped_gemm": True},
+            {"transformer_impl": "transformer_engine", "moe_grouped_gemm": False},
+            "--moe-grouped-gemm: expected False, .* found True",
+        ),
         (
             {"virtual_pipeline_model_parallel_size": 2},
             {},
@@ -239,32 +269,3 @@ def test_that_size_is_megatrons(monkeypatch):
         config = DistributedDataParallelConfig(overlap_grad_reduce=True)
         expected = training.resolve_ddp_bucket_size(config, ranks, True, 10**9)
         assert args.ddp_bucket_size == expected
-
-
-@pytest.mark.parametrize(
-    ("load", "iteration", "resumed", "told"),
-    [
-        ("own", 3, True, False),  # an earlier checkpoint of the run
-        ("other", 3, True, True),
-        ("other", 9, True, False),
-        ("other", 9, False, True),  # --finetune, and --pretrained-checkpoint without --load
-        (None, None, False, True),
-    ],
-)
-def test_a_run_that_would_write_over_another_says_so(
-    tmp_path, caplog, load, iteration, resumed, told
-):
-    own = tmp_path / "own"
-    own.mkdir()
-    (own / "latest_checkpointed_iteration.txt").write_text("6")
-    load = load and str(tmp_path / load)
-    checkpoint = load and Checkpoint(Path(load), iteration, Path(load) / "folder", Namespace())
-    args = Namespace(save=str(own), load=load, skip_train=False, rank=0)
-    with caplog.at_level(logging.WARNING):
-        warn_of_overwriting(args, Start(checkpoint, "--load", resumed))
-        assert (f"--save {own}: holds the checkpoint of iteration 6" in caplog.text) == told
-        caplog.clear()
-        args.skip_train = True
-        warn_of_overwriting(args, Start(checkpoint, "--load", resumed))
-        warn_of_overwriting(Namespace(save=None), Start(checkpoint, "--load", resumed))
-    assert not caplog.text

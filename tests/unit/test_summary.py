@@ -15,7 +15,7 @@ from megatron_ext.summary import describe
 def args(**changes) -> Namespace:
     usual = {
         **{"skip_train": False, "global_batch_size": 16, "seq_length": 64, "chat_digest": None},
-        **{"train_iters": 2000, "train_samples": None, "rampup_batch_size": None},
+        **{"train_iters": 2000, "train_samples": None},
         **{"step_batch_size_schedule": None, "save": "ckpt/run", "save_interval": 500},
         **{"lr": 1e-3, "min_lr": 0.0, "lr_decay_style": "linear", "lr_warmup_init": 0.0},
         **{"lr_warmup_fraction": None, "lr_warmup_iters": 0, "lr_warmup_samples": 0},
@@ -81,7 +81,7 @@ def test_what_is_not_known_yet_is_not_counted():
     plain = UnlearnConfig()
     found = lines(args(train_iters=None, train_samples=4096), plain, NOWHERE, None)
     assert found["steps"] == "as many as 4,096 samples of 64 tokens need"
-    found = lines(args(rampup_batch_size=["4", "4", "100"]), plain, NOWHERE, None)
+    found = lines(args(step_batch_size_schedule="0:4 9:16"), plain, NOWHERE, None)
     assert found["steps"] == "2,000, each of up to 16 samples of 64 tokens"
     assert lines(args(skip_train=True), plain, NOWHERE, None)["saves"] == "nothing"
     found = lines(args(save=None, chat_digest="a1"), plain, NOWHERE, None)
