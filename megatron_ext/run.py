@@ -16,7 +16,7 @@ from megatron.training import (
 )
 from megatron.training.argument_utils import pretrain_cfg_container_from_args
 
-from megatron_ext import arguments, rates, summary
+from megatron_ext import arguments, launched, rates, summary
 from megatron_ext.chat import ChatRun, write_template
 from megatron_ext.checkpoint.source import ReferenceSource, Start, find_reference
 from megatron_ext.config import UnlearnConfig
@@ -27,7 +27,7 @@ from megatron_ext.exceptions import MegatronExtError
 from megatron_ext.model.model_config import model_config_from_args
 from megatron_ext.plain import PlainStep
 from megatron_ext.reference import FrozenReference
-from megatron_ext.runtime import children, compat, launched, optimizer, software
+from megatron_ext.runtime import children, compat, optimizer, software
 from megatron_ext.training import UnlearnStep
 from megatron_ext.watch import reached_before
 

@@ -22,8 +22,8 @@ import json
 import logging
 import sys
 from argparse import ArgumentParser, Namespace
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, redirect_stdout
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -39,7 +39,7 @@ from tools.common import ToolParser, run_tool  # noqa: E402
 
 if TYPE_CHECKING:
     from megatron_ext.analysis.figures import Panel
-    from megatron_ext.analysis.session import Session
+    from megatron_ext.analysis.measure import Analysis
 
 logger = logging.getLogger(__name__)
 
@@ -183,10 +183,10 @@ def run_embeddings(options: Namespace) -> None:
         measure_embeddings,
     )
 
-    with redirect_stdout(sys.stderr), _session(options) as session:
-        session.check_models()
-        model, found = session.embeddings(options.checkpoint[0], sets)
-        if not session.is_writer:
+    with redirect_stdout(sys.stderr), _analysis(options) as analysis:
+        analysis.check_models()
+        model, found = analysis.embeddings(options.checkpoint[0], sets)
+        if not analysis.is_writer:
             return
     report = {"verb": "embeddings", "settings": vars(options), "model": model, "sets": {}}
     report["sets"] = {name: describe_dataset(prefix) for name, prefix in sets.items()}
@@ -210,22 +210,22 @@ def run_perplexity(options: Namespace) -> None:
     sets = parse_sets(options.data)
     report: dict[str, Any] = {"verb": "perplexity", "settings": vars(options)}
     report |= {"data": {}, "models": {}}
-    with redirect_stdout(sys.stderr), _session(options) as session:
-        session.check_models()
-        if session.is_writer:
+    with redirect_stdout(sys.stderr), _analysis(options) as analysis:
+        analysis.check_models()
+        if analysis.is_writer:
             report["data"] = {name: describe_dataset(prefix) for name, prefix in sets.items()}
         written = ""
         try:
             for number, directory in enumerate(options.checkpoint, start=1):
-                report["models"][directory] = session.perplexities(directory, sets)
-                if session.is_writer:
+                report["models"][directory] = analysis.perplexities(directory, sets)
+                if analysis.is_writer:
                     add_shifts(report, seed=options.seed)
                     _write(options, report, perplexity_panels(report), overwrite=bool(written))
                     written = f"{options.output} has {number} of {len(options.checkpoint)} models"
                     logger.info(written)
         except KeyboardInterrupt:
             raise KeyboardInterrupt(written) from None
-        if not session.is_writer:
+        if not analysis.is_writer:
             return
     print(perplexity_table(report))
     print(_named(options))
@@ -250,7 +250,8 @@ def _named(options: Namespace) -> str:
     return ", ".join(map(str, _outputs(options)))
 
 
-def _session(options: Namespace) -> AbstractContextManager[Session]:
+@contextmanager
+def _analysis(options: Namespace) -> Iterator[Analysis]:
     """Megatron, set up for the architecture of the first checkpoint; it prints all of its arguments."""
     from megatron_ext.runtime import collector
 
@@ -258,14 +259,16 @@ def _session(options: Namespace) -> AbstractContextManager[Session]:
         from megatron_ext.runtime import compat, cpu
 
         cpu.enable()
-        from megatron_ext.analysis.session import open_session
+        from megatron_ext.analysis.measure import Analysis
         from megatron_ext.checkpoint.named import open_named
         from megatron_ext.checkpoint.own_tokenizer import choose_tokenizer
+        from megatron_ext.session import open_session
 
     compat.apply()
     first = open_named(options.checkpoint[0], flag="--checkpoint")
     options.tokenizer_type, options.tokenizer_model = choose_tokenizer(options, first)
-    return open_session(options, first, length=options.length)
+    with open_session(options, first, length=options.length) as session:
+        yield Analysis(session, options)
 
 
 def _write(

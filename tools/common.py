@@ -9,8 +9,9 @@ from collections.abc import Callable
 from types import FrameType
 from typing import Any, NoReturn
 
+from megatron_ext import launched
 from megatron_ext.exceptions import MegatronExtError
-from megatron_ext.runtime import console, launched
+from megatron_ext.runtime import console
 
 # For the parsers of tools that take the flags of a run as well.
 BEHIND = "put the flags of the run behind --"

@@ -86,8 +86,8 @@ def main() -> None:
         cpu.enable()
         import torch
 
-        from megatron_ext.checkpoint.from_huggingface import ARGS_FILE, import_model
-        from megatron_ext.checkpoint.to_huggingface import export_model
+        from megatron_ext.conversion.from_huggingface import ARGS_FILE, import_model
+        from megatron_ext.conversion.to_huggingface import export_model
 
     dtype = getattr(torch, options.dtype) if options.dtype else None
     if options.verb == "import":

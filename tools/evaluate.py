@@ -25,8 +25,8 @@ from tools.common import ToolParser, run_tool
 
 def main() -> None:
     """Parse the command line and run a verb."""
+    from megatron_ext import launched
     from megatron_ext.evaluation import followbench_run, harness, mtbench_run
-    from megatron_ext.runtime import launched
 
     parser = ToolParser(description=__doc__)
     verbs = parser.add_subparsers(dest="verb", required=True)

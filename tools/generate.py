@@ -24,6 +24,7 @@ from tools.common import ToolParser, run_tool
 
 def main() -> None:
     """Parse the command line, generate and write."""
+    from megatron_ext import launched
     from megatron_ext.data.atomic import check_place, refuse_existing
     from megatron_ext.evaluation.backends import (
         add_model_arguments,
@@ -39,7 +40,6 @@ def main() -> None:
         requests_of,
         write_records,
     )
-    from megatron_ext.runtime import launched
 
     parser = ToolParser(description=__doc__)
     parser.add_argument("--input", type=Path, required=True, help="JSON lines of prompts")

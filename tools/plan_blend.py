@@ -177,17 +177,21 @@ def render_plan(numbers: dict[str, Any]) -> str:
 
 def counted(options: argparse.Namespace) -> dict[str, Any]:
     """All numbers of what a run has consumed."""
+    from megatron_ext.checkpoint.inspect import open_checkpoint
     from megatron_ext.data.consumed import count, shares
 
-    found = count(options.run, flag="--run", iteration=options.iteration)
+    checkpoint = open_checkpoint(
+        options.run, flag="--run", iteration=options.iteration, iteration_flag="--iteration"
+    )
+    found = count(checkpoint.args, path=checkpoint.path)
     wanted: dict[str, float] = {}
     for one in found.datasets:
         wanted[one.role] = wanted.get(one.role, 0.0) + one.expected
     return {
-        "checkpoint": str(found.checkpoint.path),
-        "consumed_samples": found.checkpoint.args.consumed_train_samples,
+        "checkpoint": str(checkpoint.path),
+        "consumed_samples": checkpoint.args.consumed_train_samples,
         "unrecorded_samples": found.unrecorded,
-        "skipped_samples": getattr(found.checkpoint.args, "skipped_train_samples", 0),
+        "skipped_samples": getattr(checkpoint.args, "skipped_train_samples", 0),
         "datasets": [
             {
                 "role": one.role,

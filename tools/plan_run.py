@@ -21,8 +21,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from megatron_ext.data.atomic import check_place, write_atomically
 from megatron_ext.exceptions import ConfigError
+from megatron_ext.gpus import GPUS, Cluster
 from megatron_ext.planning.flags import entry_flags
-from megatron_ext.planning.gpus import GPUS, Cluster
 from megatron_ext.planning.plan import plan
 from megatron_ext.planning.report import render
 from tools.common import BEHIND, ToolParser, run_tool

@@ -25,13 +25,13 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from megatron_ext import launched
 from megatron_ext.data.atomic import check_place, refuse_existing, replace_file
 from megatron_ext.data.tokenizers import TOKENIZER_TYPES, TokenizerSpec
 from megatron_ext.exceptions import ConfigError
 from megatron_ext.preflight.ranks import connect
 from megatron_ext.preflight.run import Options, run
 from megatron_ext.preflight.verdict import FAIL, Row, format_table
-from megatron_ext.runtime import launched
 from tools.common import ToolParser, run_tool
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CONFIG_FNAME
 
-from megatron_ext.runtime import safe_load
+from megatron_ext.checkpoint import safe_load
 
 # Without any one of these a folder is no checkpoint; removed before a folder is written again.
 MARKS = (CONFIG_FNAME, ".metadata")

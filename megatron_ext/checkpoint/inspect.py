@@ -15,10 +15,10 @@ from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CONFIG_FNAME
 from torch.distributed.checkpoint import CheckpointException
 
+from megatron_ext.checkpoint import safe_load
 from megatron_ext.checkpoint.complete import defect, held
 from megatron_ext.exceptions import CheckpointError, ConfigError
 from megatron_ext.refusals import OF_THE_MODEL, refuse
-from megatron_ext.runtime import safe_load
 
 TRACKER = "latest_checkpointed_iteration.txt"
 

@@ -9,9 +9,9 @@ from __future__ import annotations
 from argparse import Namespace
 from typing import Any
 
+from megatron_ext.buckets import default_bucket
 from megatron_ext.checkpoint.inspect import Checkpoint
 from megatron_ext.exceptions import ConfigError
-from megatron_ext.planning.state import default_bucket
 
 # By the scheduler's own name, the flag that a value follows from. Those with None are lengths, in samples.
 _SCHEDULE = {

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_ext import launched
 from megatron_ext.checkpoint.inspect import (
     TRACKER,
     Checkpoint,
@@ -26,7 +27,6 @@ from megatron_ext.checkpoint.recovery import last_good
 from megatron_ext.config import UnlearnConfig
 from megatron_ext.data.atomic import replace_file
 from megatron_ext.exceptions import CheckpointError, ConfigError
-from megatron_ext.runtime import launched
 from megatron_ext.values import saves_where_it_loads
 
 logger = logging.getLogger(__name__)

@@ -21,7 +21,6 @@ import torch
 from megatron.core.datasets.blended_dataset import BlendedDataset
 from numpy.typing import NDArray
 
-from megatron_ext.checkpoint.inspect import Checkpoint, open_checkpoint
 from megatron_ext.data.composition import ComposedDataset
 from megatron_ext.data.index_cache import blend_index_file
 from megatron_ext.exceptions import DataError
@@ -149,41 +148,31 @@ class Count:
     """All that a run has consumed.
 
     Attributes:
-        checkpoint: where it was counted up to.
+        tokens_per_sample: every training sample is full.
         unrecorded: samples that were consumed before the first record.
         datasets: in the order of the flags.
     """
 
-    checkpoint: Checkpoint
+    tokens_per_sample: int
     unrecorded: int
     datasets: list[Consumed]
 
-    @property
-    def tokens_per_sample(self) -> int:
-        """Every training sample is full."""
-        return int(self.checkpoint.args.seq_length)
 
-
-def count(directory: str | Path, *, flag: str, iteration: int | None = None) -> Count:
+def count(saved: Namespace, *, path: Path) -> Count:
     """Count what a run has consumed up to a checkpoint.
 
     Args:
-        directory: of its checkpoints.
-        flag: that named it, for messages.
-        iteration: the latest by default.
+        saved: the arguments that the checkpoint has recorded.
+        path: the checkpoint, for messages.
 
     Raises:
-        CheckpointError: there is no such checkpoint.
         DataError: the checkpoint does not say what was read, or its index is not that of the record.
     """
-    checkpoint = open_checkpoint(
-        directory, flag=flag, iteration=iteration, iteration_flag="--iteration"
-    )
-    parts = getattr(checkpoint.args, "consumed_data", None)
-    consumed = checkpoint.args.consumed_train_samples
+    parts = getattr(saved, "consumed_data", None)
+    consumed = saved.consumed_train_samples
     if not parts:
         raise DataError(
-            f"{checkpoint.path}: expected a record of the data that were read, found none: it is of "
+            f"{path}: expected a record of the data that were read, found none: it is of "
             "another program or version, of chat tuning, or its samples were drawn at random"
         )
     samples: dict[tuple[str, str], int] = {}
@@ -200,7 +189,7 @@ def count(directory: str | Path, *, flag: str, iteration: int | None = None) -> 
                 samples[key] = samples.get(key, 0) + int(number)
                 expected[key] = expected.get(key, 0.0) + float(share)
     datasets = [Consumed(*key, samples[key], expected[key]) for key in samples]
-    return Count(checkpoint, min(parts[0]["start"], consumed), datasets)
+    return Count(saved.seq_length, min(parts[0]["start"], consumed), datasets)
 
 
 def _of_role(part: Mapping[str, Any], role: str, place: int) -> int:

@@ -8,10 +8,10 @@ from typing import Any
 
 from megatron_ext.data.blend import MOST_EPOCHS
 from megatron_ext.exceptions import ConfigError
+from megatron_ext.gpus import Cluster
 from megatron_ext.planning import flags as entry
 from megatron_ext.planning.architecture import Architecture
 from megatron_ext.planning.data import check_made_with, check_samples, dataset_uses
-from megatron_ext.planning.gpus import Cluster
 from megatron_ext.planning.layout import Layout, Unlearning
 from megatron_ext.planning.memory import StageMemory, all_stages, checkpoint_bytes
 from megatron_ext.planning.ranking import Candidate, rank_layouts

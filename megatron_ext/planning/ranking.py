@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from megatron_ext.exceptions import ConfigError
+from megatron_ext.gpus import Gpu
 from megatron_ext.planning.architecture import Architecture
-from megatron_ext.planning.gpus import Gpu
 from megatron_ext.planning.layout import Layout, Recompute, Unlearning
 from megatron_ext.planning.memory import StageMemory, all_stages
 from megatron_ext.planning.steps import StepTime, model_step

@@ -13,6 +13,7 @@ import functools
 import math
 from dataclasses import dataclass
 
+from megatron_ext.buckets import default_bucket
 from megatron_ext.planning.architecture import Architecture
 from megatron_ext.planning.layout import Layout, Place
 from megatron_ext.planning.split import Split, Tensor
@@ -74,11 +75,6 @@ def lay_out(tensors: list[Tensor], *, ranks: int, bucket_size: int | None) -> li
     if buckets[-1].spans:
         close(cursor)
     return buckets[:-1]
-
-
-def default_bucket(ranks: int) -> int:
-    """Elements of a bucket where no flag says it, as Megatron's `resolve_ddp_bucket_size` chooses them."""
-    return max(40_000_000, 1_000_000 * ranks)
 
 
 def _up(value: int, unit: int) -> int:

@@ -30,8 +30,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from megatron_ext.gpus import Gpu
 from megatron_ext.planning.architecture import Architecture
-from megatron_ext.planning.gpus import Gpu
 from megatron_ext.planning.layout import Layout, Unlearning
 from megatron_ext.planning.mixture import Mixture
 

@@ -12,8 +12,8 @@ from typing import Any
 
 from torch.distributed import DistError, Store, TCPStore
 
+from megatron_ext import launched
 from megatron_ext.exceptions import ConfigError, MegatronExtError
-from megatron_ext.runtime import launched
 
 
 class MissingRanksError(MegatronExtError):

@@ -16,18 +16,10 @@ import torch
 from packaging.version import Version
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
+from megatron_ext import launched
+from megatron_ext.checkpoint import safe_load
 from megatron_ext.exceptions import ConfigError
-from megatron_ext.runtime import (
-    console,
-    devices,
-    launched,
-    mixture,
-    progress,
-    recompute,
-    resume,
-    safe_load,
-    signals,
-)
+from megatron_ext.runtime import console, devices, mixture, progress, recompute, resume, signals
 
 # The seams used here (the schedule getter of the loop, output_processor, post_wrap_hooks) were read in
 # this version; another one may have moved them, and a moved seam would silently train something else.

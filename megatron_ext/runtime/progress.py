@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from megatron_ext.planning.gpus import of_device
+from megatron_ext.gpus import of_device
 
 logger = logging.getLogger(__name__)
 

@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch.distributed.checkpoint import CheckpointException
 
+from megatron_ext.checkpoint import safe_load
 from megatron_ext.data.atomic import free_mib
 from megatron_ext.exceptions import CheckpointError
-from megatron_ext.runtime import packed, safe_load, schedule
+from megatron_ext.runtime import packed, schedule
 from megatron_ext.values import saves_where_it_loads
 
 logger = logging.getLogger(__name__)

@@ -10,7 +10,7 @@ import torch.distributed.checkpoint as dcp
 from megatron.core import dist_checkpointing
 
 from megatron_ext.analysis.scalars import read_scalars
-from megatron_ext.runtime import safe_load
+from megatron_ext.checkpoint import safe_load
 from tests.faults.processes import Attempt
 from tests.helpers.entry import METRICS
 from tests.helpers.tiny import Tiny

@@ -12,7 +12,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from megatron_ext.checkpoint.families import FAMILIES
+from megatron_ext.conversion.families import FAMILIES
 from tests.helpers.entry import ROOT
 
 TOKENS, POSITIONS = 500, 256

@@ -21,8 +21,8 @@ def convert_all(directory: str) -> dict[str, torch.Tensor]:
     from tests.helpers.models import start
 
     start()
-    from megatron_ext.checkpoint.from_huggingface import import_model
-    from megatron_ext.checkpoint.to_huggingface import export_model
+    from megatron_ext.conversion.from_huggingface import import_model
+    from megatron_ext.conversion.to_huggingface import export_model
 
     logits = {}
     for name in llama.CASES:

@@ -34,6 +34,8 @@ def one_rank(monkeypatch):
     monkeypatch.setattr(torch.cuda, "current_device", lambda: "cpu")
     monkeypatch.setattr(forward, "get_forward_backward_func", lambda: None)
     monkeypatch.setattr(parallel_state, "is_pipeline_last_stage", lambda **_: True)
+    monkeypatch.setattr(parallel_state, "get_data_parallel_rank", lambda: 0)
+    monkeypatch.setattr(parallel_state, "get_data_parallel_world_size", lambda: 1)
 
 
 SETTINGS = {"args": Namespace(micro_batch_size=2, seq_length=LENGTH), "eod": EOD}

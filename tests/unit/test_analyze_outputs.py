@@ -48,7 +48,7 @@ def call(monkeypatch):
 
     def run(*arguments, broken=()):
         session = Session(dict(broken))
-        monkeypatch.setattr(analyze, "_session", lambda options: contextlib.nullcontext(session))
+        monkeypatch.setattr(analyze, "_analysis", lambda options: contextlib.nullcontext(session))
         monkeypatch.setattr(sys, "argv", ["analyze.py", *map(str, arguments)])
         analyze.main()
         return session

@@ -5,7 +5,8 @@ from argparse import Namespace
 import pytest
 from megatron.core.transformer.enums import AttnBackend
 
-from megatron_ext.analysis import session
+from megatron_ext import session
+from megatron_ext.analysis import measure
 from megatron_ext.exceptions import CheckpointError
 
 
@@ -45,9 +46,10 @@ def test_every_model_is_compared_before_any_is_run(name, value, message, monkeyp
     args = Namespace(num_layers=2, seq_length=8, unpadded_vocab_size=300, tokenizer_digest="one")
     saved = {"a": args, "b": Namespace(**vars(args) | {name: value})}
     monkeypatch.setattr(
-        session, "open_named", lambda path, flag: Namespace(args=saved[path], path=path)
+        measure, "open_named", lambda path, flag: Namespace(args=saved[path], path=path)
     )
-    opened = session.Session(args, Namespace(checkpoint=["a", "b"]), None, eod=2)
+    options = Namespace(checkpoint=["a", "b"])
+    opened = measure.Analysis(session.Session(args, None, eod=2), options)
     with pytest.raises(CheckpointError, match=message):
         opened.check_models()
     opened.options.checkpoint.pop()

@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 
 from megatron_ext.analysis.figures import colour, line, marker, render
+from megatron_ext.analysis.measure import _check_finite
 from megatron_ext.analysis.perplexity import SampleScores
 from megatron_ext.analysis.perplexity_report import (
     add_shifts,
     perplexity_panels,
     perplexity_table,
 )
-from megatron_ext.analysis.session import _check_finite
 from megatron_ext.exceptions import CheckpointError
 
 N = 400

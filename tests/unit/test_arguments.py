@@ -7,7 +7,7 @@ from argparse import Namespace
 
 import pytest
 
-from megatron_ext.runtime import launched
+from megatron_ext import launched
 from tests.helpers.entry import ROOT
 
 # In a process of its own: machine_defaults depends on the CPU runtime, which changes torch for good.

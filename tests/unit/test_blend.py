@@ -13,7 +13,6 @@ import torch
 from megatron.core.datasets import helpers
 from megatron.core.datasets.utils import get_blend_from_list, normalize
 
-from megatron_ext.checkpoint.inspect import Checkpoint
 from megatron_ext.data import consumed
 from megatron_ext.data.blend import _whole, parse_shares, training_tokens
 from megatron_ext.data.composition import ComposedDataset
@@ -193,11 +192,9 @@ def record(start, weights, index, *, size=4000):
     return {"start": start, "batch": 16, "forget": 0, "roles": {"learn": blend}}
 
 
-def count(monkeypatch, parts, samples):
-    args = Namespace(consumed_train_samples=samples, consumed_data=parts, seq_length=10)
-    opened = Checkpoint(directory=Path("c"), iteration=1, path=Path("c/iter_0000001"), args=args)
-    monkeypatch.setattr(consumed, "open_checkpoint", lambda *_, **__: opened)
-    return consumed.count("c", flag="--run")
+def count(parts, samples):
+    saved = Namespace(consumed_data=parts, consumed_train_samples=samples, seq_length=64)
+    return consumed.count(saved, path=Path("c/iter_0000010"))
 
 
 def test_a_count_over_parts_and_chunks(tmp_path, monkeypatch):
@@ -215,7 +212,7 @@ def test_a_count_over_parts_and_chunks(tmp_path, monkeypatch):
     for gone in (False, True):  # without the file, the weights say the same
         paths = [None if gone else str(tmp_path / f"{i}.npy") for i in range(2)]
         parts = [record(0, weights[0], paths[0]), record(1600, weights[1], paths[1])]
-        found = count(monkeypatch, parts, 3210)
+        found = count(parts, 3210)
         assert [one.samples for one in found.datasets] == naive
         assert found.unrecorded == 0
         wanted = [1600 * a + 1610 * b for a, b in zip(*weights, strict=True)]
@@ -223,17 +220,17 @@ def test_a_count_over_parts_and_chunks(tmp_path, monkeypatch):
         assert naive == pytest.approx(wanted, abs=2)
 
 
-def test_exhaustive_blends_have_an_index_too(monkeypatch):
-    found = count(monkeypatch, [record(0, [300, 700], None, size=None)], 1000)
+def test_exhaustive_blends_have_an_index_too():
+    found = count([record(0, [300, 700], None, size=None)], 1000)
     assert [one.samples for one in found.datasets] == [300, 700]
 
 
-def test_what_was_consumed_before_the_record_is_not_counted(monkeypatch):
-    found = count(monkeypatch, [record(160, [1.0], None)], 800)
+def test_what_was_consumed_before_the_record_is_not_counted():
+    found = count([record(160, [1.0], None)], 800)
     assert (found.unrecorded, found.datasets[0].samples) == (160, 640)
 
 
-def test_roles_are_counted_where_the_composition_puts_them(monkeypatch):
+def test_roles_are_counted_where_the_composition_puts_them():
     """Of 5 samples 3 are forgotten; batches 2 to 5 are recorded."""
     blend = {"datasets": ["a", "b"], "weights": [0.5, 0.5], "size": 100}
     part = {"start": 10, "batch": 5, "forget": 3, "roles": {"forget": blend, "replay": blend}}
@@ -241,7 +238,7 @@ def test_roles_are_counted_where_the_composition_puts_them(monkeypatch):
     sides = ([{"loss_mask": torch.ones(1), "of": (role, int(i))} for i in index] for role in "fr")
     run = ComposedDataset(*sides, forget_samples=3, global_batch_size=5, split="train")
     naive = Counter(run[place]["of"] for place in range(10, 30))
-    found = count(monkeypatch, [part], 30)
+    found = count([part], 30)
     assert {(one.role[0], "ab".index(one.prefix)): one.samples for one in found.datasets} == naive
 
 
@@ -256,13 +253,13 @@ def test_a_start_that_reads_on_in_the_same_index_adds_nothing():
     assert consumed._append([first, other], same) == [first]
 
 
-def test_a_checkpoint_without_a_record_and_an_index_of_something_else(tmp_path, monkeypatch):
+def test_a_checkpoint_without_a_record_and_an_index_of_something_else(tmp_path):
     with pytest.raises(DataError, match="expected a record of the data that were read"):
-        count(monkeypatch, None, 10)
+        count(None, 10)
     for name, array in (("short", np.zeros(5, np.int16)), ("floats", np.zeros(50))):
         np.save(tmp_path / f"{name}.npy", array)
         with pytest.raises(DataError, match="expected the data set of each of 10 samples"):
-            count(monkeypatch, [record(0, [0.5, 0.5], str(tmp_path / f"{name}.npy"))], 10)
+            count([record(0, [0.5, 0.5], str(tmp_path / f"{name}.npy"))], 10)
     (tmp_path / "cut.npy").write_bytes(b"\x93NUMPY")
     with pytest.raises(DataError, match=r"cut\.npy cannot be read"):
-        count(monkeypatch, [record(0, [0.5, 0.5], str(tmp_path / "cut.npy"))], 10)
+        count([record(0, [0.5, 0.5], str(tmp_path / "cut.npy"))], 10)

@@ -5,8 +5,8 @@ import json
 import pytest
 from transformers import AutoTokenizer
 
-from megatron_ext.checkpoint import from_huggingface
-from megatron_ext.checkpoint.to_huggingface import export_model
+from megatron_ext.conversion import from_huggingface
+from megatron_ext.conversion.to_huggingface import export_model
 from megatron_ext.exceptions import ConfigError
 from tests.helpers import llama
 

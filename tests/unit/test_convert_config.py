@@ -6,9 +6,9 @@ import pytest
 import torch
 from transformers import AutoConfig
 
-from megatron_ext.checkpoint.from_huggingface import import_model
-from megatron_ext.checkpoint.llama import LLAMA3_ROPE, LlamaLike
-from megatron_ext.checkpoint.to_huggingface import export_model
+from megatron_ext.conversion.from_huggingface import import_model
+from megatron_ext.conversion.llama import LLAMA3_ROPE, LlamaLike
+from megatron_ext.conversion.to_huggingface import export_model
 from tests.helpers import llama
 
 ROPE = {"rope_type": "default", "rope_theta": 500000.0}

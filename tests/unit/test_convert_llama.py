@@ -9,11 +9,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from megatron_ext.checkpoint import from_huggingface, huggingface
-from megatron_ext.checkpoint.families import FAMILIES
-from megatron_ext.checkpoint.llama import LLAMA3_ROPE, LlamaLike
-from megatron_ext.checkpoint.safetensors import SafetensorsReader
-from megatron_ext.checkpoint.to_huggingface import export_model
+from megatron_ext.conversion import from_huggingface, huggingface
+from megatron_ext.conversion.families import FAMILIES
+from megatron_ext.conversion.llama import LLAMA3_ROPE, LlamaLike
+from megatron_ext.conversion.safetensors import SafetensorsReader
+from megatron_ext.conversion.to_huggingface import export_model
 from megatron_ext.exceptions import CheckpointError, ConfigError
 from tests.helpers import llama
 

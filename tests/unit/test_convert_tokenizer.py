@@ -6,8 +6,8 @@ import pytest
 import sentencepiece
 from transformers import AutoTokenizer
 
-from megatron_ext.checkpoint import from_sentencepiece
-from megatron_ext.checkpoint.huggingface import TOKENIZER_FILES, copy_files
+from megatron_ext.conversion import from_sentencepiece
+from megatron_ext.conversion.huggingface import TOKENIZER_FILES, copy_files
 from megatron_ext.data.tokenizers import TokenizerSpec, tokenizer_digest
 from megatron_ext.data.train_tokenizer import TrainTokenizerConfig, train_tokenizer
 from megatron_ext.exceptions import ConfigError

@@ -10,10 +10,10 @@ from safetensors.torch import load_file
 
 from megatron_ext.checkpoint import torch_dist
 from megatron_ext.checkpoint.folder import new_folder
-from megatron_ext.checkpoint.llama import LlamaLike
-from megatron_ext.checkpoint.safetensors import INDEX, SafetensorsReader, write_safetensors
 from megatron_ext.checkpoint.torch_dist import LazyTensor
-from megatron_ext.checkpoint.weights import join, megatron_shape, parts, split
+from megatron_ext.conversion.llama import LlamaLike
+from megatron_ext.conversion.safetensors import INDEX, SafetensorsReader, write_safetensors
+from megatron_ext.conversion.weights import join, megatron_shape, parts, split
 from megatron_ext.exceptions import CheckpointError, ConfigError
 from tests.helpers import llama
 

@@ -7,7 +7,7 @@ import pytest
 
 from megatron_ext.checkpoint import inspect, named
 from megatron_ext.checkpoint.own_tokenizer import tokenizer_spec
-from megatron_ext.checkpoint.to_huggingface import _kept
+from megatron_ext.conversion.to_huggingface import _kept
 from megatron_ext.data.chat_template import TEMPLATE_FILE
 from megatron_ext.evaluation import backends
 from megatron_ext.evaluation.backends import add_model_arguments, open_generator

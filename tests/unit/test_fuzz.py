@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
 
-from megatron_ext.checkpoint.safetensors import INDEX, SINGLE, SafetensorsReader
+from megatron_ext.checkpoint.safe_load import load_metadata
+from megatron_ext.conversion.safetensors import INDEX, SINGLE, SafetensorsReader
 from megatron_ext.data.chat import Conversation, read_conversations
 from megatron_ext.data.documents import parse_block, read_blocks
 from megatron_ext.data.indexed import HEADER, MAGIC
@@ -26,7 +27,6 @@ from megatron_ext.data.overlap import shared_content
 from megatron_ext.data.records import BadRecord
 from megatron_ext.data.verify import verify
 from megatron_ext.exceptions import CheckpointError, DataError
-from megatron_ext.runtime.safe_load import load_metadata
 from tests.helpers.text import write_dataset
 
 # What a reader may take for files of a few kilobytes; its own buffers are at most 32 MB.

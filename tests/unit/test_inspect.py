@@ -9,10 +9,10 @@ from megatron_ext.checkpoint.inspect import (
     has_checkpoint,
     open_checkpoint,
 )
-from megatron_ext.checkpoint.to_huggingface import export_model
-from megatron_ext.data.consumed import count
+from megatron_ext.conversion.to_huggingface import export_model
 from megatron_ext.exceptions import CheckpointError
 from tests.helpers.checkpoints import write_iterations
+from tools.plan_blend import counted
 
 MODEL = {
     "num_layers": 4,
@@ -157,7 +157,7 @@ def test_an_iteration_that_is_not_there_is_named_by_its_flag(tmp_path, held, fou
     ("read", "flag"),
     [
         (lambda path: export_model(path, path / "out", iteration=15), "--checkpoint"),
-        (lambda path: count(path, flag="--run", iteration=15), "--run"),
+        (lambda path: counted(argparse.Namespace(run=path, iteration=15)), "--run"),
     ],
 )
 def test_tools_name_their_own_flag_for_an_iteration(tmp_path, read, flag):

@@ -4,7 +4,7 @@ import pytest
 
 from megatron_ext.checkpoint.inspect import TRACKER
 from megatron_ext.checkpoint.named import open_named, short_names, split_name
-from megatron_ext.checkpoint.to_huggingface import export_model
+from megatron_ext.conversion.to_huggingface import export_model
 from megatron_ext.exceptions import CheckpointError, ConfigError
 from tests.helpers.checkpoints import write_iterations
 

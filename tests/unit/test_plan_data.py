@@ -4,10 +4,10 @@ import pytest
 
 from megatron_ext.data.manifest import Manifest, write_manifest
 from megatron_ext.exceptions import DataError
+from megatron_ext.gpus import GPUS, Cluster
 from megatron_ext.planning import flags as entry
 from megatron_ext.planning.data import DataTokenizer, check_made_with, check_samples
 from megatron_ext.planning.flags import entry_flags
-from megatron_ext.planning.gpus import GPUS, Cluster
 from megatron_ext.planning.plan import plan
 from tests.unit.test_plan import write_index
 from tests.unit.test_plan_run import MODEL

@@ -5,9 +5,9 @@ from dataclasses import replace
 import pytest
 
 from megatron_ext.exceptions import ConfigError
+from megatron_ext.gpus import GPUS
 from megatron_ext.planning.activations import kept_bytes, layer_bytes_per_token
 from megatron_ext.planning.flags import architecture, entry_flags, layout
-from megatron_ext.planning.gpus import GPUS
 from megatron_ext.planning.layout import Layout, Place
 from megatron_ext.planning.memory import all_stages
 from megatron_ext.planning.mixture import Mixture

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from megatron_ext.planning.gpus import GPUS, Gpu
+from megatron_ext.gpus import GPUS, Gpu
 from megatron_ext.planning.layout import Layout, Unlearning
 from megatron_ext.planning.ranking import rank_layouts
 from megatron_ext.planning.split import Split

@@ -10,8 +10,8 @@ from types import SimpleNamespace
 import pytest
 
 from megatron_ext.exceptions import ConfigError
+from megatron_ext.gpus import GPUS, Cluster
 from megatron_ext.planning.flags import architecture, entry_flags, layout, unlearning
-from megatron_ext.planning.gpus import GPUS, Cluster
 from megatron_ext.planning.plan import plan
 from tests.helpers.entry import ROOT
 from tests.unit.test_plan import write_index

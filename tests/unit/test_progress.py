@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from megatron_ext.config import UnlearnConfig
-from megatron_ext.planning.gpus import of_device
+from megatron_ext.gpus import of_device
 from megatron_ext.planning.layout import Unlearning
 from megatron_ext.planning.steps import step_flops
 from megatron_ext.runtime import progress

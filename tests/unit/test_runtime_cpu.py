@@ -123,7 +123,7 @@ def test_nothing_is_compiled_and_neither_a_compiler_nor_transformers_imported_un
         "import megatron_ext.runtime.async_writer\n"
         "found = {'early': 'megatron.core' in sys.modules}\n"
         "cpu.enable()\n"
-        "import megatron_ext.analysis.session, megatron_ext.checkpoint.own_tokenizer\n"
+        "import megatron_ext.session, megatron_ext.checkpoint.own_tokenizer\n"
         "found['transformers'] = 'transformers' in sys.modules\n"
         "def plain(x):\n    return x\n"
         "ways = (torch.compile, torch.compile(mode='default'), torch.compiler.disable,"

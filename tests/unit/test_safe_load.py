@@ -14,10 +14,9 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint import filesystem, metadata
 from torch.distributed.checkpoint.metadata import TensorProperties
 
-from megatron_ext.checkpoint import torch_dist
+from megatron_ext.checkpoint import safe_load, torch_dist
 from megatron_ext.checkpoint.inspect import TRACKER, open_checkpoint
 from megatron_ext.exceptions import CheckpointError, ConfigError
-from megatron_ext.runtime import safe_load
 
 
 class Bomb:

@@ -10,8 +10,8 @@ from pathlib import Path
 
 from transformers import GenerationConfig, LlamaConfig
 
-from megatron_ext.checkpoint.huggingface import GENERATION
 from megatron_ext.checkpoint.own_tokenizer import tokenizer_spec
+from megatron_ext.conversion.huggingface import GENERATION
 from megatron_ext.data.chat_template import TEMPLATE_FILE, ChatTemplate
 from megatron_ext.data.tokenizers import HuggingFaceReference
 

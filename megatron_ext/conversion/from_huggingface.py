@@ -16,7 +16,9 @@ from torch import Tensor
 from megatron_ext.arguments import add_arguments
 from megatron_ext.checkpoint import torch_dist
 from megatron_ext.checkpoint.folder import new_folder
-from megatron_ext.checkpoint.huggingface import (
+from megatron_ext.checkpoint.inspect import TRACKER
+from megatron_ext.checkpoint.own_tokenizer import KEPT, TOKENIZER_TYPE, tokenizer_spec
+from megatron_ext.conversion.huggingface import (
     CONFIG,
     GENERATION,
     TOKENIZER_FILES,
@@ -26,11 +28,9 @@ from megatron_ext.checkpoint.huggingface import (
     parameters,
     read_config,
 )
-from megatron_ext.checkpoint.inspect import TRACKER
-from megatron_ext.checkpoint.llama import LlamaLike
-from megatron_ext.checkpoint.own_tokenizer import KEPT, TOKENIZER_TYPE, tokenizer_spec
-from megatron_ext.checkpoint.safetensors import DTYPES, SafetensorsReader
-from megatron_ext.checkpoint.weights import Part, join, megatron_shape, parts, zero_shapes
+from megatron_ext.conversion.llama import LlamaLike
+from megatron_ext.conversion.safetensors import DTYPES, SafetensorsReader
+from megatron_ext.conversion.weights import Part, join, megatron_shape, parts, zero_shapes
 from megatron_ext.data.atomic import check_place
 from megatron_ext.data.tokenizers import HuggingFaceReference, tokenizer_digest
 from megatron_ext.exceptions import CheckpointError, ConfigError

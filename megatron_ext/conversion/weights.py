@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from megatron_ext.checkpoint.llama import LlamaLike
+from megatron_ext.conversion.llama import LlamaLike
 
 
 @dataclass(frozen=True)

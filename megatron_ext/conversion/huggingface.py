@@ -15,9 +15,9 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedConfig
 
-from megatron_ext.checkpoint.families import FAMILIES
-from megatron_ext.checkpoint.llama import LlamaLike
-from megatron_ext.checkpoint.weights import parts, zero_shapes
+from megatron_ext.conversion.families import FAMILIES
+from megatron_ext.conversion.llama import LlamaLike
+from megatron_ext.conversion.weights import parts, zero_shapes
 from megatron_ext.data.tokenizers import ORIGIN_FILE
 from megatron_ext.exceptions import CheckpointError
 

@@ -6,9 +6,9 @@ from argparse import Namespace
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_ext.checkpoint.families import Family
-from megatron_ext.checkpoint.fields import refuse
 from megatron_ext.checkpoint.inspect import ROUTING_RULES, flag_of, routing_rule
+from megatron_ext.conversion.families import Family
+from megatron_ext.conversion.fields import refuse
 
 # Fields of a config that must be as here (or missing): every layer is a mixture.
 _CONFIG: dict[str, object] = {"decoder_sparse_step": 1, "mlp_only_layers": []}

@@ -11,10 +11,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_ext.checkpoint.experts import Experts
-from megatron_ext.checkpoint.families import FAMILIES, Bias, Family
-from megatron_ext.checkpoint.fields import refuse
 from megatron_ext.checkpoint.inspect import flag_of
+from megatron_ext.conversion.experts import Experts
+from megatron_ext.conversion.families import FAMILIES, Bias, Family
+from megatron_ext.conversion.fields import refuse
 
 # Megatron's llama3 rotary scaling has these built in; only the factor is a flag.
 LLAMA3_ROPE = {

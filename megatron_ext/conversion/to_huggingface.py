@@ -17,11 +17,14 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedConfig
 
 from megatron_ext.checkpoint import torch_dist
-from megatron_ext.checkpoint.chat_files import ChatFiles
-from megatron_ext.checkpoint.families import FAMILIES, Family
 from megatron_ext.checkpoint.folder import new_folder
-from megatron_ext.checkpoint.from_sentencepiece import write_tokenizer
-from megatron_ext.checkpoint.huggingface import (
+from megatron_ext.checkpoint.inspect import Checkpoint
+from megatron_ext.checkpoint.named import open_named
+from megatron_ext.checkpoint.own_tokenizer import KEPT, TOKENIZER_TYPE, tokenizer_spec
+from megatron_ext.conversion.chat_files import ChatFiles
+from megatron_ext.conversion.families import FAMILIES, Family
+from megatron_ext.conversion.from_sentencepiece import write_tokenizer
+from megatron_ext.conversion.huggingface import (
     CONFIG,
     GENERATION,
     TOKENIZER_FILES,
@@ -31,12 +34,9 @@ from megatron_ext.checkpoint.huggingface import (
     parameters,
     read_config,
 )
-from megatron_ext.checkpoint.inspect import Checkpoint
-from megatron_ext.checkpoint.llama import LlamaLike
-from megatron_ext.checkpoint.named import open_named
-from megatron_ext.checkpoint.own_tokenizer import KEPT, TOKENIZER_TYPE, tokenizer_spec
-from megatron_ext.checkpoint.safetensors import write_safetensors
-from megatron_ext.checkpoint.weights import megatron_shape, parts, split, zero_shapes
+from megatron_ext.conversion.llama import LlamaLike
+from megatron_ext.conversion.safetensors import write_safetensors
+from megatron_ext.conversion.weights import megatron_shape, parts, split, zero_shapes
 from megatron_ext.data.atomic import check_place
 from megatron_ext.data.tokenizers import (
     SENTENCEPIECE_TYPES,
