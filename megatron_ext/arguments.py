@@ -30,7 +30,7 @@ from megatron_ext.checkpoint.source import (
 from megatron_ext.config import ChatConfig, LogConfig, UnlearnConfig
 from megatron_ext.data.checks import check_vocabulary
 from megatron_ext.data.tokenizers import TOKENIZER_TYPES, TokenizerSpec, tokenizer_digest
-from megatron_ext.exceptions import ConfigError, refused_by_megatron
+from megatron_ext.exceptions import ConfigError, flag_name, refused_by_megatron
 from megatron_ext.noise import warn_of_noise
 from megatron_ext.runtime import compat, console, cpu
 from megatron_ext.values import (
@@ -262,7 +262,7 @@ def _check_start(args: Namespace, *, flag: str) -> None:
             continue
         if not Path(directory).is_dir():
             raise ConfigError(
-                f"--{name.replace('_', '-')}: expected a checkpoint directory, found nothing at {directory}"
+                f"{flag_name(name)}: expected a checkpoint directory, found nothing at {directory}"
             )
     if args.load is None and args.pretrained_checkpoint is None:
         raise ConfigError(

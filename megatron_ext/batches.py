@@ -11,7 +11,7 @@ from argparse import Namespace
 from collections.abc import Mapping
 
 from megatron_ext.config import UnlearnConfig
-from megatron_ext.exceptions import ConfigError
+from megatron_ext.exceptions import ConfigError, flag_name
 
 _RANKS = "ranks (torchrun's --nnodes x --nproc-per-node)"
 _PARALLEL = ("tensor_model", "context", "pipeline_model")
@@ -69,7 +69,7 @@ def check_ranks(ranks: int, sizes: Mapping[str, int], *, named: str) -> None:
     product = math.prod(sizes.values())
     if ranks % product:
         flags = (
-            f"--{name.replace('_', '-')}-parallel-size {size}"
+            f"{flag_name(f'{name}_parallel_size')} {size}"
             for name, size in sizes.items()
             if size > 1
         )

@@ -7,7 +7,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from megatron_ext.exceptions import ConfigError
+from megatron_ext.exceptions import ConfigError, flag_name
 
 _LIST: dict[str, Any] = {"argparse_meta": {"nargs": "+", "type": str}}
 
@@ -114,7 +114,7 @@ class UnlearnConfig:
             value = getattr(self, name)
             if not math.isfinite(value) or value < 0:
                 raise ConfigError(
-                    f"--{name.replace('_', '-')}: expected a finite number of at least 0, found {value}"
+                    f"{flag_name(name)}: expected a finite number of at least 0, found {value}"
                 )
         if self.forget_batch_size is not None and self.forget_batch_size < 1:
             raise ConfigError(
@@ -137,7 +137,7 @@ class UnlearnConfig:
     def _check_limits(self) -> None:
         upper = {"max_mitigation_kl": math.inf, "max_replay_increase": math.inf}
         for name, bound in (upper | {"min_forget_probability": 1.0}).items():
-            value, flag = getattr(self, name), f"--{name.replace('_', '-')}"
+            value, flag = getattr(self, name), flag_name(name)
             if value is None:
                 continue
             if not 0 < value < bound:  # nor NaN

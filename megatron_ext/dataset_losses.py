@@ -19,7 +19,7 @@ from megatron.training.utils import get_blend_and_blend_per_split
 
 from megatron_ext.checkpoint.named import short_names
 from megatron_ext.data.batch import MicroBatch
-from megatron_ext.data.providers import Blend
+from megatron_ext.data.providers import Blend, prefixes
 
 # Microbatches whose sums wait for being added up: each is a few numbers, and adding them a launch or two.
 _WAITING = 64
@@ -93,8 +93,8 @@ class DatasetLosses:
     ) -> None:
         self.args = args
         self.terms = terms
-        learnt = _prefixes(*get_blend_and_blend_per_split(args))
-        forgotten = _prefixes(*forget)
+        learnt = prefixes(*get_blend_and_blend_per_split(args))
+        forgotten = prefixes(*forget)
         # One that is both forgotten and replayed has two rows.
         sides = [*((path, False) for path in learnt), *((path, True) for path in forgotten)]
         self._rows = {side: row for row, side in enumerate(sides)}
@@ -203,9 +203,3 @@ def by_sample(terms: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """Terms in the order of the head, ``[n, s * b]``, by sample, ``[n, b, s]``; ``mask`` is ``[b, s]``."""
     samples, tokens = mask.shape
     return terms.unflatten(1, (tokens, samples)).transpose(1, 2)
-
-
-def _prefixes(blend: Blend, per_split: list[Blend] | None) -> list[str]:
-    """Of the data sets of all splits, each once."""
-    blends = [blend, *(per_split or ())]
-    return list(dict.fromkeys(path for part in blends if part for path in part[0]))

@@ -30,6 +30,11 @@ class TrainingError(MegatronExtError):
     """A step whose result no run may go on with: NaN or inf in a loss or a gradient."""
 
 
+def flag_name(argument: str) -> str:
+    """The flag of an argument's name: ``--micro-batch-size`` of ``micro_batch_size``."""
+    return f"--{argument.replace('_', '-')}"
+
+
 def first_line(error: BaseException) -> str:
     """What an error says, in one line; its kind where it says nothing, as some of a GPU's driver do."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]

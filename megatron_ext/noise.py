@@ -6,6 +6,7 @@ import logging
 from argparse import Namespace
 
 from megatron_ext.config import UnlearnConfig
+from megatron_ext.exceptions import flag_name
 
 logger = logging.getLogger(__name__)
 
@@ -24,9 +25,7 @@ def warn_of_noise(args: Namespace, config: UnlearnConfig) -> None:
         rates["moe_input_jitter_eps"] = args.moe_input_jitter_eps
     if not config.needs_reference or not any(rates.values()) or args.rank != 0:
         return
-    found = ", ".join(
-        f"--{name.replace('_', '-')} {rate:g}" for name, rate in rates.items() if rate
-    )
+    found = ", ".join(f"{flag_name(name)} {rate:g}" for name, rate in rates.items() if rate)
     logger.warning(
         "%s: the reference computes without this noise, so the KL also measures it; set dropout to 0 for a "
         "model that was trained without, and leave the jitter out",

@@ -13,7 +13,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from megatron_ext.config import UnlearnConfig
-from megatron_ext.exceptions import ConfigError
+from megatron_ext.exceptions import ConfigError, flag_name
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Refusal:
     @property
     def flag(self) -> str:
         """As it is typed."""
-        return f"--{self.name.replace('_', '-')}"
+        return flag_name(self.name)
 
 
 def is_no_single(loader: str) -> bool:

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from megatron_ext.exceptions import ConfigError
+from megatron_ext.exceptions import ConfigError, flag_name
 
 # The least that each may be. The seeds of the ranks are derived from a positive one.
 _AT_LEAST = {
@@ -49,7 +49,7 @@ def check_required(args: Namespace, *, supplied: Mapping[str, Any]) -> None:
     found = {**vars(args), **supplied}
     missing = [names for names in required if all(found[name] is None for name in names)]
     if missing:
-        flags = (" or ".join(map(_flag, names)) for names in missing)
+        flags = (" or ".join(map(flag_name, names)) for names in missing)
         raise ConfigError(f"{', '.join(flags)}: expected a value, found none")
 
 
@@ -65,11 +65,11 @@ def check_values(args: Namespace) -> None:
     for name, least in _AT_LEAST.items():
         value = getattr(args, name)
         if value is not None and value < least:
-            raise ConfigError(f"{_flag(name)}: expected at least {least}, found {value}")
+            raise ConfigError(f"{flag_name(name)}: expected at least {least}, found {value}")
     # As of a variable of the shell that is not set; Megatron would save nothing, or load nothing.
     for name in ("save", "load", "pretrained_checkpoint", "reference_load"):
         if getattr(args, name) == "":
-            raise ConfigError(f"{_flag(name)}: expected a directory, found an empty name")
+            raise ConfigError(f"{flag_name(name)}: expected a directory, found an empty name")
 
 
 def check_sizes(args: Namespace) -> None:
@@ -171,12 +171,14 @@ def check_index(args: Namespace) -> None:
     """
     for name in ("dataloader_fast_cache_load", "dataloader_defer_npy_index_mmap"):
         if getattr(args, name) and args.data_cache_path is None:
-            raise ConfigError(f"{_flag(name)}: expected --data-cache-path beside it, found none")
+            raise ConfigError(
+                f"{flag_name(name)}: expected --data-cache-path beside it, found none"
+            )
     for name in ("data_path", "data_args_path", "forget_data_path"):
         if args.dataloader_fast_cache_load and getattr(args, name) is not None:
             raise ConfigError(
                 "--dataloader-fast-cache-load: expected data named for each split, as by --train-data-path, "
-                f"found {_flag(name)}"
+                f"found {flag_name(name)}"
             )
 
 
@@ -199,7 +201,7 @@ def check_places(args: Namespace) -> None:
         if not nearest.is_dir() or (used and not os.access(nearest, os.W_OK | os.X_OK)):
             what = "a directory without permission to write" if nearest.is_dir() else "a file"
             raise ConfigError(
-                f"{_flag(name)} {getattr(args, name)}: expected a directory, there or to be made, to "
+                f"{flag_name(name)} {getattr(args, name)}: expected a directory, there or to be made, to "
                 f"write to, found {what} at {nearest}"
             )
     if args.finetune and saves_where_it_loads(args):
@@ -233,14 +235,10 @@ def check_schedule(args: Namespace) -> None:
         name, warmup, most = "lr_warmup_fraction", args.lr_warmup_fraction, 1
     if not 0 <= warmup < most:
         raise ConfigError(
-            f"{_flag(name)}: expected at least 0 and less than {most}, for the learning rate's schedule "
+            f"{flag_name(name)}: expected at least 0 and less than {most}, for the learning rate's schedule "
             f"has {decay} {'iterations' if unit == 'iters' else unit}, found {warmup}"
         )
     if args.lr_decay_style == "WSD" and getattr(args, f"lr_wsd_decay_{unit}") is None:
         raise ConfigError(
             f"--lr-wsd-decay-{unit}: expected a value with --lr-decay-style WSD, found none"
         )
-
-
-def _flag(name: str) -> str:
-    return f"--{name.replace('_', '-')}"

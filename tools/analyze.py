@@ -34,7 +34,7 @@ console.quiet()
 
 from megatron_ext.analysis.samples import describe_dataset, parse_sets  # noqa: E402
 from megatron_ext.data.atomic import AtomicFiles, check_place, refuse_existing  # noqa: E402
-from megatron_ext.exceptions import ConfigError  # noqa: E402
+from megatron_ext.exceptions import ConfigError, flag_name  # noqa: E402
 from tools.common import ToolParser, run_tool  # noqa: E402
 
 if TYPE_CHECKING:
@@ -144,7 +144,7 @@ def _check(options: Namespace) -> None:
     for name in ("samples", "length", "bandwidth", "top", "micro_batch_size"):
         value = getattr(options, name, None)
         if value is not None and value <= 0:
-            raise ConfigError(f"--{name.replace('_', '-')}: expected more than 0, found {value}")
+            raise ConfigError(f"{flag_name(name)}: expected more than 0, found {value}")
     path = Path(options.output)
     if path.is_dir() or path.suffix == ".png":
         kind = "an HTML" if options.verb == "report" else "a JSON"

@@ -13,6 +13,7 @@ console.quiet()
 
 from megatron_ext.chat_refusals import REQUIRED_WITH_CHAT, WITH_CHAT  # noqa: E402
 from megatron_ext.data.atomic import write_atomically  # noqa: E402
+from megatron_ext.exceptions import flag_name  # noqa: E402
 from megatron_ext.refusals import (  # noqa: E402
     NEVER,
     WITH_DATASET_LOG,
@@ -58,9 +59,9 @@ def render() -> str:
         for row in rows:
             what = f"unless {row.expected}" if row.expected else "always"
             if row.beside is not None:
-                what = f"beside --{row.beside[0].replace('_', '-')} {row.beside[1]}"
+                what = f"beside {flag_name(row.beside[0])} {row.beside[1]}"
             lines.append(f"| `{row.flag}` | {what} | {row.reason} |")
-    required = ", ".join(f"`--{name.replace('_', '-')}`" for name in REQUIRED_WITH_CHAT)
+    required = ", ".join(f"`{flag_name(name)}`" for name in REQUIRED_WITH_CHAT)
     lines += ["", f"Chat tuning needs {required}."]
     lines += ["", "## What the torch-native layers do not support", ""]
     lines += [f"- {text}" for text in UNSUPPORTED.values()]

@@ -26,7 +26,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from megatron_ext.data.blend import MOST_EPOCHS, Part, Source, bare_prefix, plan_blend
-from megatron_ext.exceptions import ConfigError
+from megatron_ext.exceptions import ConfigError, flag_name
 from tools.common import ToolParser, run_tool
 
 # More than any run reads, and few enough for whole numbers in floating point.
@@ -70,12 +70,12 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
         return options
     for name in ("dataset", "tokens", "seq_length"):
         if not getattr(options, name):
-            flag = f"--{name.replace('_', '-')}"
+            flag = flag_name(name)
             raise ConfigError(f"{flag}: expected it, or --run to count, found neither")
     for name in ("tokens", "seq_length", "global_batch_size"):
         value = getattr(options, name)
         if value is not None and not 0 < value <= _MOST:
-            flag = f"--{name.replace('_', '-')}"
+            flag = flag_name(name)
             raise ConfigError(
                 f"{flag}: expected a number above 0, at most {_MOST:g}, found {value:g}"
             )

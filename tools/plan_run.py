@@ -20,7 +20,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from megatron_ext.data.atomic import check_place, write_atomically
-from megatron_ext.exceptions import ConfigError
+from megatron_ext.exceptions import ConfigError, flag_name
 from megatron_ext.gpus import GPUS, Cluster
 from megatron_ext.planning.flags import entry_flags
 from megatron_ext.planning.plan import plan
@@ -86,9 +86,7 @@ def cluster(options: Namespace) -> Cluster:
     for name in ("gpus", "gpus_per_node", "mfu", "peak_flops", "price", "write_bandwidth"):
         value = getattr(options, name)
         if value is not None and not value > 0:  # nor NaN
-            raise ConfigError(
-                f"--{name.replace('_', '-')}: expected a number above 0, found {value}"
-            )
+            raise ConfigError(f"{flag_name(name)}: expected a number above 0, found {value}")
     if options.mfu > 1:
         raise ConfigError(f"--mfu: expected a share of the peak, at most 1, found {options.mfu}")
     if options.rank_layouts < 0:

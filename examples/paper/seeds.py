@@ -41,7 +41,7 @@ from megatron_ext.analysis.figures import colour, marker, render  # noqa: E402
 from megatron_ext.analysis.perplexity_report import compare  # noqa: E402
 from megatron_ext.analysis.scores import Score  # noqa: E402
 from megatron_ext.data.atomic import AtomicFiles  # noqa: E402
-from megatron_ext.exceptions import ConfigError, DataError  # noqa: E402
+from megatron_ext.exceptions import ConfigError, DataError, flag_name  # noqa: E402
 from tools.common import run_tool  # noqa: E402
 
 if TYPE_CHECKING:
@@ -278,7 +278,7 @@ def main() -> None:
     name = "output_dir" if options.folders else "before"
     if getattr(options, name) is not None:
         beside = "--study" if options.folders else "--folders"
-        raise ConfigError(f"--{name.replace('_', '-')}: expected it beside {beside} alone")
+        raise ConfigError(f"{flag_name(name)}: expected it beside {beside} alone")
     if options.folders:
         print(score_page(read_folders(options.folders), options.before), end="")
         return

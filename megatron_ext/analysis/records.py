@@ -10,7 +10,7 @@ from megatron.core.datasets.utils import get_blend_from_list
 
 from megatron_ext.analysis.samples import describe_dataset
 from megatron_ext.checkpoint.inspect import Checkpoint
-from megatron_ext.exceptions import DataError
+from megatron_ext.exceptions import DataError, flag_name
 
 # What a reader of a report wants to know of a run, by Megatron's names.
 _SETTINGS = (
@@ -60,7 +60,7 @@ def _datasets(args: Namespace) -> dict[str, list[dict[str, Any]]]:
             name = f"{role}{split}data_path"
             typed = getattr(args, name, None)
             if typed:
-                found[f"--{name.replace('_', '-')}"] = _describe(typed)
+                found[flag_name(name)] = _describe(typed)
     return found
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from megatron_ext.evaluation import paper
 from megatron_ext.evaluation.errors import error_of_mean
-from megatron_ext.exceptions import DataError
+from megatron_ext.exceptions import DataError, flag_name
 
 KNOWLEDGE = tuple(paper.BENCHMARKS)
 AVERAGE = "average"
@@ -106,7 +106,7 @@ def _judged_under(content: Mapping[str, Any]) -> dict[str, Any]:
 def _given(settings: Mapping[str, Any]) -> dict[str, Any]:
     """By flag what is not at its default of nothing."""
     return {
-        f"--{name.replace('_', '-')}": value
+        flag_name(name): value
         for name, value in settings.items()
         if value is not None and value is not False
     }

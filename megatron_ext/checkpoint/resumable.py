@@ -11,7 +11,7 @@ from typing import Any
 
 from megatron_ext.buckets import default_bucket
 from megatron_ext.checkpoint.inspect import Checkpoint
-from megatron_ext.exceptions import ConfigError
+from megatron_ext.exceptions import ConfigError, flag_name
 
 # By the scheduler's own name, the flag that a value follows from. Those with None are lengths, in samples.
 _SCHEDULE = {
@@ -127,7 +127,7 @@ def _check_settings(checkpoint: Checkpoint, args: Namespace) -> None:
         expected = getattr(saved, name, found)
         if expected != found:
             raise ConfigError(
-                f"--{name.replace('_', '-')}: expected {expected}, as in {checkpoint.path}, found {found}; "
+                f"{flag_name(name)}: expected {expected}, as in {checkpoint.path}, found {found}; "
                 f"{_ANEW}"
             )
     _check_experts(checkpoint, args)
@@ -178,7 +178,7 @@ def _check_distributed_optimizer(checkpoint: Checkpoint, args: Namespace) -> Non
         found = getattr(args, name, None)
         expected = getattr(saved, name, found)  # an older Megatron may not know the flag
         if str(expected) != str(found):
-            flag = flag or f"--{name.replace('_', '-')}"
+            flag = flag or flag_name(name)
             raise ConfigError(
                 f"{flag}: expected {expected}, as in {checkpoint.path}, whose {BUCKETS}, found {found}; "
                 f"{WAYS_OUT}"

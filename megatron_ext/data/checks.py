@@ -22,7 +22,7 @@ from megatron_ext.data.indexed import bin_path
 from megatron_ext.data.manifest import Manifest, check_prefix, read_manifest
 from megatron_ext.data.open_files import check_limit, files_of
 from megatron_ext.data.providers import Blend, forget_blends
-from megatron_ext.exceptions import ConfigError, DataError
+from megatron_ext.exceptions import ConfigError, DataError, flag_name
 
 logger = logging.getLogger(__name__)
 
@@ -133,7 +133,7 @@ def _check_lists(args: Namespace) -> None:
                 get_blend_from_list(getattr(args, typed))
             except (AssertionError, ValueError) as error:
                 raise ConfigError(
-                    f"--{typed.replace('_', '-')}: expected prefixes, all with a weight or none, found "
+                    f"{flag_name(typed)}: expected prefixes, all with a weight or none, found "
                     f"{' '.join(getattr(args, typed)) or 'nothing'}"
                 ) from error
 

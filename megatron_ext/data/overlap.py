@@ -18,7 +18,7 @@ from megatron_ext.config import UnlearnConfig
 from megatron_ext.data.document_digests import shared_in_samples
 from megatron_ext.data.indexed import bin_path
 from megatron_ext.data.manifest import Manifest, read_manifest
-from megatron_ext.data.providers import Blend, forget_blends
+from megatron_ext.data.providers import forget_blends, prefixes
 from megatron_ext.data.read_digests import different_starts
 from megatron_ext.exceptions import DataError
 
@@ -36,7 +36,7 @@ def check_overlap(args: Namespace, config: UnlearnConfig) -> None:
     if not config.enabled or config.allow_data_overlap:
         return
     found = find_shared(
-        _prefixes(forget_blends(config)), _prefixes(get_blend_and_blend_per_split(args))
+        prefixes(*forget_blends(config)), prefixes(*get_blend_and_blend_per_split(args))
     )
     if found is not None:
         forgotten, other, shared = found
@@ -123,10 +123,3 @@ def shared_content(
     samples = [[int(text, 16) for text in m.document_sample or ()] for m in (of_first, of_second)]
     shared, compared = shared_in_samples(*samples)
     return f"{shared} of {compared} sampled documents" if shared else None
-
-
-def _prefixes(blends: tuple[Blend, list[Blend] | None]) -> list[str]:
-    """Every data set of a blend, whatever the split, once."""
-    blend, per_split = blends
-    every = [blend] if blend is not None else per_split or []
-    return list(dict.fromkeys(path for part in every if part is not None for path in part[0]))

@@ -143,6 +143,12 @@ def forget_blends(config: UnlearnConfig) -> tuple[Blend, list[Blend] | None]:
     ]
 
 
+def prefixes(blend: Blend, per_split: list[Blend] | None) -> list[str]:
+    """Every data set of a blend over all splits, or of one for each split, once."""
+    blends = [blend, *(per_split or ())]
+    return list(dict.fromkeys(path for part in blends if part for path in part[0]))
+
+
 def _build(
     args: Namespace,
     flag: str,

@@ -19,7 +19,7 @@ from typing import Any
 from megatron_ext.data.atomic import AtomicFiles
 from megatron_ext.evaluation.completion import Codec, Generator
 from megatron_ext.evaluation.records import Record, json_lines
-from megatron_ext.exceptions import ConfigError
+from megatron_ext.exceptions import ConfigError, flag_name
 
 logger = logging.getLogger(__name__)
 
@@ -156,7 +156,7 @@ def common_settings(files: Sequence[Path], *, questions: str) -> Settings | None
 
 
 def _flag(key: str) -> str:
-    return key if key == STOPS else f"--{key.replace('_', '-')}"
+    return key if key == STOPS else flag_name(key)
 
 
 def _shown(value: Any) -> str:

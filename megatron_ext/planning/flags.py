@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from megatron_ext.config import ChatConfig, UnlearnConfig
 from megatron_ext.data.tokenizers import TokenizerSpec, build_reference, tokenizer_digest
-from megatron_ext.exceptions import ConfigError
+from megatron_ext.exceptions import ConfigError, flag_name
 from megatron_ext.planning import mixture_flags
 from megatron_ext.planning.architecture import Architecture
 from megatron_ext.planning.checks import check_model, check_run, check_spelling
@@ -75,7 +75,7 @@ def entry_flags(words: Sequence[str]) -> Namespace:
             that seems to be mistyped.
     """
     flags, others = _parser().parse_known_args(words)
-    check_spelling(others, known=[f"--{name.replace('_', '-')}" for name in vars(flags)])
+    check_spelling(others, known=[flag_name(name) for name in vars(flags)])
     for name in _REQUIRED_SIZES:
         if getattr(flags, name.replace("-", "_")) is None:
             raise ConfigError(f"--{name}: expected a size, found none")
