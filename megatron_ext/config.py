@@ -79,7 +79,8 @@ class UnlearnConfig:
 
     max_replay_increase: float | None = None
     """Stop, with a checkpoint and exit code 0, after the first step whose replay loss is at least this far
-    above the reference's on the same tokens, in nats a replayed token."""
+    above the reference's on the same tokens, in nats a replayed token. It takes one more product of the
+    reference's output layer; --max-mitigation-kl takes none."""
 
     @property
     def enabled(self) -> bool:

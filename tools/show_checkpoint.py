@@ -59,7 +59,7 @@ def main() -> None:
 def checkpoints(directory: Path) -> dict[str, Any]:
     """What the tracker file names, and of each iteration on disk why it is not complete, or `None`."""
     found = {path.name: defect(path) for path in sorted(directory.glob("iter_*"))}
-    return {"latest": tracked(directory), "on disk": found}
+    return {"latest": tracked(directory), "checkpoints": found}
 
 
 def contents(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -71,24 +71,24 @@ def contents(checkpoint: Checkpoint) -> dict[str, Any]:
     if schedule is not None:
         rate = rate_of(schedule, saved, samples=schedule["num_steps"])
     return {
-        "shown": checkpoint.path.name,
+        "checkpoint": checkpoint.path.name,
         "iteration": checkpoint.iteration,
-        "of": _of(saved, "train_iters"),
-        "samples": samples,
-        "tokens": samples * length if samples is not None and length is not None else None,
+        "train_iters": _of(saved, "train_iters"),
+        "consumed_samples": samples,
+        "consumed_tokens": samples * length if samples is not None and length is not None else None,
         "kind": _kind(saved),
         "objective": _objective(saved),
         "reference": _of(saved, "unlearn_reference"),
         "model": {name: _of(saved, name) for name in _SIZES},
-        "vocabulary": _of(saved, "unpadded_vocab_size") or _of(saved, "padded_vocab_size"),
+        "vocab_size": _of(saved, "unpadded_vocab_size") or _of(saved, "padded_vocab_size"),
         "layout": {name: _of(saved, flag) for name, flag in _LAYOUT.items()},
-        "batch": _of(saved, "global_batch_size"),
+        "global_batch_size": _of(saved, "global_batch_size"),
         "precision": next((name for name in ("bf16", "fp16") if _of(saved, name)), "fp32"),
         "optimizer": _of(saved, "optimizer"),
         "schedule": schedule,
-        "rate": rate,
+        "learning_rate": rate,
         "software": _of(saved, "software"),
-        "bytes": sum(path.stat().st_size for path in files),
+        "size_bytes": sum(path.stat().st_size for path in files),
     }
 
 
@@ -109,19 +109,15 @@ def _objective(saved: Namespace) -> dict[str, Any] | None:
     return {name: _of(saved, name) for name in names} | {"batches": saved.unlearn_composition}
 
 
-# Keys of the JSON that need a longer name in a line.
-_LABELS = {"of": "train iterations", "rate": "learning rate"}
-
-
 def lines(found: dict[str, Any]) -> list[str]:
     """A line for each thing that is known."""
     shown = dict(found)
-    shown["on disk"] = ", ".join(
+    shown["checkpoints"] = ", ".join(
         name if broken is None else f"{name} (broken: {broken})"
-        for name, broken in found["on disk"].items()
+        for name, broken in found["checkpoints"].items()
     )
     texts = {
-        _LABELS.get(name, name): _text(value) for name, value in shown.items() if value is not None
+        name.replace("_", " "): _text(value) for name, value in shown.items() if value is not None
     }
     width = max(map(len, texts)) + 1
     return [f"{f'{name}:':{width}} {text}" for name, text in texts.items()]

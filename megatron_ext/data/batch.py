@@ -25,8 +25,8 @@ class StepContext:
         tokens: fp64 ``[2]``, forgotten and replayed tokens of the whole global batch.
         scale: what Megatron will divide the loss by on its way to the gradient: microbatches times
             data-parallel ranks.
-        reference_hidden: the reference's final hidden states, ``[s, b, H]``; ``None`` without a reference
-            or for a forget microbatch.
+        reference_hidden: the reference's final hidden states, ``[s, b, H]``, with sequence parallelism
+            ``[s / TP, b, H]``; ``None`` without a reference or for a forget microbatch.
     """
 
     tokens: torch.Tensor

@@ -39,8 +39,8 @@ def test_the_latest_is_shown_with_what_its_run_recorded(show):
     text, code = show()
     assert code == 0
     found = {name: value.strip() for name, value in (t.split(":", 1) for t in text.splitlines())}
-    assert found["on disk"] == "iter_0000002, iter_0000004"
-    assert (found["shown"], found["tokens"], found["precision"]) == (
+    assert found["checkpoints"] == "iter_0000002, iter_0000004"
+    assert (found["checkpoint"], found["consumed tokens"], found["precision"]) == (
         "iter_0000004",
         "2,048",
         "bf16",
@@ -50,7 +50,7 @@ def test_the_latest_is_shown_with_what_its_run_recorded(show):
     assert "software" not in found  # it was not recorded
     files = sum(file.stat().st_size for file in folder(show.directory, 4).iterdir())
     assert json.loads(show("--json", "--iteration", 2)[0])["iteration"] == 2
-    assert found["bytes"] == f"{files:,}"
+    assert found["size bytes"] == f"{files:,}"
 
 
 def test_a_broken_one_is_told_beside_the_others(show):
@@ -58,7 +58,7 @@ def test_a_broken_one_is_told_beside_the_others(show):
     text, code = show("--json")
     found = json.loads(text)
     assert code == 2
-    assert found["on disk"]["iter_0000002"] is None
-    assert MARKS[0] in found["on disk"]["iter_0000004"]
+    assert found["checkpoints"]["iter_0000002"] is None
+    assert MARKS[0] in found["checkpoints"]["iter_0000004"]
     assert "iter_0000004" in found["error"]
     assert show("--iteration", 2)[1] == 0
