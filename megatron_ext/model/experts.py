@@ -117,20 +117,23 @@ class _AtOnce(Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, ends: Tensor, *weights: Tensor) -> Tensor:
-        ctx.save_for_backward(x, ends, *weights)
+    def forward(ctx: Any, x: Tensor, rows: Tensor, *weights: Tensor) -> Tensor:
+        ends = rows.cumsum(0, dtype=torch.int32)
+        ctx.save_for_backward(x, rows, ends, *weights)
         return functional.grouped_mm(x, torch.stack(weights).transpose(1, 2), offs=ends)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x, ends, *weights = ctx.saved_tensors
+        x, rows, ends, *weights = ctx.saved_tensors
         grad = grads[0].contiguous()
         d_x: Tensor | None = None
         if ctx.needs_input_grad[0]:
             d_x = functional.grouped_mm(grad, torch.stack(weights), offs=ends)
         d_weights: Sequence[Tensor | None] = [None] * len(weights)
         if any(ctx.needs_input_grad[2:]):
-            d_weights = functional.grouped_mm(grad.t(), x, offs=ends).unbind()
+            found = functional.grouped_mm(grad.t(), x, offs=ends)
+            # On a B200 an expert without rows would get what memory held (pytorch/pytorch#172439).
+            d_weights = found.masked_fill_((rows == 0)[:, None, None], 0).unbind()
         return d_x, None, *d_weights
 
 
@@ -178,8 +181,8 @@ class TorchExperts(SequentialMLP):
     def _product(self, hidden: Tensor, tokens_per_expert: Tensor) -> Any:
         """What multiplies rows by the weights of their experts."""
         if self.config.moe_grouped_gemm and hidden.shape[0] > 0:
-            ends = tokens_per_expert.cumsum(0).to(hidden.device, torch.int32)
-            return lambda x, *weights: _AtOnce.apply(x, ends, *weights)
+            counts = tokens_per_expert.to(hidden.device)
+            return lambda x, *weights: _AtOnce.apply(x, counts, *weights)
         rows, fuse = tokens_per_expert.tolist(), self.config.gradient_accumulation_fusion
         return lambda x, *weights: _OneByOne.apply(x, rows, fuse, *weights)
 
@@ -208,14 +211,19 @@ def check_grouped(config: TransformerConfig) -> None:
     """Refuse what torch's grouped product, or the experts around it, do not take.
 
     Raises:
-        ConfigError: `moe_grouped_gemm` with another activation than SwiGLU, or with rows whose size is no
-            multiple of `ALIGNMENT`.
+        ConfigError: `moe_grouped_gemm` with another activation than SwiGLU, with a dispatcher that may hand
+            over more rows than experts have, or with rows whose size is no multiple of `ALIGNMENT`.
     """
     if config.num_moe_experts is None or not config.moe_grouped_gemm:
         return
     if not is_plain_swiglu(config):
         raise ConfigError(
             "--moe-grouped-gemm: the torch-native layers expect --swiglu, found another activation"
+        )
+    if config.moe_token_dispatcher_type == "flex":
+        raise ConfigError(
+            "--moe-token-dispatcher-type: the torch-native layers expect allgather or alltoall beside "
+            "--moe-grouped-gemm, found flex"
         )
     multiple = ALIGNMENT // config.params_dtype.itemsize
     sizes = {

@@ -84,6 +84,24 @@ def test_gradients_are_those_of_autograd(grouped, expected):
     assert not _gradients(experts)[2].any()  # an expert without tokens
 
 
+def test_what_a_kernel_leaves_in_the_gradient_of_an_idle_expert_does_not_count(
+    monkeypatch, expected
+):
+    multiply = functional.grouped_mm
+
+    def careless(left, right, *, offs):
+        out = multiply(left, right, offs=offs)
+        if out.dim() == 3:
+            out[1] = torch.nan
+        return out
+
+    monkeypatch.setattr(functional, "grouped_mm", careless)
+    experts = _Experts(moe_grouped_gemm=True)
+    hidden, rows, probs = _inputs()
+    experts(hidden, rows, probs)[0].square().sum().backward()
+    torch.testing.assert_close(_gradients(experts), expected[2:])
+
+
 @pytest.mark.parametrize("zeros", [False, True])
 def test_fused_gradients_are_added_to_megatrons_buffers(zeros, expected):
     experts = _Experts(gradient_accumulation_fusion=True)
@@ -151,6 +169,7 @@ def test_the_activation_is_as_exact_as_its_type(dtype):
 def _config(**changes):
     sizes = {"hidden_size": 64, "moe_ffn_hidden_size": 48, "expert_tensor_parallel_size": 1}
     kind = {"num_moe_experts": 4, "moe_grouped_gemm": True, "params_dtype": torch.bfloat16}
+    kind["moe_token_dispatcher_type"] = "alltoall"
     return SimpleNamespace(**vars(_Experts().config) | sizes | kind | changes)
 
 
@@ -164,3 +183,5 @@ def test_sizes_that_the_grouped_product_does_not_take_are_named():
         check_grouped(_config(expert_tensor_parallel_size=4))
     with pytest.raises(ConfigError, match=r"--moe-grouped-gemm: .* --swiglu"):
         check_grouped(_config(activation_func=functional.gelu))
+    with pytest.raises(ConfigError, match=r"--moe-token-dispatcher-type: .* found flex"):
+        check_grouped(_config(moe_token_dispatcher_type="flex"))
