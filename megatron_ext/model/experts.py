@@ -103,7 +103,8 @@ class _OneByOne(Function):
             if main_grad is None:
                 d_weights[expert] = part.t() @ rows
             else:
-                add_product(main_grad, part.t(), rows, overwrite=False)
+                if rows.shape[0] > 0:
+                    add_product(main_grad, part.t(), rows, overwrite=False)
                 d_weights[expert] = fused_weight_gradient(weight)
         return d_x, None, None, *d_weights
 
