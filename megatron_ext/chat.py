@@ -23,7 +23,7 @@ from megatron_ext.chat_refusals import REQUIRED_WITH_CHAT, WITH_CHAT
 from megatron_ext.config import ChatConfig
 from megatron_ext.data.atomic import free_mib, replace_file
 from megatron_ext.data.chat_dataset import ChatDataset, Packing
-from megatron_ext.data.chat_template import BUILT_IN, TEMPLATE_FILE, ChatTemplate, load_template
+from megatron_ext.data.chat_template import TEMPLATE_FILE, ChatTemplate, is_built_in, load_template
 from megatron_ext.data.chat_tokens import load_tokens
 from megatron_ext.data.providers import Datasets, reads_data
 from megatron_ext.data.tokenizers import TokenizerSpec, tokenizer_digest
@@ -172,7 +172,7 @@ def warn_of_template(start: Checkpoint, args: Namespace) -> None:
     recorded = getattr(start.args, "tuned_chat_template", None)
     if recorded in (None, args.tuned_chat_template) or args.chat_template is not None or args.rank:
         return
-    taken = "the built-in one" if args.tuned_chat_template == BUILT_IN else "the tokenizer's own"
+    taken = "the built-in one" if is_built_in(args.tuned_chat_template) else "the tokenizer's own"
     place = start.directory / TEMPLATE_FILE
     file = place if place.is_file() else "FILE"
     logger.warning(

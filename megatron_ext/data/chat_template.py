@@ -41,6 +41,8 @@ BUILT_IN = (
     "{%- endfor -%}"
     "{%- if add_generation_prompt -%}{{- 'Assistant:' -}}{%- endif -%}"
 )
+# For a tokenizer that begins texts with BOS, as those were begun that the model was pre-trained on.
+BUILT_IN_WITH_BOS = "{{- bos_token -}}" + BUILT_IN
 _PROBE: list[Message] = [
     {"role": "user", "content": "one"},
     {"role": "assistant", "content": "two"},
@@ -90,6 +92,11 @@ class ChatTemplate:
             self.encode(_PROBE)
         except DataError as error:
             raise ConfigError(f"--chat-template: {error}") from error
+
+    @property
+    def is_built_in(self) -> bool:
+        """Whether it is neither a file's nor the tokenizer's."""
+        return is_built_in(self.source)
 
     @property
     def eod_id(self) -> int:
@@ -268,9 +275,16 @@ def load_template(tokenizer: TokenizerSpec, *, path: str | Path | None = None) -
         if not file.is_file():
             raise ConfigError(f"--chat-template: expected a Jinja file, found nothing at {file}")
         return ChatTemplate(file.read_text(encoding="utf-8"), tokenizer, origin=str(file))
-    own = special_text(tokenizer).template
-    origin = "the tokenizer's own" if own else "the built-in one"
-    return ChatTemplate(own or BUILT_IN, tokenizer, origin=origin)
+    special = special_text(tokenizer)
+    if special.template:
+        return ChatTemplate(special.template, tokenizer, origin="the tokenizer's own")
+    source = BUILT_IN_WITH_BOS if special.begins_with_bos else BUILT_IN
+    return ChatTemplate(source, tokenizer, origin="the built-in one")
+
+
+def is_built_in(source: str) -> bool:
+    """Whether a template is the one that tokenizers without their own get."""
+    return source in (BUILT_IN, BUILT_IN_WITH_BOS)
 
 
 def _places(part: str, text: str) -> Iterator[int]:

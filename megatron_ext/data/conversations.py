@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_ext.data.chat import Shape, shape_of, take_conversation
-from megatron_ext.data.chat_template import BUILT_IN, ChatTemplate, load_template
+from megatron_ext.data.chat_template import ChatTemplate, load_template
 from megatron_ext.data.documents import Block, json_lines, read_blocks
 from megatron_ext.data.inputs import InputFormat, format_of
 from megatron_ext.data.records import BadRecord, Record
@@ -72,7 +72,7 @@ def find_format(
             )
     loaded = load_template(tokenizer, path=template)
     loaded.check_tuning()
-    name = "built-in" if loaded.source == BUILT_IN else "tokenizer"
+    name = "built-in" if loaded.is_built_in else "tokenizer"
     if template is not None:
         name = Path(template).resolve().name
     shapes = {}

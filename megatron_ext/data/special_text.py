@@ -13,6 +13,7 @@ from megatron_ext.data.tokenizers import (
     HuggingFaceReference,
     SentencePieceReference,
     TokenizerSpec,
+    around_text,
     build_reference,
 )
 from megatron_ext.exceptions import ConfigError
@@ -32,6 +33,7 @@ class SpecialText(Protocol):
         special_ids: those that the tokenizer does not read from text.
         visible: what people are shown in their place.
         template: the tokenizer's own chat template.
+        begins_with_bos: whether the tokenizer begins texts with BOS of its own accord.
     """
 
     tokens: dict[str, Any]
@@ -40,6 +42,7 @@ class SpecialText(Protocol):
     special_ids: Mapping[str, int]
     visible: dict[str, str]
     template: str | None
+    begins_with_bos: bool
 
     def split(self, text: str) -> list[str]:
         """The parts that are tokenised each by itself, each of `special_ids` a part of its own."""
@@ -52,6 +55,7 @@ class _SentencePieceText:
     """SentencePiece with markers for its control tokens."""
 
     template: str | None = None
+    begins_with_bos = False
 
     def __init__(self, reference: SentencePieceReference) -> None:
         self._processor = reference.processor
@@ -100,6 +104,7 @@ class _HuggingFaceText:
         tokens = sorted({*tokenizer.all_special_tokens, *added}, key=len, reverse=True)
         self.special = re.compile("|".join(map(re.escape, tokens)))
         self.visible: dict[str, str] = {}
+        self.begins_with_bos = around_text(reference)[0][:1] == [tokenizer.bos_token_id]
         template = tokenizer.chat_template
         self.template: str | None = (
             template.get("default") if isinstance(template, dict) else template

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 from tqdm import tqdm
 
 from megatron_ext.data.chat import Message
-from megatron_ext.data.chat_template import BUILT_IN, ChatTemplate, load_template
+from megatron_ext.data.chat_template import ChatTemplate, load_template
 from megatron_ext.data.tokenizers import (
     SentencePieceReference,
     TokenizerSpec,
@@ -102,7 +102,7 @@ class Codec:
     def template(self) -> ChatTemplate:
         """The chat template."""
         template = load_template(self._spec, path=self._template_path)
-        if self._template_path is None and template.source == BUILT_IN:
+        if self._template_path is None and template.is_built_in:
             logger.warning(
                 "--chat-template: none is given and none is stored with the model; the built-in one is used, "
                 "which a model that was not tuned on it does not follow"

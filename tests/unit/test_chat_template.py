@@ -2,7 +2,7 @@
 
 import pytest
 import sentencepiece
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
 from megatron_ext.data.chat_template import BUILT_IN, ChatTemplate, load_template
@@ -88,6 +88,28 @@ def spans(spec, template, turns, **options):
             found.append((counts, ""))
         found[-1] = (counts, found[-1][1] + piece)
     return found
+
+
+@pytest.mark.parametrize("begins", [False, True])
+def test_the_built_in_template_begins_as_the_tokenizer_begins_texts(
+    begins, huggingface_spec, tmp_path
+):
+    fast = PreTrainedTokenizerFast.from_pretrained(huggingface_spec.tokenizer_model)
+    fast.chat_template = None
+    if begins:
+        fast.backend_tokenizer.post_processor = processors.TemplateProcessing(
+            single="<s> $A", special_tokens=[("<s>", 0)]
+        )
+    fast.save_pretrained(tmp_path)
+    spec = TokenizerSpec(tokenizer_type="HuggingFaceTokenizer", tokenizer_model=str(tmp_path))
+    template = load_template(spec)
+    assert template.is_built_in
+    ids, mask = template.encode(TURNS)
+    assert (ids[0] == fast.bos_token_id, mask[0]) == (begins, 0)
+    assert ids.count(fast.bos_token_id) == begins
+    prompt, _ = template.encode(TURNS[:2], add_generation_prompt=True)
+    assert prompt == ids[: len(prompt)]
+    assert not load_template(huggingface_spec).is_built_in
 
 
 def test_the_built_in_template_counts_answers_and_their_ends(sentencepiece_spec):
