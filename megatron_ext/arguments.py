@@ -6,6 +6,7 @@ What a machine without CUDA or without Transformer Engine needs is set here by i
 from __future__ import annotations
 
 import importlib.util
+import sys
 from argparse import ArgumentParser, Namespace
 from dataclasses import fields
 from pathlib import Path
@@ -24,10 +25,10 @@ from megatron_ext.checkpoint.kinds import check_plain, check_unlearning, tell_ch
 from megatron_ext.checkpoint.resumable import check_resumable, keep_buckets
 from megatron_ext.checkpoint.source import (
     Start,
+    refuse_overwriting,
     resolve_start,
-    warn_of_overwriting,
 )
-from megatron_ext.config import ChatConfig, LogConfig, UnlearnConfig
+from megatron_ext.config import ChatConfig, RunConfig, UnlearnConfig
 from megatron_ext.data.checks import check_vocabulary
 from megatron_ext.data.tokenizers import TOKENIZER_TYPES, TokenizerSpec, tokenizer_digest
 from megatron_ext.exceptions import ConfigError, flag_name, refused_by_megatron
@@ -51,7 +52,7 @@ def add_arguments(parser: ArgumentParser) -> ArgumentParser:
     unlearning = ArgumentGroupFactory(UnlearnConfig).build_group(
         parser, "unlearning (arXiv 2406.12397)"
     )
-    logs = ArgumentGroupFactory(LogConfig).build_group(parser, "logs")
+    logs = ArgumentGroupFactory(RunConfig).build_group(parser, "logs and checkpoints")
     for action in (*chat._group_actions, *unlearning._group_actions, *logs._group_actions):
         if action.default:  # those with another meaning say it themselves
             action.help = f"{action.help} Default: {action.default}."
@@ -101,6 +102,8 @@ def parse() -> tuple[Namespace, UnlearnConfig, ChatRun | None]:
         ConfigError: a flag or a combination that cannot work; the message names it.
         DataError: a file of conversations cannot be used.
     """
+    if any(word.partition("=")[0] == "--yaml-cfg" for word in sys.argv):  # the parser would read it
+        refusals.refuse(Namespace(yaml_cfg=True), refusals.NEVER, where="is not supported")
     raw = parse_args(add_arguments)
     config = unlearn_config(raw)
     check_before_megatron(raw, config)
@@ -110,7 +113,7 @@ def parse() -> tuple[Namespace, UnlearnConfig, ChatRun | None]:
         _check_model(raw)
     check_index(raw)
     check_places(raw)
-    _config(LogConfig, raw)  # checks itself
+    _config(RunConfig, raw)  # checks itself
     chat, chat_config = None, _config(ChatConfig, raw)
     if chat_config.enabled:
         _check_start(raw, flag="--chat-data-path")
@@ -171,7 +174,7 @@ def check_checkpoints(args: Namespace, config: UnlearnConfig) -> Start:
         ConfigError: the run cannot go on from it.
     """
     start = resolve_start(args, required=config.enabled or args.chat_digest is not None)
-    warn_of_overwriting(args, start)
+    refuse_overwriting(args, start)
     if start.checkpoint is not None:
         if args.chat_digest is None:
             # What is trained on from a tuned model still speaks its template.
@@ -214,7 +217,7 @@ def unlearn_config(args: Namespace) -> UnlearnConfig:
     return _config(UnlearnConfig, args)
 
 
-def _config[Config: (UnlearnConfig, ChatConfig, LogConfig)](
+def _config[Config: (UnlearnConfig, ChatConfig, RunConfig)](
     of: type[Config], args: Namespace
 ) -> Config:
     return of(**{f.name: getattr(args, f.name) for f in fields(of)})

@@ -205,8 +205,12 @@ class ChatConfig:
 
 
 @dataclass(kw_only=True)
-class LogConfig:
-    """What is logged beside Megatron's own."""
+class RunConfig:
+    """What is logged beside Megatron's own, and what may be written over."""
+
+    overwrite_checkpoints: bool = False
+    """Let a run that begins before the latest checkpoint in --save write over those that are there; without
+    it such a run is refused, unless it goes on from them."""
 
     dataset_log_interval: int | None = None
     """Interval, in steps, at which the losses of each dataset of the blends are logged by themselves: means

@@ -153,29 +153,29 @@ def _go_on_from_complete(args: Namespace) -> str | None:
     return folder_name(choice.iteration)
 
 
-def warn_of_overwriting(args: Namespace, start: Start) -> None:
-    """Say that ``--save`` holds later checkpoints of a run that is not gone on from.
+def refuse_overwriting(args: Namespace, start: Start) -> None:
+    """Refuse to write over later checkpoints in ``--save`` of a run that is not gone on from.
 
     Most often ``--load`` was forgotten or names where the run came from: it would begin there again each
-    time that its job is started again.
+    time that its job is started again, and ``--save-retain-interval`` would delete what was there.
 
     Args:
         args: Megatron's validated arguments.
         start: where the run begins.
+
+    Raises:
+        ConfigError: there are such checkpoints, and ``--overwrite-checkpoints`` is not given.
     """
-    if not args.save or args.skip_train or args.rank != 0:
+    if not args.save or args.skip_train or args.overwrite_checkpoints:
         return
     first = 0 if start.before is None else start.before.iteration
     own = start.resumed and saves_where_it_loads(args)
     latest = tracked(args.save) or ""
     if not own and latest.isdecimal() and int(latest) > first:
-        logger.warning(
-            "--save %s: holds the checkpoint of iteration %s already; this run begins at iteration %d and "
-            "will overwrite it (to resume it instead, use --load %s)",
-            args.save,
-            latest,
-            first,
-            args.save,
+        raise ConfigError(
+            f"--save {args.save}: expected no later checkpoint there than the run begins at, iteration {first}, "
+            f"found that of iteration {latest}; to resume it use --load {args.save}, without "
+            "--finetune, or name another folder; --overwrite-checkpoints writes over it"
         )
 
 

@@ -164,6 +164,14 @@ CASES: dict[str, tuple[list[str], list[str]]] = {
         ["--load", "{halfway}"],
         ["--load {halfway}: expected the checkpoint of plain training", "an unlearning run"],
     ),
+    "another run's checkpoints to write over": (
+        ["--save", "{dir}/hollow", "--save-interval", "1"],
+        ["--save {dir}/hollow: expected", "found that of iteration 3", "--overwrite-checkpoints"],
+    ),
+    "settings in a file": (
+        ["--yaml-cfg", "{dir}/no_such.yaml"],
+        ["--yaml-cfg is not supported: settings are given as flags only"],
+    ),
     "resume against another reference": (
         ["--reference-load", "{dir}/other_weights"],
         ["--reference-load", "digest", "{dir}/other_weights"],

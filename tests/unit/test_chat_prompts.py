@@ -179,7 +179,7 @@ def test_tuning_again_with_another_template_is_told(
     found = Checkpoint(tmp_path, 5, tmp_path / "iter_0000005", saved)
     start = Start(found, "--pretrained-checkpoint", resumed=False)
     monkeypatch.setattr(arguments, "resolve_start", lambda *_, **__: start)
-    monkeypatch.setattr(arguments, "warn_of_overwriting", lambda *_: None)
+    monkeypatch.setattr(arguments, "refuse_overwriting", lambda *_: None)
     args = Namespace(tuned_chat_template=ours, chat_template=flag, rank=rank, chat_digest="x")
     args.ckpt_convert_format = None
     caplog.set_level(logging.WARNING)

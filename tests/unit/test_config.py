@@ -1,6 +1,6 @@
 import pytest
 
-from megatron_ext.config import ChatConfig, LogConfig, UnlearnConfig
+from megatron_ext.config import ChatConfig, RunConfig, UnlearnConfig
 from megatron_ext.exceptions import ConfigError
 
 
@@ -75,6 +75,6 @@ def test_chat_settings_that_no_run_can_use(fields, message):
 
 
 def test_losses_of_datasets_are_logged_at_whole_intervals():
-    assert LogConfig().dataset_log_interval is None
+    assert RunConfig().dataset_log_interval is None
     with pytest.raises(ConfigError, match=r"--dataset-log-interval: expected at least 1, found 0"):
-        LogConfig(dataset_log_interval=0)
+        RunConfig(dataset_log_interval=0)
