@@ -173,8 +173,8 @@ def refuse_overwriting(args: Namespace, start: Start) -> None:
     latest = tracked(args.save) or ""
     if not own and latest.isdecimal() and int(latest) > first:
         raise ConfigError(
-            f"--save {args.save}: expected no later checkpoint there than the run begins at, iteration {first}, "
-            f"found that of iteration {latest}; to resume it use --load {args.save}, without "
+            f"--save {args.save}: expected no later checkpoint there than the run begins at, iteration "
+            f"{first}, found that of iteration {latest}; to resume it use --load {args.save}, without "
             "--finetune, or name another folder; --overwrite-checkpoints writes over it"
         )
 
