@@ -117,6 +117,13 @@ def test_low_precision(dtype, blocks):
     assert_same(actual(arguments, **blocks), expected(arguments), bound)
 
 
+@pytest.mark.parametrize("blocks", BLOCKS, ids=str)
+def test_gradients_of_fp32_logits(blocks):
+    """They have the type of the weight, like those of rounded logits: the products take no other."""
+    arguments = inputs(torch.bfloat16)
+    assert_same(actual(arguments, **blocks, fp32_logits=True), expected(arguments), 1e-2)
+
+
 def test_fp32_logits_keep_a_small_kl():
     """bf16 logits drown a KL of 1e-5; those left in fp32 do not."""
     arguments = inputs(torch.bfloat16, roles="replay")
@@ -244,6 +251,7 @@ def test_no_tokens():
         ({"roles": torch.zeros(T - 1)}, ValueError),
         ({"reference_weight": None}, ValueError),
         ({"reference_hidden": torch.zeros(T - 1, H)}, ValueError),
+        ({"reference_weight": torch.zeros(V, H)}, TypeError),
         ({"weight": torch.zeros(V, H + 1, dtype=torch.float64)}, ValueError),
         ({"weight": torch.zeros(V, H)}, TypeError),
         ({"vocab_size": V + 1}, ValueError),
