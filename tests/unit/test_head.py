@@ -118,10 +118,12 @@ def test_low_precision(dtype, blocks):
 
 
 @pytest.mark.parametrize("blocks", BLOCKS, ids=str)
-def test_gradients_of_fp32_logits(blocks):
-    """They have the type of the weight, like those of rounded logits: the products take no other."""
+def test_gradients_are_summed_over_blocks_in_fp32(blocks):
+    """Summed in bf16 they are off by 3e-3 (hidden) and 5e-3 (weight), however exact the logits are."""
     arguments = inputs(torch.bfloat16)
-    assert_same(actual(arguments, **blocks, fp32_logits=True), expected(arguments), 1e-2)
+    found = actual(arguments, **blocks, fp32_logits=True)
+    # Those of the logits and the sums are rounded to bf16, once each: 2e-3 was seen, for all blocks.
+    assert_same(found, expected(arguments), 2.5e-3)
 
 
 def test_fp32_logits_keep_a_small_kl():
