@@ -79,11 +79,13 @@ def test_epochs_differ_and_are_the_same_for_the_same_seed(packing):
     assert order(other, 0) != order(packing, 0)
 
 
-def test_the_order_of_a_seed_is_written_down():
+@pytest.mark.parametrize(
+    ("seed", "order"), [(1234, [[4, 3], [5], [1, 2, 0, 6]]), (2, [[1, 4, 0], [2, 6, 3], [5]])]
+)
+def test_the_order_of_a_seed_is_written_down(seed, order):
     """A resumed run must see the samples that were left, also after an upgrade."""
-    packing = Packing(tokens([5, 9, 3, 12, 7, 20, 4]), seq_length=LENGTH, seed=1234)
-    found = [packing.conversations(i) for i in range(packing.sequences(1))]
-    assert found == [[4, 3], [5], [1, 2, 0, 6]]
+    packing = Packing(tokens([5, 9, 3, 12, 7, 20, 4]), seq_length=LENGTH, seed=seed)
+    assert [packing.conversations(i) for i in range(packing.sequences(1))] == order
 
 
 def test_first_fit_takes_the_first_sequence_with_room():
