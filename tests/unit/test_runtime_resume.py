@@ -133,6 +133,7 @@ def test_a_bucket_before_a_tied_embedding_is_saved_with_its_own_size(monkeypatch
 
 def test_reading_data_leaves_the_random_state_alone(monkeypatch):
     def build(dataset, consumed_samples):
+        assert consumed_samples < len(dataset)
         return torch.utils.data.DataLoader(dataset[consumed_samples:])
 
     options = types.SimpleNamespace(seed=5, dataloader_type="single")
