@@ -177,3 +177,41 @@ def test_rows_of_the_vocabulary_may_be_padded_for_another_layout(monkeypatch):
     with pytest.raises(CheckpointError, match=r"of shape \(6, 2\), found \(8, 3\)"):
         model._check_keys({own.key: embedding(8, 3)})
     assert model.compute_digest() == ([own], 5)  # of the rows that are no padding
+
+
+@pytest.fixture
+def reference(monkeypatch):
+    """Makes a reference of one chunk, loaded with the digest "a"."""
+    chunk = torch.nn.Module()
+    chunk.body, chunk.output_layer = torch.nn.Linear(2, 2), torch.nn.Linear(2, 3, bias=False)
+    chunk.post_process, chunk.share_embeddings_and_output_weights = True, False
+    chunk.requires_grad_(False)
+
+    def load(self, *_, **__):
+        self.digest, self.chunks = "a", [chunk]
+
+    def make(recorded, **options):
+        checkpoint = SimpleNamespace(path=Path("there"))
+        source = Namespace(checkpoint=checkpoint, recorded_digest=recorded)
+        return FrozenReference(None, args=Namespace(load="run"), source=source, **options)
+
+    monkeypatch.setattr(FrozenModel, "__init__", load)
+    return make
+
+
+def test_other_weights_than_the_run_began_with_are_refused(reference):
+    with pytest.raises(CheckpointError, match="digest b, which run was unlearned against, found a"):
+        reference("b")
+    for fits in (None, "a"):
+        assert reference(fits).digest == "a"
+
+
+def test_all_weights_but_the_output_layers_visit_the_device(reference):
+    """The student's head reads that one in between."""
+    for offload in (False, True):
+        found = reference(None, offload=offload)
+        away = {name: p.data_ptr() for name, p in found.chunks[0].named_parameters()}
+        with found._on_device():
+            inside = {name: p.data_ptr() for name, p in found.chunks[0].named_parameters()}
+        moved = {name for name in away if away[name] != inside[name]}
+        assert moved == ({"body.weight", "body.bias"} if offload else set())
