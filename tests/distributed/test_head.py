@@ -75,6 +75,16 @@ def check_tensor_parallel():
             assert_same(found, (*want[:3], want[3][columns]), 1e-6)
 
 
+def check_without_padding():
+    """As in plain training: every column counts, and a label may lie in any shard."""
+    arguments = inputs() | {"vocab_size": None}
+    arguments["labels"] = torch.arange(T) + V - T  # all in the last shard
+    want = actual(arguments)
+    mine, columns = shard(arguments, dist.get_rank(), dist.get_world_size())
+    found = actual(mine, tp_group=dist.group.WORLD)
+    assert_same(found, (*want[:3], want[3][columns]), 1e-6)
+
+
 def check_sequence_parallel():
     rank, size = dist.get_rank(), dist.get_world_size()
     calls = count_collectives()
@@ -134,6 +144,7 @@ def check_wrong_group_is_noticed():
 
 def check_all():
     check_tensor_parallel()
+    check_without_padding()
     check_sequence_parallel()
     check_gradients_of_forward()
     check_wrong_group_is_noticed()

@@ -89,6 +89,7 @@ def arguments(**changes):
         (6, {}, "--forget-batch-size: expected a multiple of 4 .*found 6 of 16"),
         (16, {}, "--forget-batch-size: .* fewer than the global batch of 16 .*found 16"),
         (20, {}, "--forget-batch-size: .*found 20"),
+        (None, {"global_batch_size": 1}, "--forget-batch-size: expected at least 1 .*found 0"),
         (
             4,
             {"eval_global_batch_size": 8},
@@ -124,6 +125,10 @@ def test_compositions_that_do_not_divide_are_refused(forget, changes, message):
             {"microbatch_group_size_per_vp_stage": 3, "skip_train": True},
             "--eval-global-batch-size: .* groups of 3, .* found 4 ",
         ),
+        (
+            {"microbatch_group_size_per_vp_stage": 4, "eval_global_batch_size": 12},
+            "--eval-global-batch-size: .* at least 4 .* found 3 ",
+        ),
     ],
 )
 def test_batches_that_the_interleaved_schedule_would_not_take_are_refused(changes, message):
@@ -135,7 +140,8 @@ def test_batches_that_the_interleaved_schedule_would_not_take_are_refused(change
     with pytest.raises(ConfigError, match=message):
         check_batches(arguments(**interleaved, **changes), UnlearnConfig())
     fitting = {"eval_global_batch_size": 20, "microbatch_group_size_per_vp_stage": 3}
-    for right in (changes, interleaved, interleaved | {"global_batch_size": 32} | fitting):
+    least = interleaved | {"eval_global_batch_size": 8}
+    for right in (changes, least, least | {"global_batch_size": 32} | fitting):
         check_batches(arguments(**right), UnlearnConfig())
     without = {"eval_global_batch_size": 4, "eval_iters": 0}
     check_batches(arguments(**interleaved, **without), UnlearnConfig())

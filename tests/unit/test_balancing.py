@@ -3,6 +3,7 @@
 from argparse import Namespace
 from types import SimpleNamespace
 
+import megatron.training.training as loop
 import pytest
 import torch
 from megatron.core import parallel_state
@@ -79,6 +80,14 @@ def test_chunks_of_a_stage_read_on_their_own(rank):
 
 def test_validation_is_left_alone(rank):
     assert scales(samples(), forward_only=True) == (2, 1.0)
+
+
+def test_the_loop_gets_a_schedule_that_scales(monkeypatch):
+    monkeypatch.setattr(loop, "get_forward_backward_func", lambda size: f"schedule of {size}")
+    monkeypatch.setattr(balancing, "scale_balancing", lambda *given, **named: (given, named))
+    balancing.install()
+    found = loop.get_forward_backward_func(size=2)(model="chunks")
+    assert found == (("schedule of 2",), {"model": "chunks"})
 
 
 @pytest.mark.parametrize(

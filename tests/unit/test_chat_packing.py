@@ -79,11 +79,13 @@ def test_epochs_differ_and_are_the_same_for_the_same_seed(packing):
     assert order(other, 0) != order(packing, 0)
 
 
-def test_the_order_of_a_seed_is_written_down():
+@pytest.mark.parametrize(
+    ("seed", "order"), [(1234, [[4, 3], [5], [1, 2, 0, 6]]), (2, [[1, 4, 0], [2, 6, 3], [5]])]
+)
+def test_the_order_of_a_seed_is_written_down(seed, order):
     """A resumed run must see the samples that were left, also after an upgrade."""
-    packing = Packing(tokens([5, 9, 3, 12, 7, 20, 4]), seq_length=LENGTH, seed=1234)
-    found = [packing.conversations(i) for i in range(packing.sequences(1))]
-    assert found == [[4, 3], [5], [1, 2, 0, 6]]
+    packing = Packing(tokens([5, 9, 3, 12, 7, 20, 4]), seq_length=LENGTH, seed=seed)
+    assert [packing.conversations(i) for i in range(packing.sequences(1))] == order
 
 
 def test_first_fit_takes_the_first_sequence_with_room():
@@ -125,12 +127,13 @@ def test_long_conversations_are_cut_at_the_end_or_dropped(tmp_path):
             {"role": "assistant", "content": "a" * answer},
         ]
 
-    path = write_jsonl(tmp_path / "a.jsonl", [turns(3, 4), turns(5, 30), turns(40, 2)])
+    exact = turns(9, LENGTH - 10)
+    path = write_jsonl(tmp_path / "a.jsonl", [turns(3, 4), turns(5, 30), turns(40, 2), exact])
     found = load_tokens([path], Letters(), limit=LENGTH + 1, tokenizer_digest="")
-    assert found.lengths.tolist() == [9, LENGTH + 1]
+    assert found.lengths.tolist() == [9, LENGTH + 1, LENGTH + 1]
     assert (found.truncated, found.lost, found.dropped) == (1, 37 - LENGTH - 1, 1)
-    assert found.mask.tolist() == [0] * 4 + [1] * 5 + [0] * 6 + [1] * 15
-    with pytest.raises(DataError, match="found 3 conversations, 3 of them without"):
+    assert found.mask.tolist() == [0] * 4 + [1] * 5 + [0] * 6 + [1] * 15 + [0] * 10 + [1] * 11
+    with pytest.raises(DataError, match="found 4 conversations, 4 of them without"):
         load_tokens([path], Letters(), limit=3, tokenizer_digest="")
 
 
@@ -150,6 +153,9 @@ def test_tokens_are_kept_and_found_again(tmp_path, monkeypatch):
     assert load_tokens([path], Letters(), **{**options, "limit": 50}).digest != changed.digest
     other = {**options, "tokenizer_digest": "y"}
     assert load_tokens([path], Letters(), **other).digest != changed.digest
+    monkeypatch.setattr(Letters, "source", "other letters")
+    assert load_tokens([path], Letters(), **options).digest != changed.digest
+    monkeypatch.undo()
     # The names of the special tokens may change while the vocabulary, and with it its digest, does not.
     monkeypatch.setattr(Letters, "special_tokens", {"eos_token": "!"})
     assert load_tokens([path], Letters(), **options).digest != changed.digest

@@ -262,6 +262,15 @@ def test_the_answer_may_occur_in_the_template_itself(huggingface_spec):
         assert (1, f"{answer}<|im_end|>") in spans(huggingface_spec, template, turns)
 
 
+def test_the_answer_may_occur_in_what_its_turn_begins_with(huggingface_spec):
+    """And may begin like the last letter of a token there: its end is that of its last place."""
+    template = ChatTemplate(CHATML.replace("\n{{ m", "\nfinal<|im_start|>{{ m"), huggingface_spec)
+    for answer in ("final", ">>", "four"):
+        turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": answer}]
+        expected = (1, f"final<|im_start|>{answer}<|im_end|>")
+        assert expected in spans(huggingface_spec, template, turns)
+
+
 def test_the_answer_may_occur_in_the_tokens_that_end_a_turn(huggingface_spec):
     """Only the first of them is the model's to write, whatever the answer."""
     template = ChatTemplate(CHATML.replace("<|im_end|>", "<|im_end|></s>"), huggingface_spec)

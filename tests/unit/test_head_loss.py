@@ -66,6 +66,12 @@ def test_low_precision(dtype, chunk_size):
     assert_same(found(inputs(dtype), chunk_size=chunk_size), expected(inputs(dtype)), bound)
 
 
+@pytest.mark.parametrize("chunk_size", CHUNKS)
+def test_gradients_are_summed_over_chunks_in_fp32(chunk_size):
+    got = found(inputs(torch.bfloat16), chunk_size=chunk_size, fp32_logits=True)
+    assert_same(got, expected(inputs(torch.bfloat16)), 2.5e-3)  # see `test_head`
+
+
 @pytest.mark.parametrize("reference", [True, False], ids=["reference", "none"])
 @pytest.mark.parametrize("chunk_size", [1, 7, T])
 def test_a_loss_that_bends(chunk_size, reference):

@@ -212,6 +212,20 @@ def test_norm_of_half_precision_gradients_is_not_rounded_to_their_type():
     torch.testing.assert_close(norm[0].double(), exact, rtol=1e-6, atol=0)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_gradients_of_microbatches_are_summed(dtype):
+    generator = torch.Generator().manual_seed(0)
+    shapes = ((6, 3), (6, 5)) * 2
+    inputs, first, more, second = (torch.randn(s, generator=generator).to(dtype) for s in shapes)
+    expected = second.T.double() @ more.double() + first.T.double() @ inputs.double()
+    for name, sums in (("fp32", torch.float32), ("fp16", dtype)):
+        total = torch.zeros(5, 3, dtype=sums)
+        for given in ((inputs, first), (more, second)):
+            getattr(kernels._WeightGradient, f"wgrad_gemm_accum_{name}")(*given, total)
+        bound = 1e-6 if sums == torch.float32 else 2e-2
+        torch.testing.assert_close(total.double(), expected, rtol=bound, atol=bound)
+
+
 def _parameters_after_training(accelerate: bool, distributed_optimizer: bool) -> list[torch.Tensor]:
     from tests.helpers import models
 

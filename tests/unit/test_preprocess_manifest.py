@@ -1,13 +1,15 @@
 """Manifests, and the cheap checks of a data set before training."""
 
 import dataclasses
+import io
 import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from megatron_ext.data.indexed import HEADER, read_index_summary
+from megatron_ext.data import indexed
+from megatron_ext.data.indexed import HEADER, IndexedWriter, read_index_summary
 from megatron_ext.data.manifest import check_prefix, manifest_path, read_manifest, write_manifest
 from megatron_ext.data.preprocess import PreprocessConfig, preprocess
 from megatron_ext.data.tokenizers import TokenizerSpec, tokenizer_digest
@@ -96,6 +98,7 @@ def test_broken_index_content(copy, dataset):
     data = path.read_bytes()
     for broken, message in [
         (b"X" + data[1:], "wrong header"),
+        (data[:9] + b"\x02" + data[10:], "wrong header"),
         (data[:17] + b"\x07" + data[18:], "holds no token ids"),
         (data[:-8] + b"\x01" + data[-7:], "documents end at 1 of"),
     ]:
@@ -167,3 +170,19 @@ def test_summary_of_megatrons_own_files(tmp_path, dtype):
     assert (summary.documents, summary.sequences, summary.tokens) == (3, 2, 3)
     assert summary.dtype == dtype
     assert HEADER.size == 34
+
+
+def test_an_index_of_several_chunks_is_megatrons(tmp_path, monkeypatch):
+    """Written a million entries at a time: what lies before a chunk counts in all of its offsets."""
+    monkeypatch.setattr(indexed, "_INDEX_CHUNK", 3)
+    lengths = np.array([1, 4, 2, 8, 5, 7, 3], np.int32)
+    documents = [np.arange(length) for length in lengths]
+    files = io.BytesIO(), io.BytesIO()
+    writer = IndexedWriter(*files, np.dtype(np.uint16))
+    tokens = np.concatenate(documents).astype(np.uint16).tobytes()
+    each = np.ones(len(lengths), np.int32)
+    writer.append(tokens, sequence_lengths=lengths, document_sequences=each)
+    writer.finish()
+    prefix = write_dataset(tmp_path / "m", documents, np.uint16)
+    for file, suffix in zip(files, ("bin", "idx"), strict=True):
+        assert file.getvalue() == Path(f"{prefix}.{suffix}").read_bytes()

@@ -110,7 +110,9 @@ def test_groups_of_microbatches_are_the_smallest_that_the_schedule_takes(
 def test_it_is_read_in_parts_as_the_student_is(monkeypatch):
     group = SimpleNamespace(size=lambda: 2)
     monkeypatch.setattr(
-        frozen.parallel_state, "get_data_parallel_group", lambda with_context_parallel: group
+        frozen.parallel_state,
+        "get_data_parallel_group",
+        lambda with_context_parallel: group if with_context_parallel else None,
     )
     args = Namespace(
         ckpt_fully_parallel_load=True, ckpt_fully_parallel_load_exchange_algo="gather_object"
@@ -155,3 +157,61 @@ def test_a_tensor_that_does_not_fit_is_named_with_the_flag(monkeypatch, present,
         FrozenModel(None, args=args, checkpoint=checkpoint, flag="--model")
     with pytest.raises(CheckpointError, match=f"^--reference-load runs/x/iter_.*{message}"):
         FrozenReference(None, args=args, source=Namespace(checkpoint=checkpoint))
+
+
+def test_rows_of_the_vocabulary_may_be_padded_for_another_layout(monkeypatch):
+    def embedding(*shape, **more):
+        return ShardedTensor.from_rank_offsets("embedding.weight", torch.zeros(shape), **more)
+
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 1)
+    monkeypatch.setattr(
+        torch.distributed, "all_gather_object", lambda parts, own: parts.__setitem__(0, own)
+    )
+    own = embedding(6, 2, allow_shape_mismatch=True)
+    monkeypatch.setattr(FrozenModel, "_shards", lambda self: [own])
+    monkeypatch.setattr(frozen, "model_digest", lambda shards, vocab_size: (shards, vocab_size))
+    model = object.__new__(FrozenModel)
+    model._flag, model._vocab_size = "--model", 5
+    model.checkpoint = SimpleNamespace(path=Path("x"))
+    model._check_keys({own.key: embedding(8, 2)})
+    with pytest.raises(CheckpointError, match=r"of shape \(6, 2\), found \(8, 3\)"):
+        model._check_keys({own.key: embedding(8, 3)})
+    assert model.compute_digest() == ([own], 5)  # of the rows that are no padding
+
+
+@pytest.fixture
+def reference(monkeypatch):
+    """Makes a reference of one chunk, loaded with the digest "a"."""
+    chunk = torch.nn.Module()
+    chunk.body, chunk.output_layer = torch.nn.Linear(2, 2), torch.nn.Linear(2, 3, bias=False)
+    chunk.post_process, chunk.share_embeddings_and_output_weights = True, False
+    chunk.requires_grad_(False)
+
+    def load(self, *_, **__):
+        self.digest, self.chunks = "a", [chunk]
+
+    def make(recorded, **options):
+        checkpoint = SimpleNamespace(path=Path("there"))
+        source = Namespace(checkpoint=checkpoint, recorded_digest=recorded)
+        return FrozenReference(None, args=Namespace(load="run"), source=source, **options)
+
+    monkeypatch.setattr(FrozenModel, "__init__", load)
+    return make
+
+
+def test_other_weights_than_the_run_began_with_are_refused(reference):
+    with pytest.raises(CheckpointError, match="digest b, which run was unlearned against, found a"):
+        reference("b")
+    for fits in (None, "a"):
+        assert reference(fits).digest == "a"
+
+
+def test_all_weights_but_the_output_layers_visit_the_device(reference):
+    """The student's head reads that one in between."""
+    for offload in (False, True):
+        found = reference(None, offload=offload)
+        away = {name: p.data_ptr() for name, p in found.chunks[0].named_parameters()}
+        with found._on_device():
+            inside = {name: p.data_ptr() for name, p in found.chunks[0].named_parameters()}
+        moved = {name for name in away if away[name] != inside[name]}
+        assert moved == ({"body.weight", "body.bias"} if offload else set())

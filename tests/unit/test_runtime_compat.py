@@ -1,6 +1,8 @@
 import argparse
 import contextlib
+import json
 import os
+import subprocess
 import sys
 from types import SimpleNamespace
 from unittest import mock
@@ -18,6 +20,7 @@ from torch.distributed.checkpoint.metadata import (
 
 from megatron_ext.exceptions import ConfigError
 from megatron_ext.runtime import compat
+from tests.helpers.entry import ROOT
 
 
 def test_another_megatron_core_is_refused():
@@ -235,3 +238,53 @@ def test_one_queue_is_asked_for_unless_the_user_says_otherwise(monkeypatch, give
         monkeypatch.setenv(name, given)
     compat.ask_for_one_queue()
     assert os.environ[name] == expected
+
+
+# What of Megatron and torch is another function once a run has begun, by the module that has it.
+SEAMS = {
+    "megatron.training.training": [
+        *("build_pretraining_data_loader", "dummy_train_step", "get_train_valid_test_num_samples"),
+        *("print_rank_last", "save_checkpoint", "setup_model_and_optimizer", "training_log"),
+        "compute_throughputs_and_append_to_progress_log",
+    ],
+    "megatron.training.checkpointing": ["_load_global_dist_base_checkpoint"],
+    "megatron.training.initialize": ["_warmup_jit_function"],
+    "megatron.training.dist_signal_handler": ["DistributedSignalHandler.signals_received"],
+    "megatron.core.datasets.utils": ["compile_helpers"],
+    "megatron.core.dist_checkpointing": ["save"],
+    "megatron.core.dist_checkpointing.serialization": ["verify_integrity_manifest"],
+    "megatron.core.dist_checkpointing.strategies.torch": [
+        "TorchDistLoadShardedStrategy.load_tensors_metadata"
+    ],
+    "megatron.core.optimizer.optimizer": [
+        *("ChainedOptimizer.load_state_dict", "ChainedOptimizer.prepare_grads"),
+        *("Float16OptimizerWithFloat16Params.load_state_dict", "FP32Optimizer.load_state_dict"),
+    ],
+    "megatron.core.optimizer.distrib_optimizer": [
+        "DistributedOptimizer.load_state_dict",
+        "DistributedOptimizer.sharded_param_state_dp_reshardable",
+        "DistributedOptimizer.sharded_param_state_fully_reshardable",
+    ],
+    "megatron.core.optimizer_param_scheduler": ["OptimizerParamScheduler.load_state_dict"],
+    "megatron.core.tensor_parallel.random": ["CheckpointFunction.forward"],
+    "megatron.core.transformer.moe.router": ["TopKRouter._maintain_float32_expert_bias"],
+    "torch.distributed.checkpoint.filesystem": ["pickle.load"],
+}
+
+
+def test_every_workaround_is_in_its_place():
+    """One that is not applied lets a run go on, with other weights, without a word."""
+    program = """
+import importlib, json, operator, sys
+from megatron_ext.runtime import compat, cpu
+cpu.enable()
+compat.apply()
+for module, names in json.loads(sys.argv[1]).items():
+    for name in names:
+        found = operator.attrgetter(name)(importlib.import_module(module))
+        if not found.__module__.startswith("megatron_ext."):
+            print(module, name)
+"""
+    command = [sys.executable, "-W", "ignore", "-c", program, json.dumps(SEAMS)]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert (result.returncode, result.stdout) == (0, ""), result.stderr

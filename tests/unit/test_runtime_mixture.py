@@ -97,7 +97,8 @@ def test_a_router_counts_on_beyond_the_numbers_of_half_precision(patched, half):
     names = ("local_tokens_per_expert", "global_tokens_per_expert", "ga_steps")
     for name in names:
         router.register_buffer(name, torch.zeros(2), persistent=False)
-    router.expert_bias = router.qb_beta = router.qb_beta_accum = None
+    router.register_buffer("expert_bias", torch.zeros(2), persistent=False)
+    router.qb_beta = router.qb_beta_accum = None
     router.to(half)
     for tokens in (70_000, 1):
         router._maintain_float32_expert_bias()
@@ -105,6 +106,7 @@ def test_a_router_counts_on_beyond_the_numbers_of_half_precision(patched, half):
             getattr(router, name).add_(tokens)
     for name in names:
         assert getattr(router, name).tolist() == [70_001] * 2
+    assert router.expert_bias.dtype == torch.float32  # which Megatron sees to by itself
     assert not router.state_dict()
 
 

@@ -133,6 +133,7 @@ def test_a_bucket_before_a_tied_embedding_is_saved_with_its_own_size(monkeypatch
 
 def test_reading_data_leaves_the_random_state_alone(monkeypatch):
     def build(dataset, consumed_samples):
+        assert consumed_samples < len(dataset)
         return torch.utils.data.DataLoader(dataset[consumed_samples:])
 
     options = types.SimpleNamespace(seed=5, dataloader_type="single")
@@ -163,6 +164,7 @@ LEFT = {
     "not evaluated any more": (50, 400, 40, {"eval_iters": 0}, (800, 0, 0)),
     "evaluated from a multiple on": (0, 0, 0, {"start_eval_at_iter": 50}, (800, 56, 8)),
     "smaller batches": (50, 800, 40, {}, (1200, 88, 8)),
+    "larger batches": (50, 200, 40, {}, (800, 88, 8)),  # as it would be without a stop
     "in samples": (50, 800, 40, {"train_iters": 100, "train_samples": 800}, (1200, 88, 8)),
     "shorter than it has become": (50, 400, 40, {"train_iters": 20}, (400, 48, 8)),
     "nothing trained": (50, 400, 40, {"skip_train": True, "train_iters": None}, (0, 8, 8)),

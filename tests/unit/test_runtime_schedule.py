@@ -2,6 +2,7 @@
 
 import types
 
+import pytest
 import torch
 from megatron.core import optimizer_param_scheduler
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
@@ -24,6 +25,26 @@ def test_a_kind_with_several_rates_or_none_is_left_alone():
     groups = [group(1, 0.1), group(4, 0.4, wd_mult=0.0)]
     schedule.take_rates(groups, [group(2, 0.2), group(3, 0.3)])
     assert groups == [group(1, 0.1), group(4, 0.4, wd_mult=0.0)]
+
+
+@pytest.mark.parametrize(
+    ("flag", "high"),
+    [("override_opt_param_scheduler", [1, 1]), ("use_checkpoint_opt_param_scheduler", [2, 2])]
+    + [(None, [1, 2])],
+)
+def test_the_flag_says_whose_rates_both_have(monkeypatch, flag, high):
+    """The optimizer's groups and those of the checkpoint, or Megatron would not find one by the other."""
+    names = ("override_opt_param_scheduler", "use_checkpoint_opt_param_scheduler")
+    args = types.SimpleNamespace(**{name: name == flag for name in names})
+    monkeypatch.setattr("megatron.training.get_args", lambda: args)
+    loaded = []
+    load = schedule._with_rates(lambda self, state: loaded.append(state))
+    own, saved = [group(1, 0.1)], [group(2, 0.2)]
+    optimizer = types.SimpleNamespace(param_groups=own)
+    state = {"optimizer": {"param_groups": saved}}
+    load(types.SimpleNamespace(optimizer=optimizer), state)
+    assert [groups[0]["max_lr"] for groups in (own, saved)] == high
+    assert loaded == [state]
 
 
 def test_the_first_step_has_the_checkpoints_weight_decay(monkeypatch):

@@ -94,6 +94,8 @@ OVERRIDE, KEPT = (
     {"use_checkpoint_opt_param_scheduler": True},
 )
 LARGER = {"global_batch_size": 64}
+WSD = {**OVERRIDE, "lr_decay_style": "WSD", "lr_wsd_decay_iters": 400}
+WSD |= {"lr_wsd_decay_style": "linear"}
 
 
 @pytest.mark.parametrize(
@@ -101,6 +103,11 @@ LARGER = {"global_batch_size": 64}
     [
         ({"lr": 2e-3, **OVERRIDE}, "1.5e-03 from here, 0.0e+00 at the end", None),
         ({"lr": 2e-3, **KEPT}, "7.5e-04 from here, 0.0e+00 at the end", None),
+        (
+            {"lr": 2e-3, **KEPT, "no_load_optim": True},
+            "2.0e-03 from here, 5.0e-04 at the end",
+            "--lr-decay-iters 1500",
+        ),
         ({"no_load_optim": True}, "1.0e-03 from here, 2.5e-04 at the end", "--lr-decay-iters 1500"),
         # 128,000 samples of the schedule, of which 8,000 + 1,500 x 64 are trained on.
         ({**LARGER, **OVERRIDE}, "9.4e-04 from here, 1.9e-04 at the end", "--lr-decay-iters 1625"),
@@ -122,12 +129,9 @@ LARGER = {"global_batch_size": 64}
             "1.0e-03 from here, 1.0e-03 at",
             None,
         ),
-        (
-            {**OVERRIDE, "lr_decay_style": "WSD", "lr_wsd_decay_iters": 400}
-            | {"lr_wsd_decay_style": "linear", "train_iters": 1000},
-            "1.0e-03 from here, 0.0e+00 at the end",
-            None,
-        ),
+        ({**LARGER, **OVERRIDE, "min_lr": 1e-3}, "1.0e-03 from here, 1.0e-03 at the end", None),
+        ({**WSD, "train_iters": 1000}, "1.0e-03 from here, 0.0e+00 at the end", None),
+        ({**WSD, "train_iters": 800}, "7.5e-04 from here, 0.0e+00 at the end", None),
         ({**LARGER, **OVERRIDE, "train_iters": 500}, "7.5e-04 from here, 7.5e-04 at the end", None),
         ({**OVERRIDE, "step_batch_size_schedule": "0:16 9:32"}, "7.5e-04 from here", None),
     ],
