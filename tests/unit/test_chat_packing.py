@@ -228,3 +228,16 @@ def test_a_run_packs_to_the_context_and_one_more_for_the_last_label(tmp_path, mo
     assert runs[0].train.sequences(3) == 9
     assert runs[0].iterations == 5  # the last batch goes on into the fourth epoch
     assert runs[0].digest != runs[1].digest
+
+
+def test_each_split_has_its_own_conversations(packing, monkeypatch):
+    monkeypatch.setattr(chat, "reads_data", lambda stage: stage != 1)
+    valid = Packing(tokens([3, 4]), seq_length=LENGTH, seed=5)
+    config, template = ChatConfig(chat_data_path=["a"]), SimpleNamespace(eod_id=EOD)
+    provide = chat.ChatRun(config, template, packing, valid, None).provider()
+    found, nothing = provide((10, 4, 0)), provide((10, 0, 0))[1:]
+    assert [(d.packing, len(d), d.eod, d.split.name) for d in found[:2]] == [
+        *((packing, 10, EOD, "train"), (valid, 4, EOD, "valid"))
+    ]
+    assert (found[2], *nothing) == (None, None, None)
+    assert provide((10, 4, 0), vp_stage=1) == (None, None, None)
