@@ -1,11 +1,15 @@
 """Packed conversations: nothing is lost, nothing is twice, and an index has one content."""
 
 import re
+from argparse import Namespace
+from types import SimpleNamespace
 from typing import ClassVar
 
 import numpy as np
 import pytest
 
+from megatron_ext import chat
+from megatron_ext.config import ChatConfig
 from megatron_ext.data.chat_dataset import ChatDataset, Packing, pack
 from megatron_ext.data.chat_tokens import ChatTokens, load_tokens
 from megatron_ext.exceptions import DataError
@@ -213,3 +217,42 @@ def test_the_recipes_readme_counts_the_steps_of_packed_conversations():
     for batch, held, steps in rows:
         assert int(held) == pytest.approx(int(batch) * each, rel=0.02)
         assert int(steps.replace(",", "")) == pytest.approx(2e6 / int(batch) / each, rel=0.02)
+
+
+def test_a_run_packs_to_the_context_and_one_more_for_the_last_label(tmp_path, monkeypatch):
+    (tmp_path / "a.jsonl").touch()
+    limits = []
+
+    def load(paths, template, *, limit, **_):
+        limits.append(limit)
+        return tokens([5, 9, 3, 12, 7, 20, 4])
+
+    template = SimpleNamespace(check_tuning=lambda: None)
+    given = {"_check": None, "load_template": template, "tokenizer_digest": "x"}
+    for name, value in (given | {"TokenizerSpec": None}).items():
+        monkeypatch.setattr(chat, name, lambda *_, value=value, **__: value)
+    monkeypatch.setattr(chat, "load_tokens", load)
+    names = ("tokenizer_type", "tokenizer_model", "tokenizer_hf_no_use_fast", "trust_remote_code")
+    names += ("chat_template", "data_cache_path", "train_iters", "train_samples")
+    config = ChatConfig(chat_data_path=[str(tmp_path / "a.jsonl")], chat_epochs=3)
+    runs = []
+    for seed in (2, 3):
+        args = Namespace(**dict.fromkeys(names), seq_length=LENGTH, seed=seed, global_batch_size=2)
+        runs.append(chat.chat_run(args, config))
+    assert limits == [LENGTH + 1] * 2
+    assert runs[0].train.sequences(3) == 9
+    assert runs[0].iterations == 5  # the last batch goes on into the fourth epoch
+    assert runs[0].digest != runs[1].digest
+
+
+def test_each_split_has_its_own_conversations(packing, monkeypatch):
+    monkeypatch.setattr(chat, "reads_data", lambda stage: stage != 1)
+    valid = Packing(tokens([3, 4]), seq_length=LENGTH, seed=5)
+    config, template = ChatConfig(chat_data_path=["a"]), SimpleNamespace(eod_id=EOD)
+    provide = chat.ChatRun(config, template, packing, valid, None).provider()
+    found, nothing = provide((10, 4, 0)), provide((10, 0, 0))[1:]
+    assert [(d.packing, len(d), d.eod, d.split.name) for d in found[:2]] == [
+        *((packing, 10, EOD, "train"), (valid, 4, EOD, "valid"))
+    ]
+    assert (found[2], *nothing) == (None, None, None)
+    assert provide((10, 4, 0), vp_stage=1) == (None, None, None)

@@ -50,6 +50,20 @@ def test_memory_is_reported_at_the_first_two_lines_of_a_run(monkeypatch, lines):
     assert [report_again(iteration) for iteration in (1, 2, 3)] == [True, True, False]
 
 
+@pytest.mark.parametrize(("skipped", "average"), [(0, -4), (1, -1.5)])
+def test_an_average_below_zero_is_of_the_steps_that_were_not_skipped(monkeypatch, skipped, average):
+    printed = []
+    monkeypatch.setattr(loop, "get_args", lambda: SimpleNamespace(log_interval=1))
+    monkeypatch.setattr(loop, "print_rank_last", printed.append)
+    monkeypatch.setattr(loop, "training_log", lambda *_, **__: True)
+    console.repair_training_log()
+    totals = {"advanced iterations": 2, "forget loss": -3.0, "replay loss": 0.0}
+    loop.training_log(
+        {"forget loss": -9.0, "replay loss": 0.0}, totals, 0.1, 4, 1.0, False, skipped
+    )
+    assert printed == [f" iteration        4 | forget loss: {average:.6E} |"]
+
+
 def test_known_remarks_of_libraries_are_left_out_and_others_are_not(caplog):
     model = logging.getLogger("megatron.core.models.gpt.gpt_model")
     with warnings.catch_warnings(record=True) as seen, caplog.at_level(logging.WARNING):

@@ -4,8 +4,10 @@ import math
 from argparse import Namespace
 from unittest import mock
 
+import megatron.training.training as loop
 import pytest
 import torch
+from megatron.core import parallel_state
 
 from megatron_ext import dataset_losses
 from megatron_ext.config import UnlearnConfig
@@ -76,11 +78,59 @@ def test_means_are_those_of_each_dataset_and_role(losses):
 def test_validation_is_kept_apart_and_other_ranks_add_nothing(losses):
     mask = torch.ones(1, 4)
     terms = torch.zeros(3, 4)  # margin 0: a cross-entropy of log 2
-    losses.add(batch(["c/code"], mask, forget=False), terms, training=False)
+    # Plain training asks for no role.
+    losses.add(batch(["c/code"], mask, forget=None), terms, training=False)
     losses.add(MicroBatch(loss_mask=mask, forget=False), terms, training=True)
     assert losses._of(True).fold().abs().sum() == 0
     (row,) = [row for row in losses._of(False).fold().tolist() if any(row)]
     assert row == pytest.approx([0, 4 * math.log(2), 0, 0, 4 * math.log(2), 4], rel=1e-6)
+
+
+def test_a_log_is_of_all_ranks_since_the_log_before(losses, monkeypatch):
+    groups = {
+        "is_pipeline_last_stage": lambda ignore_virtual: ignore_virtual,
+        "get_data_parallel_group": lambda with_context_parallel: f"data {with_context_parallel}",
+        "get_tensor_model_parallel_group": lambda: "tensor",
+        "get_tensor_model_parallel_src_rank": lambda: 6,
+    }
+    for name, function in groups.items():
+        monkeypatch.setattr(parallel_state, name, function)
+    shared, written = [], []
+    ranks = {
+        "all_reduce": lambda total, group: (shared.append(group), total.mul_(2)),
+        "broadcast": lambda total, src, group: shared.append((src, group)),
+        **{"get_rank": lambda: 7, "get_world_size": lambda: 8},
+    }
+    for name, function in ranks.items():
+        monkeypatch.setattr(torch.distributed, name, function)
+    monkeypatch.setattr(
+        losses, "_write", lambda totals, *_: written.append(sum(t[-1] for t in totals))
+    )
+    for tokens in (4, 3):
+        losses.add(
+            batch(["c/code"], torch.ones(1, tokens), forget=False),
+            torch.zeros(3, tokens),
+            training=True,
+        )
+        losses.log(tokens, training=True)
+    assert written == [8, 6]  # with those of another rank
+    assert shared == ["data True", (6, "tensor")] * 2
+
+
+def test_steps_are_logged_at_the_interval_and_each_validation_by_its_name(losses, monkeypatch):
+    logged = []
+    for name in ("checkpoint_and_decide_exit", "evaluate_and_print_results"):
+        monkeypatch.setattr(loop, name, lambda *_, **__: "result")
+    monkeypatch.setattr(losses, "log", lambda iteration, **how: logged.append((iteration, how)))
+    losses.args.dataset_log_interval = 5
+    losses.install()
+    for iteration in (5, 6, 10):
+        assert loop.checkpoint_and_decide_exit(None, None, None, iteration) == "result"
+    for prefix in ("iteration 10", "iteration 10 on test set"):
+        assert loop.evaluate_and_print_results(prefix, None, None, None, 10) == "result"
+    validations = [{"training": False, "kind": kind} for kind in (" validation", " test")]
+    steps = [(iteration, {"training": True}) for iteration in (5, 10)]
+    assert logged == [*steps, *((10, how) for how in validations)]
 
 
 def test_terms_by_sample_follow_the_order_of_the_head():

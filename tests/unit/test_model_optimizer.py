@@ -1,5 +1,6 @@
 """torch's fused optimizer kernels in Megatron's slots: same numbers, and slots given back."""
 
+import contextlib
 import copy
 import types
 
@@ -160,6 +161,26 @@ def test_the_distributed_optimizers_groups_get_a_step_that_counts_in_whole_numbe
     untouched = {"param_groups": [{"lr": 0.5}]}  # before the first step there is none
     kernels.adopt(untouched, other, step_in_groups=True)
     assert untouched == {"param_groups": [{"lr": 0.5}]}
+
+
+@pytest.mark.parametrize("of", [torch.optim.AdamW, GroupAdam])
+@pytest.mark.parametrize("distributed", [False, True])
+def test_each_optimizer_of_megatron_looks_for_the_step_where_it_is(monkeypatch, distributed, of):
+    """The distributed one hands torch's Adam the step of the groups by itself."""
+    from megatron.core.optimizer import distrib_optimizer, optimizer
+
+    kind = distrib_optimizer.DistributedOptimizer if distributed else optimizer.FP32Optimizer
+    seen = []
+    monkeypatch.setattr(kind, "load_state_dict", lambda self, state: seen.append(state))
+    monkeypatch.setattr(
+        kernels, "adopt", lambda state, _, step_in_groups: seen.append(step_in_groups)
+    )
+    saved = {"param_groups": []}
+    with contextlib.ExitStack() as undo:
+        kernels._share_checkpoints(undo)
+        ours = types.SimpleNamespace(optimizer=of(_parameters(), lr=1e-2))
+        kind.load_state_dict(ours, {"optimizer": saved})
+    assert seen == [distributed or of is GroupAdam, {"optimizer": saved}]
 
 
 @pytest.mark.parametrize("momentum", [0.9, 0.0])

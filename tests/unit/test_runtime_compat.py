@@ -19,7 +19,7 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from megatron_ext.exceptions import ConfigError
-from megatron_ext.runtime import compat
+from megatron_ext.runtime import compat, launched
 from tests.helpers.entry import ROOT
 
 
@@ -126,6 +126,8 @@ def test_tasks_of_srun_are_the_ranks_of_one_run():
         found = {name: os.environ[name] for name in ("RANK", "WORLD_SIZE", *MEET)}
         assert found == {"RANK": "11", "WORLD_SIZE": "16"} | MEET
         assert (os.environ["LOCAL_RANK"], os.environ["LOCAL_WORLD_SIZE"]) == ("3", "8")
+    with task(1, 0, RANK=8):  # srun has started torchrun on each node
+        assert launched.rank() == "8"
     # A batch script is alone, though its allocation has tasks.
     with mock.patch.dict(os.environ, {"SLURM_NTASKS": "64", "SLURM_PROCID": "0"}, clear=True):
         compat.find_ranks()

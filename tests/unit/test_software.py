@@ -60,6 +60,7 @@ def test_a_resume_tells_what_differs_and_nothing_else(recorded, caplog):
         f"{now['checkout']}"
     ]
     assert resume(recorded, now | {"job": "76"}) == []
+    assert resume(recorded, {"commit": now["commit"]}) == []  # an older version recorded less
     assert resume(recorded, None) == []
     assert resume(recorded, old, resumed=False) == []
     assert resume(Namespace(rank=1, software=None), old) == []
