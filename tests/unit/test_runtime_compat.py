@@ -18,8 +18,9 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
+from megatron_ext import launched
 from megatron_ext.exceptions import ConfigError
-from megatron_ext.runtime import compat, launched
+from megatron_ext.runtime import compat
 from tests.helpers.entry import ROOT
 
 
