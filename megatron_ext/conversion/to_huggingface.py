@@ -144,6 +144,11 @@ def _kept(checkpoint: Checkpoint, tokenizer: Path | None, *, made: Path) -> Path
             _check_model(place, checkpoint)
             write_tokenizer(place, made)
             return made
+    if tokenizer is not None and not tokenizer.exists():
+        raise ConfigError(
+            "--tokenizer: expected the folder of a Hugging Face tokenizer or a SentencePiece model, found "
+            f"nothing at {tokenizer}"
+        )
     if tokenizer is not None:
         return tokenizer  # and its own check says what is wrong
     moved = ""
