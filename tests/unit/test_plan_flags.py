@@ -6,6 +6,7 @@ import sys
 import pytest
 
 from megatron_ext.exceptions import ConfigError
+from tests.helpers.entry import ROOT
 from tests.unit.test_plan_run import MODEL
 from tools import plan_run
 
@@ -42,3 +43,27 @@ def test_no_flag_of_a_run_is_taken_for_one_of_the_tool():
 
     parser = add_arguments(add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False)))
     plan_run.refuse_own([flag for flag in parser._option_string_actions if flag != "--help"])
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "--peak-flops: expected with --gpu-type CPU, found none"),
+        (
+            ["--peak-flops", "1e11", "--rank-layouts", "3"],
+            "--rank-layouts: .* and links, found CPU",
+        ),
+    ],
+)
+def test_what_a_plan_for_cpus_needs_and_refuses_is_documented(words, message, monkeypatch):
+    monkeypatch.setattr(
+        sys, "argv", ["plan_run.py", "--gpus", "2", "--gpu-type", "CPU", *words, "--", *MODEL]
+    )
+    with pytest.raises(ConfigError, match=f"^{message}$"):
+        plan_run.main()
+    [line] = [
+        line
+        for line in (ROOT / "docs" / "planning.md").read_text().splitlines()
+        if line.startswith("| `--gpu-type` |")
+    ]
+    assert "`CPU`, which needs `--peak-flops` and refuses `--rank-layouts`" in line
