@@ -13,6 +13,7 @@ from megatron.core import parallel_state
 from megatron.core.transformer.enums import AttnBackend
 
 from megatron_ext.arguments import add_arguments, record_tokenizer
+from megatron_ext.batches import check_copies
 from megatron_ext.checkpoint.inspect import (
     ARCHITECTURE,
     ROUTING_RULES,
@@ -70,7 +71,7 @@ def open_session(
         length: tokens of a sequence, if fewer than the model's: text is padded to it.
 
     Raises:
-        ConfigError: Megatron refuses the settings.
+        ConfigError: there are too few ranks, no such tokenizer, or Megatron refuses the settings.
     """
     from megatron.training import get_tokenizer
     from megatron.training import training as loop
@@ -114,6 +115,7 @@ def _arguments(options: Namespace, checkpoint: Checkpoint, length: int | None) -
     )
     with compat.command_line(given):
         args = parse_args(add_arguments)
+    check_copies(args)
     for name in (*ARCHITECTURE, *_RUN, "group_query_attention", "num_query_groups"):
         if hasattr(saved, name):
             setattr(args, name, getattr(saved, name))
