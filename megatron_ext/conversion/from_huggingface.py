@@ -17,9 +17,8 @@ from megatron_ext.arguments import add_arguments
 from megatron_ext.checkpoint import torch_dist
 from megatron_ext.checkpoint.folder import new_folder
 from megatron_ext.checkpoint.inspect import TRACKER
-from megatron_ext.checkpoint.own_tokenizer import KEPT, TOKENIZER_TYPE, tokenizer_spec
+from megatron_ext.checkpoint.own_tokenizer import CONFIG, KEPT, TOKENIZER_TYPE, tokenizer_spec
 from megatron_ext.conversion.huggingface import (
-    CONFIG,
     GENERATION,
     TOKENIZER_FILES,
     Converted,

@@ -20,12 +20,11 @@ from megatron_ext.checkpoint import torch_dist
 from megatron_ext.checkpoint.folder import new_folder
 from megatron_ext.checkpoint.inspect import Checkpoint
 from megatron_ext.checkpoint.named import open_named
-from megatron_ext.checkpoint.own_tokenizer import KEPT, TOKENIZER_TYPE, tokenizer_spec
+from megatron_ext.checkpoint.own_tokenizer import CONFIG, KEPT, TOKENIZER_TYPE, tokenizer_spec
 from megatron_ext.conversion.chat_files import ChatFiles
 from megatron_ext.conversion.families import FAMILIES, Family
 from megatron_ext.conversion.from_sentencepiece import write_tokenizer
 from megatron_ext.conversion.huggingface import (
-    CONFIG,
     GENERATION,
     TOKENIZER_FILES,
     Converted,
