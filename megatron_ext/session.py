@@ -20,7 +20,7 @@ from megatron_ext.checkpoint.inspect import (
     Checkpoint,
     routing_rule,
 )
-from megatron_ext.data.checks import check_tokenizer
+from megatron_ext.data.checks import check_tokenizer_place
 from megatron_ext.exceptions import ConfigError
 from megatron_ext.model.model_config import model_config_from_args
 from megatron_ext.runtime import compat, console
@@ -79,7 +79,7 @@ def open_session(
 
     with console.hidden():
         args = _arguments(options, checkpoint, length)
-        check_tokenizer(args)
+        check_tokenizer_place(args)
         compat.leave_transformers_out(args.tokenizer_type)
         try:
             set_global_variables(args)

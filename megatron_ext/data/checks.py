@@ -43,7 +43,7 @@ class _NamedBlend:
     shares: dict[Split, tuple[float, float] | None]
 
 
-def check_tokenizer(args: Namespace) -> None:
+def check_tokenizer_place(args: Namespace) -> None:
     """Refuse a tokenizer that is not there, before Megatron looks for it, and names no flag.
 
     Args:

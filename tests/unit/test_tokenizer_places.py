@@ -9,7 +9,7 @@ from transformers import AutoTokenizer
 
 from megatron_ext.checkpoint.inspect import Checkpoint
 from megatron_ext.conversion.to_huggingface import _kept
-from megatron_ext.data.checks import check_tokenizer
+from megatron_ext.data.checks import check_tokenizer_place
 from megatron_ext.data.tokenizers import TokenizerSpec, build_reference, tokenizer_digest
 from megatron_ext.exceptions import ConfigError
 from megatron_ext.preflight.files import tokenizer_facts
@@ -86,14 +86,14 @@ def test_a_run_looks_before_megatron_does(kind, model, message, asked):
     args = Namespace(tokenizer_type=kind, tokenizer_model=model)
     args.use_checkpoint_args, args.use_tokenizer_model_from_checkpoint_args = False, True
     if message is None:
-        check_tokenizer(args)
+        check_tokenizer_place(args)
     else:
         with pytest.raises(ConfigError) as refused:
-            check_tokenizer(args)
+            check_tokenizer_place(args)
         assert str(refused.value) == message
     assert not asked
     args.use_checkpoint_args = True  # then the checkpoint names it
-    check_tokenizer(args)
+    check_tokenizer_place(args)
 
 
 def test_an_export_takes_no_name_of_the_hub(tmp_path):
