@@ -56,6 +56,20 @@ class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
         return super()._format_action(action)
 
 
+def whole_number(text: str) -> int:
+    """A flag's value that may be written as 1e9 as well; a large one is hard to read with all its zeros."""
+    try:
+        return int(text)
+    except ValueError:
+        pass
+    try:
+        if (value := float(text)).is_integer():
+            return int(value)
+    except ValueError:
+        pass
+    raise argparse.ArgumentTypeError(f"expected a whole number, found {text!r}")
+
+
 def usable_cores() -> int:
     """A job's part of its node, not all of it, where the system tells them apart (macOS does not)."""
     if hasattr(os, "sched_getaffinity"):
