@@ -58,6 +58,22 @@ def main() -> None:
     run(program_start=_PROGRAM_START)
 
 
+def _saved() -> str:
+    """What is kept of a run that is interrupted, to end its last line."""
+    state = sys.modules.get("megatron.training.global_vars")
+    args = getattr(state, "_GLOBAL_ARGS", None)
+    if args is None or not args.save or args.skip_train:
+        return ""
+    from megatron_ext.checkpoint.inspect import tracked
+
+    latest = None
+    with contextlib.suppress(OSError):
+        latest = tracked(args.save)
+    if latest is None:
+        return f"; --save {args.save} holds no checkpoint"
+    return f"; the last iteration saved in --save {args.save} is {latest}"
+
+
 def _leave(code: int) -> NoReturn:
     """End at once, with all that was started; TensorBoard holds back what two minutes have logged."""
     state = sys.modules.get("megatron.training.global_vars")
@@ -84,5 +100,6 @@ if __name__ == "__main__":
         _leave(2)
     except KeyboardInterrupt:
         if launched.rank() == "0":
-            print(f"{os.path.basename(sys.argv[0])}: interrupted", file=sys.stderr, flush=True)
+            name = os.path.basename(sys.argv[0])
+            print(f"{name}: interrupted{_saved()}", file=sys.stderr, flush=True)
         _leave(130)

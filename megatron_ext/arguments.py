@@ -29,7 +29,7 @@ from megatron_ext.checkpoint.source import (
     resolve_start,
 )
 from megatron_ext.config import ChatConfig, RunConfig, UnlearnConfig
-from megatron_ext.data.checks import check_vocabulary
+from megatron_ext.data.checks import check_tokenizer_place, check_vocabulary
 from megatron_ext.data.tokenizers import TOKENIZER_TYPES, TokenizerSpec, tokenizer_digest
 from megatron_ext.exceptions import ConfigError, flag_name, refused_by_megatron
 from megatron_ext.noise import warn_of_noise
@@ -113,6 +113,7 @@ def parse() -> tuple[Namespace, UnlearnConfig, ChatRun | None]:
         _check_model(raw)
     check_index(raw)
     check_places(raw)
+    check_tokenizer_place(raw)
     _config(RunConfig, raw)  # checks itself
     chat, chat_config = None, _config(ChatConfig, raw)
     if chat_config.enabled:

@@ -26,8 +26,7 @@ def check_layout(args: Namespace) -> None:
     Raises:
         ConfigError: names the flags, what was expected and what was found.
     """
-    sizes = {name: getattr(args, f"{name}_parallel_size") for name in _PARALLEL}
-    check_ranks(args.world_size, sizes, named=_RANKS)
+    sizes = check_copies(args)
     if args.num_experts:
         check_expert_ranks(
             args.num_experts,
@@ -53,6 +52,23 @@ def check_layout(args: Namespace) -> None:
         flag="--eval-global-batch-size",
         of=f"--{'micro' if part is None else 'eval-micro'}-batch-size",
     )
+
+
+def check_copies(args: Namespace) -> dict[str, int]:
+    """Check that copies of the model fill the ranks that were started.
+
+    Args:
+        args: what was typed, and the number of ranks.
+
+    Returns:
+        By the start of its flag, the size of each kind of model parallelism.
+
+    Raises:
+        ConfigError: names the flags and what starts ranks.
+    """
+    sizes = {name: getattr(args, f"{name}_parallel_size") for name in _PARALLEL}
+    check_ranks(args.world_size, sizes, named=_RANKS)
+    return sizes
 
 
 def check_ranks(ranks: int, sizes: Mapping[str, int], *, named: str) -> None:

@@ -13,12 +13,14 @@ from megatron.core import parallel_state
 from megatron.core.transformer.enums import AttnBackend
 
 from megatron_ext.arguments import add_arguments, record_tokenizer
+from megatron_ext.batches import check_copies
 from megatron_ext.checkpoint.inspect import (
     ARCHITECTURE,
     ROUTING_RULES,
     Checkpoint,
     routing_rule,
 )
+from megatron_ext.data.checks import check_tokenizer_place
 from megatron_ext.exceptions import ConfigError
 from megatron_ext.model.model_config import model_config_from_args
 from megatron_ext.runtime import compat, console
@@ -69,7 +71,7 @@ def open_session(
         length: tokens of a sequence, if fewer than the model's: text is padded to it.
 
     Raises:
-        ConfigError: Megatron refuses the settings.
+        ConfigError: there are too few ranks, no such tokenizer, or Megatron refuses the settings.
     """
     from megatron.training import get_tokenizer
     from megatron.training import training as loop
@@ -77,6 +79,7 @@ def open_session(
 
     with console.hidden():
         args = _arguments(options, checkpoint, length)
+        check_tokenizer_place(args)
         compat.leave_transformers_out(args.tokenizer_type)
         try:
             set_global_variables(args)
@@ -112,6 +115,7 @@ def _arguments(options: Namespace, checkpoint: Checkpoint, length: int | None) -
     )
     with compat.command_line(given):
         args = parse_args(add_arguments)
+    check_copies(args)
     for name in (*ARCHITECTURE, *_RUN, "group_query_attention", "num_query_groups"):
         if hasattr(saved, name):
             setattr(args, name, getattr(saved, name))

@@ -17,6 +17,10 @@ from megatron_ext.runtime import console
 BEHIND = "put the flags of the run behind --"
 
 
+# Flags of the command line that was read last, each with a value of it.
+_given: list[tuple[str, str]] = []
+
+
 class ToolParser(argparse.ArgumentParser):
     """Shows the tool's docstring as it is written, and the default of each flag; so do those of its verbs.
 
@@ -28,6 +32,20 @@ class ToolParser(argparse.ArgumentParser):
     def __init__(self, *, hint: str = "", **settings: Any) -> None:
         super().__init__(**{"formatter_class": _HelpFormatter} | settings)
         self.hint = hint
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:  # type: ignore[override]
+        """As `ArgumentParser`, and keeps for `run_tool` which flag gave what; a verb's parser comes first."""
+        _given.clear()
+        parsed, rest = super().parse_known_args(args, namespace)
+        for action in self._actions:
+            value = getattr(parsed, action.dest, None) if action.option_strings else None
+            values = value if isinstance(value, list) else [value]
+            _given.extend(
+                (action.option_strings[0], str(each))
+                for each in values
+                if isinstance(each, str | os.PathLike)
+            )
+        return parsed, rest
 
     def error(self, message: str) -> NoReturn:
         """Ends with code 2, the usage and the message, with the closest of the tool's flags or its verbs'."""
@@ -56,6 +74,20 @@ class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
         return super()._format_action(action)
 
 
+def whole_number(text: str) -> int:
+    """A flag's value that may be written as 1e9 as well; a large one is hard to read with all its zeros."""
+    try:
+        return int(text)
+    except ValueError:
+        pass
+    try:
+        if (value := float(text)).is_integer():
+            return int(value)
+    except ValueError:
+        pass
+    raise argparse.ArgumentTypeError(f"expected a whole number, found {text!r}")
+
+
 def usable_cores() -> int:
     """A job's part of its node, not all of it, where the system tells them apart (macOS does not)."""
     if hasattr(os, "sched_getaffinity"):
@@ -65,6 +97,8 @@ def usable_cores() -> int:
 
 def run_tool(main: Callable[[], None]) -> NoReturn:
     """Runs a tool: log lines to standard error, a user's error as one line and exit code 2.
+
+    What the system says of a path is preceded by the flag that gave the path, or the folder above it.
 
     What is interrupted ends with code 130, and a line of rank 0: what the interrupt says of the work that is
     kept, or that nothing is.
@@ -77,7 +111,7 @@ def run_tool(main: Callable[[], None]) -> NoReturn:
     try:
         main()
     except (MegatronExtError, OSError) as error:
-        message = " ".join(str(error).split())
+        message = " ".join(f"{_origin(error)}{error}".split())
         sys.exit(_fail(f"{name}: error: {message}", 2))
     except KeyboardInterrupt as stop:
         if launched.rank() != "0":
@@ -86,6 +120,24 @@ def run_tool(main: Callable[[], None]) -> NoReturn:
         kept = f"; {stop}" if str(stop) else ", nothing was written"
         sys.exit(_fail(f"{name}: interrupted{kept}", 130))
     sys.exit(0)
+
+
+def _origin(error: Exception) -> str:
+    """The flags that a path comes from of which the system says something, and their value."""
+    if not isinstance(error, OSError) or not isinstance(error.filename, str | os.PathLike):
+        return ""
+    path = os.path.abspath(error.filename)
+    found: dict[str, list[str]] = {}
+    for flag, value in _given:
+        # Of sets with names, NAME=PREFIX; a data set is files of its prefix, PREFIX.idx for one.
+        for place in {value, value.partition("=")[2]} - {""}:
+            start = os.path.abspath(place)
+            if path == start or path.startswith((os.path.join(start, ""), f"{start}.")):
+                found.setdefault(place, []).append(flag)
+    if not found:
+        return ""
+    nearest = max(found, key=lambda place: len(os.path.abspath(place)))
+    return f"{' or '.join(dict.fromkeys(found[nearest]))} {nearest}: "
 
 
 def _fail(message: str, code: int) -> int:

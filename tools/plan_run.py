@@ -22,6 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from megatron_ext.data.atomic import check_place, write_atomically
 from megatron_ext.exceptions import ConfigError, flag_name
 from megatron_ext.gpus import GPUS, Cluster
+from megatron_ext.planning.checks import check_spelling
 from megatron_ext.planning.flags import entry_flags
 from megatron_ext.planning.plan import plan
 from megatron_ext.planning.report import render
@@ -30,6 +31,25 @@ from tools.common import BEHIND, ToolParser, run_tool
 
 def parse_options(words: Sequence[str]) -> Namespace:
     """The tool's own flags."""
+    return _parser().parse_args(words)
+
+
+def refuse_own(words: Sequence[str]) -> None:
+    """Refuse the tool's own flags among those of the run, where they would be passed over.
+
+    Raises:
+        ConfigError: names the flag, or the one that it is almost.
+    """
+    own = [flag for flag in _parser()._option_string_actions if flag not in ("-h", "--help")]
+    for word in words:
+        if word.partition("=")[0] in own:
+            raise ConfigError(
+                f"{word}: expected flags of the run behind --, found one of this tool: put it before --"
+            )
+    check_spelling(words, known=own, place=" before --")
+
+
+def _parser() -> ToolParser:
     parser = ToolParser(description=__doc__, hint=BEHIND)
     add = parser.add_argument
     add("--gpus", type=int, required=True, help="number of ranks of the run, on all nodes together")
@@ -74,7 +94,7 @@ def parse_options(words: Sequence[str]) -> Namespace:
     add("--check-rank", type=int, default=0, help="the rank for --check, default %(default)s")
     add("--json", action="store_true", help="print the numbers as JSON instead of text")
     add("--output", type=Path, help="also write the numbers to this JSON file")
-    return parser.parse_args(words)
+    return parser
 
 
 def cluster(options: Namespace) -> Cluster:
@@ -115,6 +135,7 @@ def main() -> None:
     words = sys.argv[1:]
     cut = words.index("--") if "--" in words else len(words)
     options, run = parse_options(words[:cut]), words[cut + 1 :]
+    refuse_own(run)
     if options.output is not None:
         check_place(options.output, flag="--output")
     numbers = plan(entry_flags(run), cluster(options), ranked=options.rank_layouts)

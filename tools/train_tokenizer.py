@@ -15,7 +15,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from megatron_ext.data.train_tokenizer import TrainTokenizerConfig, train_tokenizer
-from tools.common import ToolParser, run_tool
+from tools.common import ToolParser, run_tool, whole_number
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -50,7 +50,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument(
         "--max-bytes",
-        type=int,
+        type=whole_number,
         default=1_000_000_000,
         help="bytes of text to learn from, taken from the start of each file in proportion to its size; "
         "training holds it in memory",

@@ -87,7 +87,7 @@ def _variance(values: np.ndarray) -> float:
 
 
 def perplexity_table(report: Mapping[str, Any]) -> str:
-    """Means, variances and shifts, as text for a terminal."""
+    """Perplexities, mean probabilities, variances and shifts, as text for a terminal."""
     models = list(report["models"].values())
     base = models[0]["label"]
     lines = []
@@ -95,19 +95,24 @@ def perplexity_table(report: Mapping[str, Any]) -> str:
         count = len(models[0]["sets"][name]["loss"])
         lines += [
             f"{name}: {count} samples; shifts from {base} with 95% bootstrap intervals",
-            f"{'model':>20} {'perplexity':>11} {'log mean':>9} {'variance':>9} {'shift of the log mean':>26} "
-            f"{'ratio of variances':>22}",
+            f"{'model':>20} {'perplexity':>11} {'mean p':>7} {'log mean':>9} {'variance':>9} "
+            f"{'shift of the log mean':>26} {'ratio of variances':>22}",
         ]
         for model in models:
             scores = model["sets"][name]
             summary = scores["summary"]["loss"]
+            probability = np.average(scores["probability"], weights=scores["tokens"])
             lines.append(
-                f"{model['label']:>20} {_short(scores['corpus_perplexity']):>11} {summary['mean']:>9.3f} "
-                f"{summary['variance']:>9.3f} {_interval(summary.get('shift'), '+.3f'):>26} "
+                f"{model['label']:>20} {_short(scores['corpus_perplexity']):>11} {probability:>7.4f} "
+                f"{summary['mean']:>9.3f} {summary['variance']:>9.3f} "
+                f"{_interval(summary.get('shift'), '+.3f'):>26} "
                 f"{_interval(summary.get('variance_ratio'), '.2f'):>22}"
             )
         lines.append("")
-    lines.append("perplexity: of the set as one text, every token counting once")
+    lines.append(
+        "perplexity, mean p: of the set as one text, every token counting once; mean p: mean probability of "
+        "a token"
+    )
     return "\n".join(lines)
 
 

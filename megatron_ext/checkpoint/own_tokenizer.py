@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 KEPT = "huggingface"  # folder of a checkpoint: what an imported model brought besides its weights
 TOKENIZER_TYPE = "HuggingFaceTokenizer"
+CONFIG = "config.json"  # that every Hugging Face model has
 
 
 def tokenizer_spec(folder: Path) -> TokenizerSpec:

@@ -17,9 +17,8 @@ from megatron_ext.arguments import add_arguments
 from megatron_ext.checkpoint import torch_dist
 from megatron_ext.checkpoint.folder import new_folder
 from megatron_ext.checkpoint.inspect import TRACKER
-from megatron_ext.checkpoint.own_tokenizer import KEPT, TOKENIZER_TYPE, tokenizer_spec
+from megatron_ext.checkpoint.own_tokenizer import CONFIG, KEPT, TOKENIZER_TYPE, tokenizer_spec
 from megatron_ext.conversion.huggingface import (
-    CONFIG,
     GENERATION,
     TOKENIZER_FILES,
     Converted,
@@ -65,19 +64,23 @@ def import_model(
         overwrite: whether a checkpoint that is there may be replaced.
 
     Raises:
-        CheckpointError: the model does not fit; names the field, or the tensor.
+        CheckpointError: there is no model, or it does not fit; names the field, or the tensor.
         ConfigError: the tokenizer cannot be loaded, or the output exists, has no place, or white space in
             its path.
     """
     check_place(output, flag="--output")
     kept_path = _check_path(output.resolve()) / KEPT
+    _check_source(source)
     config = read_config(source)
-    model = LlamaLike.from_config(config)
+    try:
+        model = LlamaLike.from_config(config)
+    except CheckpointError as error:
+        raise CheckpointError(f"{source / CONFIG}: {error}") from error
     tokenizer = HuggingFaceReference(tokenizer_spec(source), flag="--source")
     if tokenizer.vocab_size > model.vocab_size:
         raise CheckpointError(
-            f"vocab_size: expected at least the {tokenizer.vocab_size} tokens of the tokenizer, "
-            f"found {model.vocab_size}"
+            f"{source / CONFIG}: vocab_size: expected at least the {tokenizer.vocab_size} tokens of the "
+            f"tokenizer, found {model.vocab_size}"
         )
     rows = _padded(model.vocab_size)
     with SafetensorsReader(source) as reader:
@@ -104,6 +107,16 @@ def import_model(
             (folder / ARGS_FILE).write_text("".join(line + "\n" for line in lines))
             (folder / TRACKER).write_text("0")
     return Converted(output, parameters(model), dtype, lines)
+
+
+def _check_source(source: Path) -> None:
+    """Refuse what is no folder of a model, and say what is needed in place of a name on the hub."""
+    if not (source / CONFIG).is_file():
+        found = f"no {CONFIG} in it" if source.is_dir() else "no folder"
+        raise CheckpointError(
+            f"--source {source}: expected the folder of a Hugging Face model, such as `hf download NAME "
+            f"--local-dir FOLDER` makes of a name on the hub, found {found}"
+        )
 
 
 def _check_path(output: Path) -> Path:
@@ -136,14 +149,14 @@ def _check_tensors(
     reader: SafetensorsReader, model: LlamaLike, dtype: torch.dtype | None
 ) -> torch.dtype:
     """Every tensor of the config is there with its shape, no other, and all of one dtype."""
-    wanted, found = huggingface_shapes(model), reader.names()
+    wanted, found, config = huggingface_shapes(model), reader.names(), reader.folder / CONFIG
     # Old files hold the rotary angles, which follow from the config.
     extra = {name for name in found - wanted.keys() if not name.endswith("rotary_emb.inv_freq")}
     if model.tied and "lm_head.weight" in extra:
         extra.remove("lm_head.weight")
         if not torch.equal(reader.read("lm_head.weight"), reader.read("model.embed_tokens.weight")):
             raise CheckpointError(
-                "tie_word_embeddings: expected lm_head.weight to be model.embed_tokens.weight, "
+                f"{config}: tie_word_embeddings: expected lm_head.weight to be model.embed_tokens.weight, "
                 "found another"
             )
     for label, names in (("lacks", wanted.keys() - found), ("has, beyond its config,", extra)):
@@ -156,16 +169,19 @@ def _check_tensors(
         actual, stored = reader.describe(name)
         dtypes.add(stored)
         if actual != shape:
-            raise CheckpointError(f"{name}: expected shape {shape}, found {actual}")
+            raise CheckpointError(
+                f"{reader.folder}: expected {name} of shape {shape}, as {CONFIG} has it, found {actual}"
+            )
     for name in zero_shapes(model):
         if reader.read(name).any():
             raise CheckpointError(
-                f"attention_bias: expected {name} to be zero, as --add-qkv-bias has none, found others"
+                f"{config}: attention_bias: expected {name} to be zero, as --add-qkv-bias has none, found "
+                "others"
             )
     allowed = {"F32", "BF16"} if dtype is None else set(DTYPES)
     if not dtypes <= allowed or (dtype is None and len(dtypes) > 1):
         raise CheckpointError(
-            f"dtype: expected F32 or BF16 throughout, found {', '.join(sorted(dtypes))}; "
+            f"{reader.folder}: dtype: expected F32 or BF16 throughout, found {', '.join(sorted(dtypes))}; "
             "choose with --dtype"
         )
     return DTYPES[min(dtypes)]

@@ -15,13 +15,14 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedConfig
 
+from megatron_ext.checkpoint.own_tokenizer import CONFIG
 from megatron_ext.conversion.families import FAMILIES
 from megatron_ext.conversion.llama import LlamaLike
 from megatron_ext.conversion.weights import parts, zero_shapes
 from megatron_ext.data.tokenizers import ORIGIN_FILE
 from megatron_ext.exceptions import CheckpointError
 
-CONFIG, GENERATION = "config.json", "generation_config.json"
+GENERATION = "generation_config.json"
 TOKENIZER_FILES = (
     *("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json"),
     *("added_tokens.json", "vocab.json", "merges.txt", "vocab.txt", ORIGIN_FILE),

@@ -36,6 +36,8 @@ class SafetensorsReader:
         self._files: dict[str, Any] = {}
         try:
             for name in self._file_names():
+                # Of a file that cannot be opened safetensors says that there is none.
+                (folder / name).open("rb").close()
                 opened = self._stack.enter_context(safe_open(folder / name, framework="pt"))
                 self._files |= dict.fromkeys(opened.keys(), opened)
         except (OSError, SafetensorError, ValueError) as error:

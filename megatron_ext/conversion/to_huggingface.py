@@ -20,12 +20,11 @@ from megatron_ext.checkpoint import torch_dist
 from megatron_ext.checkpoint.folder import new_folder
 from megatron_ext.checkpoint.inspect import Checkpoint
 from megatron_ext.checkpoint.named import open_named
-from megatron_ext.checkpoint.own_tokenizer import KEPT, TOKENIZER_TYPE, tokenizer_spec
+from megatron_ext.checkpoint.own_tokenizer import CONFIG, KEPT, TOKENIZER_TYPE, tokenizer_spec
 from megatron_ext.conversion.chat_files import ChatFiles
 from megatron_ext.conversion.families import FAMILIES, Family
 from megatron_ext.conversion.from_sentencepiece import write_tokenizer
 from megatron_ext.conversion.huggingface import (
-    CONFIG,
     GENERATION,
     TOKENIZER_FILES,
     Converted,
@@ -144,6 +143,11 @@ def _kept(checkpoint: Checkpoint, tokenizer: Path | None, *, made: Path) -> Path
             _check_model(place, checkpoint)
             write_tokenizer(place, made)
             return made
+    if tokenizer is not None and not tokenizer.exists():
+        raise ConfigError(
+            "--tokenizer: expected the folder of a Hugging Face tokenizer or a SentencePiece model, found "
+            f"nothing at {tokenizer}"
+        )
     if tokenizer is not None:
         return tokenizer  # and its own check says what is wrong
     moved = ""

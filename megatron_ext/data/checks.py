@@ -22,6 +22,7 @@ from megatron_ext.data.indexed import bin_path
 from megatron_ext.data.manifest import Manifest, check_prefix, read_manifest
 from megatron_ext.data.open_files import check_limit, files_of
 from megatron_ext.data.providers import Blend, forget_blends
+from megatron_ext.data.tokenizers import TOKENIZER_TYPES, TokenizerSpec, check_found
 from megatron_ext.exceptions import ConfigError, DataError, flag_name
 
 logger = logging.getLogger(__name__)
@@ -40,6 +41,21 @@ class _NamedBlend:
     flag: str
     blend: Blend
     shares: dict[Split, tuple[float, float] | None]
+
+
+def check_tokenizer_place(args: Namespace) -> None:
+    """Refuse a tokenizer that is not there, before Megatron looks for it, and names no flag.
+
+    Args:
+        args: what was typed.
+
+    Raises:
+        ConfigError: names the flag, what was expected and what was found.
+    """
+    kind, model = args.tokenizer_type, args.tokenizer_model
+    recorded = args.use_checkpoint_args and args.use_tokenizer_model_from_checkpoint_args
+    if kind in TOKENIZER_TYPES and model is not None and not recorded:
+        check_found(TokenizerSpec(tokenizer_type=kind, tokenizer_model=model))
 
 
 def check_vocabulary(args: Namespace) -> None:

@@ -38,7 +38,7 @@ def read_texts(path: Path, keys: Sequence[str]) -> list[str]:
 
     Raises:
         ConfigError: the file is missing, or of another format.
-        DataError: a record is broken or lacks a field; names it.
+        DataError: a record is broken or lacks a field, which is named, or there are no texts.
     """
     if not path.is_file() or format_of(path) not in ("jsonl", "parquet"):
         what = "another format" if path.is_file() else "no file"
@@ -49,6 +49,8 @@ def read_texts(path: Path, keys: Sequence[str]) -> list[str]:
             if isinstance(record, BadRecord):
                 raise DataError(f"--benchmark {record}; --benchmark-keys names the fields")
             texts += [text for field in record for text in field]
+    if not texts:
+        raise DataError(f"--benchmark {path}: expected texts at {', '.join(keys)}, found none")
     return texts
 
 

@@ -174,12 +174,11 @@ class IndexSummary:
         return self.tokens * self.dtype.itemsize
 
 
-def read_index_summary(prefix: str | Path) -> IndexSummary:
-    """Reads the size of a data set and checks, in a few small reads, that its files fit together.
+def check_files(prefix: str | Path) -> None:
+    """Checks that a data set has its files.
 
     Raises:
-        DataError: A file, which is named, is missing, truncated or no index, or the data set is
-            empty.
+        DataError: One is missing, which is named.
     """
     bin_file, idx_file = bin_path(prefix), idx_path(prefix)
     bare, dot, suffix = str(prefix).rpartition(".")
@@ -192,6 +191,17 @@ def read_index_summary(prefix: str | Path) -> IndexSummary:
             raise DataError(
                 f"{path} is missing: the data set {prefix} needs its .bin and its .idx file"
             )
+
+
+def read_index_summary(prefix: str | Path) -> IndexSummary:
+    """Reads the size of a data set and checks, in a few small reads, that its files fit together.
+
+    Raises:
+        DataError: A file, which is named, is missing, truncated or no index, or the data set is
+            empty.
+    """
+    check_files(prefix)
+    bin_file, idx_file = bin_path(prefix), idx_path(prefix)
     size = idx_file.stat().st_size
     with idx_file.open("rb") as stream:
         header = stream.read(HEADER.size)

@@ -22,6 +22,7 @@ from megatron_ext.exceptions import DataError
 
 MANIFEST_SUFFIX = ".manifest.json"
 FORMAT_VERSION = 1
+_GIVEN = "the tokenizer given"
 _DIGESTS = re.compile("([0-9a-f]{16} )*")
 
 
@@ -192,6 +193,7 @@ def check_prefix(
     vocab_size: int,
     tokenizer_digest: str | None = None,
     eod_id: int | None = None,
+    other: str = _GIVEN,
 ) -> IndexSummary:
     """Checks, without reading the data, that a data set is whole and made for a vocabulary.
 
@@ -203,6 +205,7 @@ def check_prefix(
         tokenizer_digest: Its digest from `tokenizers.tokenizer_digest`, None to compare sizes only.
         eod_id: Id that training takes for the end of a document, None to leave it uncompared. The digest of
             a Hugging Face tokenizer does not tell: `tokenizer_config.json` names the token.
+        other: What the tokenizer is called in messages.
 
     Returns:
         Size and type of the data set.
@@ -226,7 +229,9 @@ def check_prefix(
             f"{path} describes {manifest.tokens} tokens in {manifest.sequences} sequences, but the "
             f"data set holds {summary.tokens} in {summary.sequences}: it belongs to other data"
         )
-    check_tokenizer(path, manifest, vocab_size=vocab_size, tokenizer_digest=tokenizer_digest)
+    check_tokenizer(
+        path, manifest, vocab_size=vocab_size, tokenizer_digest=tokenizer_digest, other=other
+    )
     if manifest.append_eod and eod_id is not None and manifest.eod_id != eod_id:
         raise DataError(
             f"{path}: documents end in token id {manifest.eod_id}, but with the tokenizer in use they end "
@@ -236,7 +241,12 @@ def check_prefix(
 
 
 def check_tokenizer(
-    path: Path, manifest: Manifest, *, vocab_size: int, tokenizer_digest: str | None = None
+    path: Path,
+    manifest: Manifest,
+    *,
+    vocab_size: int,
+    tokenizer_digest: str | None = None,
+    other: str = _GIVEN,
 ) -> None:
     """Checks that data were made with a tokenizer.
 
@@ -245,6 +255,7 @@ def check_tokenizer(
         manifest: Of the data.
         vocab_size: Pieces of the tokenizer.
         tokenizer_digest: Its digest, None to compare sizes only.
+        other: What it is called in messages.
 
     Raises:
         DataError: They were made with another one.
@@ -252,12 +263,12 @@ def check_tokenizer(
     if manifest.vocab_size != vocab_size:
         raise DataError(
             f"{path}: the data were made with {_made_with(manifest)} of {manifest.vocab_size} pieces, but "
-            f"the tokenizer given has {vocab_size}"
+            f"{other} has {vocab_size}"
         )
     if tokenizer_digest is not None and manifest.tokenizer_digest != tokenizer_digest:
         raise DataError(
             f"{path}: the data were made with {_made_with(manifest)} (SHA-256 "
-            f"{manifest.tokenizer_digest[:12]}...), but the tokenizer given is another one "
+            f"{manifest.tokenizer_digest[:12]}...), but {other} is another one "
             f"({tokenizer_digest[:12]}...)"
         )
 

@@ -29,6 +29,7 @@ from megatron_ext.data.indexed import (
     DigestingStream,
     IndexSummary,
     bin_path,
+    check_files,
     idx_path,
     map_index,
     read_index_summary,
@@ -138,6 +139,9 @@ def _check_names(prefixes: Sequence[str], output: str, *, overwrite: bool) -> bo
             f"--output {output}: expected a new data set, found {same}, which is joined"
         )
     missing = [prefix for prefix in prefixes if not manifest_path(prefix).exists()]
+    for prefix in missing:  # of a data set that is not there the manifest is the least
+        _check_finished(prefix)
+        check_files(prefix)
     if missing and len(missing) < len(prefixes):
         named = next(prefix for prefix in prefixes if prefix not in missing)
         raise DataError(
@@ -157,13 +161,7 @@ def _check_parts(prefixes: Sequence[str]) -> list[_Part]:
     parts: list[_Part] = []
     contents: dict[str, str] = {}
     for prefix in prefixes:
-        for path in (idx_path(prefix), bin_path(prefix)):
-            partial = path.with_name(path.name + PARTIAL_SUFFIX)
-            if partial.exists():
-                raise DataError(
-                    f"{partial} exists: expected a finished data set, found one that a run is writing, or "
-                    "was when it was killed; if none does, remove the file"
-                )
+        _check_finished(prefix)
         part = _Part(prefix, read_index_summary(prefix), read_manifest(prefix))
         parts.append(part)
         first = parts[0]
@@ -183,9 +181,24 @@ def _check_parts(prefixes: Sequence[str]) -> list[_Part]:
     return parts
 
 
+def _check_finished(prefix: str) -> None:
+    for path in (idx_path(prefix), bin_path(prefix)):
+        partial = path.with_name(path.name + PARTIAL_SUFFIX)
+        if partial.exists():
+            raise DataError(
+                f"{partial} exists: expected a finished data set, found one that a run is writing, or "
+                "was when it was killed; if none does, remove the file"
+            )
+
+
 def _check_manifest(part: _Part, manifest: Manifest, first: Manifest, of: str) -> None:
     """Whether a manifest belongs to its data set, and the data set to the first one."""
-    check_prefix(part.prefix, vocab_size=first.vocab_size, tokenizer_digest=first.tokenizer_digest)
+    check_prefix(
+        part.prefix,
+        vocab_size=first.vocab_size,
+        tokenizer_digest=first.tokenizer_digest,
+        other=f"that of {of}",
+    )
     names = ("append_eod", "eod_id", "chat_template", "chat_template_digest", *_SINCE)
     for name in names:
         expected, found = getattr(first, name), getattr(manifest, name)

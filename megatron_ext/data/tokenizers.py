@@ -27,6 +27,7 @@ _VOCABULARIES = (
     ("vocab.json", "merges.txt"),
     ("vocab.txt",),
 )
+_EXPECTED = "expected a folder with a tokenizer, or a name on the Hugging Face hub (OWNER/NAME)"
 # Beside a tokenizer that was made of a SentencePiece model: the digests of that and of `tokenizer.json`.
 ORIGIN_FILE, _MADE = "sentencepiece_origin.json", "tokenizer.json"
 # Flat ids `[tokens]` and int64 bounds `[texts + 1]` of each text in them.
@@ -78,9 +79,8 @@ class SentencePieceReference:
     def __init__(self, spec: TokenizerSpec) -> None:
         import sentencepiece
 
+        check_found(spec)
         path = Path(spec.tokenizer_model)
-        if not path.is_file():
-            raise ConfigError(f"--tokenizer-model {path}: no such file")
         try:
             self.processor = sentencepiece.SentencePieceProcessor(model_file=str(path))
         except (RuntimeError, OSError) as error:
@@ -102,6 +102,7 @@ class HuggingFaceReference:
     backend_name = "reference"
 
     def __init__(self, spec: TokenizerSpec, *, flag: str = "--tokenizer-model") -> None:
+        check_found(spec, flag=flag)
         from transformers import AutoTokenizer
         from transformers.utils import logging as transformers_logging
 
@@ -138,9 +139,46 @@ def around_text(tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
     return alone[:count], alone[count:]
 
 
+def check_found(spec: TokenizerSpec, *, flag: str = "--tokenizer-model") -> None:
+    """Refuse a tokenizer that is not there; `transformers` would ask the hub for it for 50 s.
+
+    Args:
+        spec: the tokenizer; a name that the hub may have is left to it.
+        flag: what named it, for messages.
+
+    Raises:
+        ConfigError: there is no such file or folder.
+    """
+    model = spec.tokenizer_model
+    if spec.tokenizer_type in SENTENCEPIECE_TYPES:
+        if not Path(model).is_file():
+            raise ConfigError(f"{flag} {model}: no such file")
+    elif not Path(model).exists() and not _may_be_on_the_hub(model):
+        raise ConfigError(f"{flag}: {_EXPECTED}, found no folder {model}")
+
+
+def _may_be_on_the_hub(model: str) -> bool:
+    """Whether a name is not that of a place on this machine; without an owner only one that is cached."""
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.utils import HFValidationError, validate_repo_id
+
+    files = [name for names in _VOCABULARIES for name in names]
+    if model.startswith(("/", ".", "~")) or model.endswith(tuple(Path(f).suffix for f in files)):
+        return False
+    try:
+        validate_repo_id(model)
+    except HFValidationError:
+        return False
+    return "/" in model or any(
+        isinstance(try_to_load_from_cache(model, name), str) for name in files
+    )
+
+
 def _why_not_loaded(model: str, flag: str, error: Exception) -> str:
     """What is wrong with a Hugging Face tokenizer; `transformers` does not say that there is none."""
     path = Path(model)
+    if not path.exists():
+        return f"{flag}: {_EXPECTED}, found no folder {model}, and of the hub: {error}"
     if path.is_file():
         text = f"{flag}: expected the folder of a Hugging Face tokenizer, found a file, {model}"
         hint = "; --tokenizer-type SentencePieceTokenizer reads .model files"
@@ -170,7 +208,11 @@ def tokenizer_digest(spec: TokenizerSpec) -> str:
 
     A folder that `record_origin` has marked has the digest of the SentencePiece model that it was made of,
     whose ids it gives: data and models of the one are data and models of the other.
+
+    Raises:
+        ConfigError: There is no such tokenizer.
     """
+    check_found(spec)
     if spec.tokenizer_type in SENTENCEPIECE_TYPES:
         return _sha256(Path(spec.tokenizer_model))
     if origin := _origin(Path(spec.tokenizer_model)):

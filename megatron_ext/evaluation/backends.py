@@ -106,8 +106,7 @@ def _huggingface(options: Namespace, template: Path | None) -> Iterator[tuple[Ge
     with collector.paused():
         from megatron_ext.checkpoint.inspect import has_checkpoint
         from megatron_ext.checkpoint.named import split_name
-        from megatron_ext.checkpoint.own_tokenizer import tokenizer_spec
-        from megatron_ext.conversion.huggingface import CONFIG
+        from megatron_ext.checkpoint.own_tokenizer import CONFIG, tokenizer_spec
         from megatron_ext.evaluation.huggingface_generator import HuggingFaceGenerator
 
     layout = (options.tensor_model_parallel_size, options.pipeline_model_parallel_size)
@@ -168,14 +167,19 @@ def _codec(spec: TokenizerSpec, template: Path | None, checkpoint: Checkpoint) -
 @contextlib.contextmanager
 def _megatron(options: Namespace, template: Path | None) -> Iterator[tuple[Generator, Codec]]:
     with collector.paused():
-        from megatron_ext.checkpoint.inspect import check_architecture
-        from megatron_ext.checkpoint.named import open_named
-        from megatron_ext.checkpoint.own_tokenizer import choose_tokenizer
+        from megatron_ext.checkpoint.inspect import check_architecture, has_checkpoint
+        from megatron_ext.checkpoint.named import open_named, split_name
+        from megatron_ext.checkpoint.own_tokenizer import CONFIG, choose_tokenizer
         from megatron_ext.evaluation.megatron_generator import MegatronGenerator
         from megatron_ext.frozen import FrozenModel
         from megatron_ext.runtime import compat, console
         from megatron_ext.session import open_session
 
+    if not has_checkpoint(split_name(options.model)[0]) and (options.model / CONFIG).is_file():
+        raise ConfigError(
+            f"--model {options.model}: expected a checkpoint directory with --backend megatron, found a "
+            "Hugging Face folder; --backend huggingface reads it"
+        )
     compat.apply()
     checkpoint = open_named(options.model, flag="--model")
     kind, tokenizer = choose_tokenizer(options, checkpoint)

@@ -16,7 +16,7 @@ from transformers import (
     StoppingCriteria,
 )
 
-from megatron_ext.conversion.huggingface import CONFIG
+from megatron_ext.checkpoint.own_tokenizer import CONFIG
 from megatron_ext.evaluation.sampling import Chooser, Request, Scored
 from megatron_ext.evaluation.scoring import label_scores, rows_to_score, sum_scores
 from megatron_ext.exceptions import CheckpointError

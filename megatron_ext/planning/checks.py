@@ -14,8 +14,13 @@ _TABLES = ("learned_absolute", "relative")  # positions with weights
 _MISTYPED = 0.87  # of `difflib`; `--tensor-parallel-size` has 0.88 with Megatron's name
 
 
-def check_spelling(words: Sequence[str], *, known: Sequence[str]) -> None:
+def check_spelling(words: Sequence[str], *, known: Sequence[str], place: str = "") -> None:
     """Refuse a flag that is almost one that decides about cost; the plan would be without it.
+
+    Args:
+        words: of the command line.
+        known: the flags that it may be.
+        place: where they belong, if not where they are.
 
     Raises:
         ConfigError: names both.
@@ -24,7 +29,7 @@ def check_spelling(words: Sequence[str], *, known: Sequence[str]) -> None:
         name = word.partition("=")[0].replace("_", "-")
         like = difflib.get_close_matches(name, known, n=1, cutoff=_MISTYPED)
         if name.startswith("--") and like:
-            raise ConfigError(f"{word}: expected {like[0]}, found an unknown flag")
+            raise ConfigError(f"{word}: expected {like[0]}{place}, found an unknown flag")
 
 
 def check_model(flags: Namespace) -> None:

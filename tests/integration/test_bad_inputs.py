@@ -35,6 +35,10 @@ CASES: dict[str, tuple[list[str], list[str]]] = {
         + ["--forget-data-path", "{dir}/other_text_document"],
         ["--tokenizer-model", "500", "400"],
     ),
+    "tokenizer that is not there": (
+        ["--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", "no-such-tokenizer"],
+        ["--tokenizer-model: ", "found no folder no-such-tokenizer"],
+    ),
     "fewer rows of the embedding than tokens": (
         ["--padded-vocab-size", "384"],
         ["--padded-vocab-size", "500 tokens", "384"],

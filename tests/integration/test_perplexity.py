@@ -67,6 +67,8 @@ def test_agrees_with_naive(layout, tiny, server, expected, tmp_path):
     corpus = np.exp((losses * weights).sum() / weights.sum())
     assert found["corpus_perplexity"] == pytest.approx(corpus, rel=1e-4)
     assert output.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+    mean = (probabilities * weights).sum() / weights.sum()
+    assert f"base {found['corpus_perplexity']:>11.2f} {mean:>7.4f} " in said
     if not flags:
         other = report["models"][models[1]]
         shift = other["sets"]["pairs"]["summary"]["loss"]["shift"]

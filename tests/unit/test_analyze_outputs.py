@@ -31,7 +31,8 @@ class Session:
         self.asked.append(directory)
         if directory in self.broken:
             raise self.broken[directory]
-        scores = {"loss": [1.0, 2.0, 4.0], "corpus_perplexity": 3.0}
+        scores = {"loss": [1.0, 2.0, 4.0], "probability": [0.4, 0.2, 0.1], "tokens": [3, 3, 3]}
+        scores["corpus_perplexity"] = 3.0
         return {"label": directory, "sets": {name: dict(scores) for name in sets}}
 
 

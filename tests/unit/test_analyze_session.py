@@ -7,7 +7,7 @@ from megatron.core.transformer.enums import AttnBackend
 
 from megatron_ext import session
 from megatron_ext.analysis import measure
-from megatron_ext.exceptions import CheckpointError
+from megatron_ext.exceptions import CheckpointError, ConfigError
 
 
 def test_a_tool_attends_by_flash_whatever_training_did():
@@ -32,6 +32,18 @@ def test_a_tool_routes_by_the_rule_that_was_trained_by():
         saved.moe_router_load_balancing_type = trained
         args = session._arguments(options, Namespace(args=saved, path="x"), length=8)
         assert args.moe_router_load_balancing_type == runs
+
+
+def test_one_process_is_no_tensor_parallel_model(monkeypatch):
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    options = Namespace(micro_batch_size=1, tokenizer_type="NullTokenizer", tokenizer_model="7")
+    options.tensor_model_parallel_size, options.pipeline_model_parallel_size = 2, 1
+    with pytest.raises(ConfigError) as refused:
+        session._arguments(options, Namespace(args=Namespace(), path="x"), length=None)
+    assert str(refused.value) == (
+        "ranks (torchrun's --nnodes x --nproc-per-node): expected a multiple of 2 "
+        "(--tensor-model-parallel-size 2), found 1"
+    )
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,14 @@ def report_of(**losses):
     models = {
         f"runs/{name}": {
             "label": name,
-            "sets": {"text": {"loss": loss.tolist(), "corpus_perplexity": 1.0}},
+            "sets": {
+                "text": {
+                    "loss": loss.tolist(),
+                    "probability": np.exp(-loss).tolist(),
+                    "tokens": list(range(1, len(loss) + 1)),
+                    "corpus_perplexity": 1.0,
+                }
+            },
         }
         for name, loss in losses.items()
     }
@@ -76,6 +83,18 @@ def test_intervals_cover_the_truth():
         shift = found["other"]["loss"]["shift"]
         missed += not shift["low"] <= 0 <= shift["high"]
     assert missed <= 9
+
+
+def test_the_table_shows_the_mean_probability_of_tokens(losses):
+    """What --min-forget-probability is compared with: a long sample counts by its tokens."""
+    report, _ = report_of(**losses)
+    header, *rows = perplexity_table(report).splitlines()[1:4]
+    assert header.split()[:3] == ["model", "perplexity", "mean"]
+    weights = np.arange(1, N + 1)
+    for row, (name, loss) in zip(rows, losses.items(), strict=True):
+        expected = (np.exp(-loss) * weights).sum() / weights.sum()
+        assert row.split()[:3] == [name, "1.00", f"{expected:.4f}"]
+        assert f"{expected:.4f}" != f"{np.exp(-loss).mean():.4f}"
 
 
 def test_a_model_that_ran_away(losses):

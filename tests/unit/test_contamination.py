@@ -1,10 +1,12 @@
 """Questions of benchmarks in tokenised data: what is found, against a search by tuples of tokens."""
 
 import numpy as np
+import pytest
 
 from megatron_ext.data import contamination
-from megatron_ext.data.contamination import RUN, shares_in
+from megatron_ext.data.contamination import RUN, read_texts, shares_in
 from megatron_ext.data.indexed import IndexedWriter, bin_path, idx_path
+from megatron_ext.exceptions import DataError
 
 
 def test_shares_of_texts_are_those_of_a_search_token_by_token(tmp_path, monkeypatch):
@@ -37,3 +39,12 @@ def test_shares_of_texts_are_those_of_a_search_token_by_token(tmp_path, monkeypa
     assert found[2] == 1
     assert found[-1] == 0
     assert len(np.unique(found[3:])) > 10
+
+
+@pytest.mark.parametrize("content", ["", "\n", '{"question": []}\n'])
+def test_a_benchmark_without_texts_is_no_clean_one(content, tmp_path):
+    path = tmp_path / "empty.jsonl"
+    path.write_text(content)
+    with pytest.raises(DataError) as refused:
+        read_texts(path, ["question"])
+    assert str(refused.value) == f"--benchmark {path}: expected texts at question, found none"

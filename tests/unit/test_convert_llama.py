@@ -231,20 +231,20 @@ def change(weights, name, value):
             {},
             "model.layers.3.mlp.up_proj.weight",
             torch.ones(80, 31),
-            r"up_proj.weight: expected shape \(80, 32\), found \(80, 31\)",
+            r"source: expected .*up_proj.weight of shape \(80, 32\), as config.json .* \(80, 31\)",
         ),
-        ({}, "model.norm.weight", torch.ones(32).half(), "dtype: .* found F16, F32; .*--dtype"),
+        ({}, "model.norm.weight", torch.ones(32).half(), "source: dtype: .* F16, F32; .*--dtype"),
         (
             {"tie_word_embeddings": True},
             "lm_head.weight",
             torch.ones(500, 32),
-            "tie_word_embeddings: expected lm_head.weight to be",
+            "config.json: tie_word_embeddings: expected lm_head.weight to be",
         ),
         (
             {"attention_bias": True},
             "model.layers.2.self_attn.o_proj.bias",
             torch.ones(32),
-            "attention_bias: expected model.layers.2.self_attn.o_proj.bias to be zero",
+            "config.json: attention_bias: expected model.layers.2.self_attn.o_proj.bias to be zero",
         ),
     ],
 )
@@ -261,7 +261,7 @@ def test_weights_that_do_not_fit_leave_no_checkpoint(tmp_path, config, name, val
 def test_a_tokenizer_beyond_the_embedding_is_refused(tmp_path):
     source = llama.save(tmp_path / "source", vocab_size=499)
     with pytest.raises(
-        CheckpointError, match=r"vocab_size: expected at least the 500 .* found 499"
+        CheckpointError, match=r"config.json: vocab_size: .* least the 500 .* found 499"
     ):
         from_huggingface.import_model(source, tmp_path / "output")
 

@@ -11,7 +11,7 @@ from megatron_ext.conversion.to_huggingface import _kept
 from megatron_ext.data.chat_template import TEMPLATE_FILE
 from megatron_ext.evaluation import backends
 from megatron_ext.evaluation.backends import add_model_arguments, open_generator
-from megatron_ext.exceptions import ConfigError
+from megatron_ext.exceptions import CheckpointError, ConfigError
 from megatron_ext.runtime import compat
 from tests.helpers import llama
 
@@ -20,7 +20,7 @@ def refused(*words):
     parser = ArgumentParser()
     add_model_arguments(parser)
     options = parser.parse_args([*map(str, words)])
-    with pytest.raises(ConfigError) as found, open_generator(options):
+    with pytest.raises((ConfigError, CheckpointError)) as found, open_generator(options):
         pass
     return str(found.value)
 
@@ -37,6 +37,18 @@ def test_a_checkpoint_is_no_hugging_face_folder(tmp_path):
     assert refused(*words) == message + hint
     words = ("--backend", "huggingface", "--model", tmp_path / "iter_0000005")
     assert refused(*words).endswith(hint)
+
+
+def test_a_hugging_face_folder_is_no_checkpoint(tmp_path, monkeypatch):
+    monkeypatch.setattr(compat, "apply", lambda: None)
+    (tmp_path / "config.json").write_text("{}")
+    assert refused("--model", tmp_path) == (
+        f"--model {tmp_path}: expected a checkpoint directory with --backend megatron, found a Hugging Face "
+        "folder; --backend huggingface reads it"
+    )
+    (tmp_path / inspect.TRACKER).write_text("5")
+    assert "--backend huggingface" not in refused("--model", tmp_path)
+    assert "--backend huggingface" not in refused("--model", tmp_path / "iter_0000005")
 
 
 @pytest.mark.parametrize("name", ["", "iter_0000005"])

@@ -154,8 +154,12 @@ def copied(prefix):
 
 
 BROKEN = {
-    r"p1\.manifest\.json: .* the tokenizer given is another": described(tokenizer_digest="another"),
-    r"p1\.manifest\.json: the data were made with .* of 9 pieces": described(vocab_size=9),
+    r"p1\.manifest\.json: .*\), but that of .*p0 is another one": described(
+        tokenizer_digest="another"
+    ),
+    r"p1\.manifest\.json: the data were made with .* of 9 pieces, but that of .*p0 has": described(
+        vocab_size=9
+    ),
     r"p1\.manifest\.json: expected append_eod True as in .*p0, found False": described(
         append_eod=False
     ),
@@ -194,6 +198,17 @@ def test_a_data_set_that_does_not_fit_is_named(parts, tmp_path, message):
     with pytest.raises(DataError, match=message):
         merge.merge(parts, str(tmp_path / "o"))
     assert files(tmp_path) == before
+
+
+def test_a_data_set_that_is_not_there_lacks_more_than_its_manifest(parts, tmp_path):
+    with pytest.raises(DataError, match=r"none\.idx is missing: the data set .*none needs its"):
+        merge.merge([parts[0], f"{tmp_path}/none"], str(tmp_path / "o"))
+    for kind in (".idx", ".bin"):
+        partial = tmp_path / f"none{kind}.partial"
+        partial.touch()
+        with pytest.raises(DataError, match=f"{partial} exists: expected a finished data set"):
+            merge.merge([parts[0], f"{tmp_path}/none"], str(tmp_path / "o"))
+        partial.unlink()
 
 
 def test_of_a_part_of_an_earlier_version_less_is_known(parts, tmp_path):

@@ -3,6 +3,8 @@
 import sys
 from collections import Counter
 
+import pytest
+
 from megatron_ext.data import documents
 from megatron_ext.data.train_tokenizer import TrainTokenizerConfig, _Lines
 from tests.helpers.text import make_texts, write_jsonl
@@ -55,3 +57,18 @@ def test_the_tool_says_of_how_many_files_it_has_read(tmp_path, monkeypatch, caps
     monkeypatch.setattr(sys, "argv", ["tool", *words, "--max-bytes", "20000"])
     tool.main()
     assert "\n2 of 2 files read, 2 in part (--max-bytes)\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("text", "number"), [("1e9", 10**9), ("20_000", 20_000), ("2.5e3", 2500)])
+def test_bytes_are_a_whole_number_however_it_is_written(text, number):
+    words = ["--input", "a", "--vocab-size", "400", "--output", "b", "--max-bytes", text]
+    assert tool.parse_args(words).max_bytes == number
+
+
+@pytest.mark.parametrize("text", ["1.5", "1e-3", "inf", "nan", "1 GB"])
+def test_other_bytes_are_refused_as_they_were_written(text, capsys):
+    words = ["--input", "a", "--vocab-size", "400", "--output", "b", "--max-bytes", text]
+    with pytest.raises(SystemExit):
+        tool.parse_args(words)
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.endswith(f"argument --max-bytes: expected a whole number, found '{text}'")
