@@ -124,11 +124,12 @@ def test_nodes_differ_in_their_logs_address_and_who_keeps_the_rendezvous(tmp_pat
         found = dict(
             line.split("=", 1)
             for line in result.stdout.splitlines()
-            if line.startswith(("PET_", "TORCH_FR_"))
+            if line.startswith(("PET_", "TORCH_"))
         )
         assert found["PET_LOG_DIR"] == str(tmp_path / "logs" / "30123.0" / node)
         assert Path(found["PET_LOG_DIR"]).is_dir()
         assert found["PET_LOCAL_ADDR"] == node
+        assert found["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] == "280"
         # Megatron would take no flag beside it.
         traces = None if flags else f"{found['PET_LOG_DIR']}/nccl_trace_rank_"
         assert found.get("TORCH_FR_DUMP_TEMP_FILE") == traces
@@ -143,6 +144,21 @@ def test_torchrun_reads_its_flags_from_the_variables_of_a_node(monkeypatch):
         monkeypatch.setenv(f"PET_{name}", f"of {name}")
     args = parse_args(["x.py"])
     assert [getattr(args, name.lower()) for name in names] == [f"of {name}" for name in names]
+
+
+def test_torchrun_knows_every_flag_and_reads_how_long_a_save_may_take(programs, monkeypatch):
+    from torch.distributed.launcher.api import LaunchConfig
+    from torch.distributed.run import config_from_args, parse_args
+
+    words = preflight(programs, OUT="/ckpt").stdout.splitlines()
+    words = words[words.index("torch.distributed.run") + 1 :]
+    # Torch 2.11 ends at flags that came later.
+    assert "--shutdown-timeout" not in words
+    args = parse_args(words)
+    if not hasattr(LaunchConfig, "shutdown_timeout"):
+        pytest.skip("this torch waits for 30 s")
+    monkeypatch.setenv("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "280")
+    assert config_from_args(args)[0].shutdown_timeout == 280
 
 
 @pytest.mark.parametrize(
