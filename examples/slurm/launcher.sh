@@ -37,12 +37,13 @@ slurm_launcher() {
                 ;;
         esac
     fi
-    # A restart loses no place in the queue. Jobs that share a node must not meet: the port follows from the job's number.
+    # A restart loses no place in the queue. Jobs that share a node must not meet: the port follows from the job's number,
+    # below 32768, where Linux begins to give ports to connections.
     # node.sh adds what differs between nodes.
     LAUNCHER+=("${runtime[@]}" bash "$here/node.sh" "$PYTHON" -m torch.distributed.run
         --nnodes "$NODES" --nproc-per-node "$1"
         --max-restarts "${MAX_RESTARTS:-3}"
         --rdzv-id "$SLURM_JOB_ID" --rdzv-backend c10d
-        --rdzv-endpoint "$head:$((20000 + SLURM_JOB_ID % 20000))"
+        --rdzv-endpoint "$head:$((20000 + SLURM_JOB_ID % 12768))"
         --redirects 3 --tee 3)
 }

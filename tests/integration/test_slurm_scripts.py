@@ -50,7 +50,7 @@ def test_preflight_takes_the_settings_of_a_run(programs):
     ]
     assert after(words, "--max-restarts") == ["0"]
     assert after(words, "--nproc-per-node") == ["4"]
-    assert after(words, "--rdzv-endpoint") == [f"node7:{20000 + 30123 % 20000}"]
+    assert after(words, "--rdzv-endpoint") == [f"node7:{20000 + 30123 % 12768}"]
     assert words[words.index("tools/preflight.py") + 1 :] == [
         *("--shared", "/ckpt", "--tokenizer-type", "SentencePieceTokenizer"),
         *("--tokenizer-model", "/data/tok", "--data", "/data/web", "/data/code", "/data/qa"),
@@ -76,6 +76,12 @@ def test_the_names_of_many_nodes_are_read_to_their_end(programs, tmp_path):
     assert result.returncode == 0, result.stderr
     [endpoint] = after(result.stdout.splitlines(), "--rdzv-endpoint")
     assert endpoint.startswith("node000007:")
+
+
+@pytest.mark.parametrize(("job", "port"), [(12767, 32767), (12768, 20000), (38303, 32767)])
+def test_the_rendezvous_is_below_the_ports_that_linux_gives_to_connections(programs, job, port):
+    words = preflight(programs, OUT="/ckpt", SLURM_JOB_ID=str(job)).stdout.splitlines()
+    assert after(words, "--rdzv-endpoint") == [f"node7:{port}"]
 
 
 def test_a_job_has_all_memory_and_all_cores_of_its_nodes(programs):
