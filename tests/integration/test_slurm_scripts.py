@@ -93,6 +93,22 @@ def test_a_job_has_all_memory_and_all_cores_of_its_nodes(programs):
     assert "--cpu-bind=none" in words[: words.index("bash")]
 
 
+@pytest.mark.parametrize(
+    "script", [*SLURM.glob("*.sbatch"), ROOT / "examples" / "paper" / "job.sbatch"]
+)
+def test_a_job_submitted_from_elsewhere_says_where_to_submit_it(programs, script, tmp_path):
+    result = subprocess.run(
+        ["bash", str(script), "examples/paper/base_lm.sh"],
+        env={"PATH": programs, "OUT": "/ckpt"} | JOB | {"SLURM_SUBMIT_DIR": str(tmp_path)},
+        **{"cwd": "/", "text": True, "capture_output": True},
+    )
+    assert (result.returncode, result.stdout) == (2, "")
+    assert result.stderr == (
+        f"{script.name}: error: submit from the root of the checkout, found no examples/slurm/job.sh in "
+        f"{tmp_path}\n"
+    )
+
+
 def test_pyxis_gets_image_mounts_and_folder(programs):
     container = {
         "CONTAINER_IMAGE": "/images/torch.sqsh",
