@@ -16,13 +16,19 @@ fail() {
 begin() {
     ((BASH_VERSINFO[0] * 100 + BASH_VERSINFO[1] >= 404)) || fail "bash 4.4 or newer is needed"
     DRY_RUN=${DRY_RUN:-0}
+    [[ $DRY_RUN == [01] ]] || fail "DRY_RUN: expected 0 or 1, found $DRY_RUN"
     EXTRA=()
     START=()
     ARCHITECTURE=()
     DATASET_LOG=(--dataset-log-interval 10)
     local word
     for word; do
-        if [[ $word == --dry-run ]]; then DRY_RUN=1; else EXTRA+=("$word"); fi
+        case $word in
+            --dry-run) DRY_RUN=1 ;;
+            # Mistyped, it would start the run.
+            -[Dd]ry* | --[Dd]ry* | -DRY* | --DRY*) fail "$word: expected --dry-run, found an unknown flag" ;;
+            *) EXTRA+=("$word") ;;
+        esac
     done
     SIZE=${SIZE:-$RECIPES/sizes/paper.sh}
     [[ -f $SIZE ]] || fail "SIZE: expected a file of sizes, found nothing at $SIZE"

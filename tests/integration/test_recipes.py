@@ -164,6 +164,17 @@ def test_wrong_settings_are_refused(world, changes, start):
     assert world.refusal("base_lm", **changes).startswith(f"base_lm.sh: error: {start}")
 
 
+@pytest.mark.parametrize(
+    "word", ["--dryrun", "--dry_run", "--dry", "--dry-run=1", "-dry-run", "--dry-rum", "--Dry-Run"]
+)
+def test_a_mistyped_dry_run_starts_nothing(world, word):
+    started = {"PYTHON": str(world.directory / "echo-words")}
+    line = world.refusal("base_lm", "--exit-interval", "5", word, **started)
+    assert line == f"base_lm.sh: error: {word}: expected --dry-run, found an unknown flag"
+    line = world.refusal("base_lm", DRY_RUN="yes", **started)
+    assert line == "base_lm.sh: error: DRY_RUN: expected 0 or 1, found yes"
+
+
 def test_a_model_is_not_written_over_the_one_that_it_starts_from(world):
     trained = world.settings["BASE_LM"]
     line = world.refusal("synth_lm", OUT=f"{trained}/../trained")
