@@ -26,6 +26,7 @@ from megatron_ext.checkpoint.source import (
     Start,
     resolve_start,
     warn_of_overwriting,
+    warn_of_unfinished,
 )
 from megatron_ext.config import ChatConfig, LogConfig, UnlearnConfig
 from megatron_ext.data.checks import check_vocabulary
@@ -172,6 +173,7 @@ def check_checkpoints(args: Namespace, config: UnlearnConfig) -> Start:
     """
     start = resolve_start(args, required=config.enabled or args.chat_digest is not None)
     warn_of_overwriting(args, start)
+    warn_of_unfinished(args, start)
     if start.checkpoint is not None:
         if args.chat_digest is None:
             # What is trained on from a tuned model still speaks its template.

@@ -291,6 +291,18 @@ def test_the_readme_s_scores_of_a_sweep_are_joined(sweep, tmp_path):
     assert "| unlearn-w0.003 - synth, MMLU | +0.0 | +0.0 | +0.0 |" in out
 
 
+def test_the_readme_s_chat_job_waits_for_the_model_that_it_tunes(tmp_path):
+    text = (ROOT / "examples" / "paper" / "README.md").read_text()
+    [block] = re.findall(r"^job=\$\(.*?(?=^# )", text, re.DOTALL | re.MULTILINE)
+    executable(
+        tmp_path / "sbatch", f'echo "$OUT $MODEL $SYNTH_LM $*" >>{tmp_path}/jobs\necho 30123'
+    )
+    bash(block, PATH=f"{tmp_path}:{os.environ['PATH']}")
+    unlearn, chat = (tmp_path / "jobs").read_text().splitlines()
+    assert unlearn.startswith("ckpt/unlearn  ckpt/start --parsable ")
+    assert chat.startswith("ckpt/chat ckpt/unlearn  --dependency=afterok:30123 ")
+
+
 def test_shellcheck_finds_nothing():
     if shutil.which("shellcheck") is None:
         pytest.skip("shellcheck is not installed")

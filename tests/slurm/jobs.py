@@ -188,6 +188,25 @@ def test_slurm_tells_a_job_of_its_time_limit(cluster, tmp_path):
     assert "none before, 5 now; the job is requeued" in log.read_text()
 
 
+def test_a_job_that_waits_for_another_starts_after_its_last_start(cluster, tmp_path):
+    """As `afterok` promises; what has requeued itself has not ended."""
+    recipe = tmp_path / "recipe.sh"
+    recipe.write_text(
+        "test ! -e $OUT/latest_checkpointed_iteration.txt || { sleep 3; touch $OUT/over; exit 0; }\n"
+        "sleep 3; echo 5 >$OUT/latest_checkpointed_iteration.txt; exit 1\n"
+    )
+    after = tmp_path / "after.sh"
+    after.write_text("#!/bin/sh\ntest -e $OUT/over\n")
+    logs = [tmp_path / name for name in ("first.log", "second.log")]
+    settings = {"OUT": str(tmp_path)}
+    words = ("--nodes", 1, "--output", logs[0], PAPER, recipe)
+    first = cluster.submit(*words, settings=settings, directory=ROOT)
+    words = ("--output", logs[1], f"--dependency=afterok:{first}", after)
+    second = cluster.submit(*words, settings=settings, directory=ROOT)
+    assert cluster.wait(second, 120, logs[0]) == "COMPLETED"
+    assert cluster.state(first)["Restarts"] == "1"
+
+
 def test_a_rank_that_dies_is_started_again_in_the_same_job(cluster, world, base, undisturbed):
     job = Job(cluster, world, base[0].save, "rank")
     job.until_saved()
