@@ -260,7 +260,7 @@ launch() {
     ((TP == 1)) || flags+=(--sequence-parallel)
     flags+=("$@" "${EXTRA[@]}")
     export OMP_NUM_THREADS
-    set_launcher
+    set_launcher "${flags[@]}"
     local command=("${LAUNCHER[@]}" "$ROOT/pretrain_unlearn.py" "${flags[@]}")
     if ((DRY_RUN)); then
         printf '%q ' "${command[@]}"
@@ -275,8 +275,8 @@ launch() {
     exec "${command[@]}"
 }
 
-# Sets NODES, and LAUNCHER: torchrun on this node, or one torchrun a node by srun inside a Slurm job. Outside of
-# one, NODES is only for planning with --dry-run.
+# set_launcher FLAG...: sets NODES, and LAUNCHER: torchrun on this node, or one torchrun a node by srun inside a Slurm
+# job. Outside of one, NODES is only for planning with --dry-run.
 set_launcher() {
     LAUNCHER=("$PYTHON" -m torch.distributed.run --nproc-per-node "$GPUS_PER_NODE")
     if [[ -z ${SLURM_JOB_ID:-} ]]; then
@@ -292,5 +292,5 @@ set_launcher() {
     fi
     # shellcheck source=../slurm/launcher.sh
     source "$ROOT/examples/slurm/launcher.sh"
-    slurm_launcher "$GPUS_PER_NODE"
+    slurm_launcher "$GPUS_PER_NODE" "$@"
 }

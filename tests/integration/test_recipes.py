@@ -216,6 +216,13 @@ def test_a_slurm_job_starts_one_torchrun_a_node(world, tmp_path):
         ["bash", copy, "examples/paper/synth_lm.sh"],
         **{"cwd": ROOT, "env": environment, "text": True, "capture_output": True},
     )
+    container = {"CONTAINER_IMAGE": "nvidia/cuda", "CONTAINER_MOUNTS": str(tmp_path)}
+    refused = subprocess.run(
+        ["bash", copy, "examples/paper/synth_lm.sh"],
+        **{"cwd": ROOT, "env": environment | container, "text": True, "capture_output": True},
+    )
+    assert (refused.returncode, refused.stdout) == (2, "")
+    assert refused.stderr.startswith("TOKENIZER: expected a path that the container sees, below ")
     words = result.stdout.splitlines()
     assert words[:8] == [
         *("srun", "--nodes", "4", "--ntasks", "4", "--ntasks-per-node", "1"),

@@ -277,16 +277,22 @@ def test_a_container_gets_the_launcher_and_its_mounts(cluster, world, base, undi
         'while [[ $1 != *.sif ]]; do shift; done\nshift\nexec "$@"\n'
     )
     stand_in.chmod(0o755)
+    image = tmp_path / "torch 2.sif"
+    image.touch()
     job = Job(
         *(cluster, world, base[0].save, "container"),
-        **{"CONTAINER_IMAGE": "/images/torch 2.sif", "CONTAINER_RUNTIME": "apptainer"},
-        **{"CONTAINER_MOUNTS": "/data:/data", "PATH": f"{tmp_path}:{os.environ['PATH']}"},
+        **{"CONTAINER_IMAGE": str(image), "CONTAINER_RUNTIME": "apptainer"},
+        **{
+            "CONTAINER_MOUNTS": f"/data:/data,{world.directory}",
+            "PATH": f"{tmp_path}:{os.environ['PATH']}",
+        },
     )
     assert undisturbed[1].difference(job.result()) is None
     for node in range(2):
         words = Path(f"{job.output.directory}.words.{node}").read_text()
         assert words.startswith(
-            f"exec --nv --bind {ROOT}:{ROOT}\\,/data:/data --pwd {ROOT} /images/torch\\ 2.sif "
+            f"exec --nv --bind {ROOT}:{ROOT}\\,/data:/data\\,{world.directory} --pwd {ROOT} "
+            f"{tmp_path}/torch\\ 2.sif "
         )
 
 
