@@ -11,6 +11,7 @@ import pytest
 
 from tests.helpers.entry import ROOT
 from tests.helpers.recipes import MINI, RECIPES, TABLE, World, after, build, executable
+from tests.unit.test_plan import write_index
 
 
 @pytest.fixture(scope="module")
@@ -119,6 +120,19 @@ def test_the_plan_follows_the_command(world):
     assert "--sequence-parallel" in command
     assert after(command, "--nnodes") == [CLUSTER["NODES"]]  # as Slurm would start it
     assert not Path(world.settings["OUT"]).exists()
+
+
+def test_a_dry_run_refuses_data_that_the_job_would_not_split(world):
+    few = write_index(world.directory / "few", 402 * 10**4, 402)
+    for plan in ("", "--check"):
+        result = world.run("unlearn_lm", "--dry-run", **CLUSTER, SYNTHETIC=few, PLAN=plan)
+        assert result.returncode == 2
+        assert result.stderr == (
+            f"plan_run.py: error: --split: expected at least one document of --forget-data-path {few} for "
+            "the valid split, found none of its 402 with shares 999,1,0\n"
+        )
+    other = world.run("unlearn_lm", "--dry-run", "--split", "9,1,0", **CLUSTER, SYNTHETIC=few)
+    assert (other.returncode, other.stderr) == (0, "")
 
 
 def test_sizes_and_environment_change_numbers_and_no_flag(world, commands):
