@@ -42,6 +42,7 @@ def preflight(programs: str, *words: str, **variables: str) -> subprocess.Comple
 
 def test_preflight_takes_the_settings_of_a_run(programs):
     data = {"REAL": "0.7 /data/web\n  0.3 /data/code", "SYNTHETIC": "/data/qa"}
+    data["MIN_BUS_BANDWIDTH"] = "200"
     result = preflight(programs, "--timeout", "60", OUT="/ckpt", TOKENIZER="/data/tok", **data)
     words = result.stdout.splitlines()
     assert words[:8] == [
@@ -53,7 +54,8 @@ def test_preflight_takes_the_settings_of_a_run(programs):
     assert after(words, "--rdzv-endpoint") == [f"node7:{20000 + 30123 % 12768}"]
     assert words[words.index("tools/preflight.py") + 1 :] == [
         *("--shared", "/ckpt", "--tokenizer-type", "SentencePieceTokenizer"),
-        *("--tokenizer-model", "/data/tok", "--data", "/data/web", "/data/code", "/data/qa"),
+        *("--tokenizer-model", "/data/tok", "--min-bus-bandwidth", "200"),
+        *("--data", "/data/web", "/data/code", "/data/qa"),
         *("--timeout", "60"),
     ]
 
