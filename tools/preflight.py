@@ -7,9 +7,9 @@ r"""Check the nodes of a run before it starts: one rank a GPU, on all nodes, as 
 
 Compares versions, this checkout, GPUs and clocks of all nodes; checks all-reduce and measures it and the
 links between neighbours, over NCCL (gloo without GPUs); writes to the shared folder and reads it on every
-node; looks at data sets and tokenizer from every node. Rank 0 prints a table of pass, warn and FAIL; the exit
-code is 1 if anything failed. Ranks wait for each other --timeout seconds at most; those that do not come are
-named.
+node; looks at data sets, tokenizer, checkpoints and files from every node. Rank 0 prints a table of pass,
+warn and FAIL; the exit code is 1 if anything failed. Ranks wait for each other --timeout seconds at most;
+those that do not come are named.
 """
 
 from __future__ import annotations
@@ -64,6 +64,13 @@ def parse_args() -> argparse.Namespace:
         default=[],
         metavar="PREFIX",
         help="data sets, as --data-path names them",
+    )
+    add(
+        "--inputs",
+        nargs="+",
+        default=[],
+        metavar="PATH",
+        help="folders of checkpoints, and files, that the run reads",
     )
     add("--tokenizer-type", choices=TOKENIZER_TYPES)
     add(
@@ -127,6 +134,7 @@ def options_of(args: argparse.Namespace) -> Options:
         probe_bytes=args.probe_mib << 20,
         checkpoint_bytes=int(args.checkpoint_bytes),
         data=args.data,
+        inputs=args.inputs,
         tokenizer=spec,
         message_bytes=sizes or None,
         least_bandwidth=None if least is None else least * 1e9,

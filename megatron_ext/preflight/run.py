@@ -29,6 +29,7 @@ class Options:
         probe_bytes: size of the file that is written there.
         checkpoint_bytes: that must be free there.
         data: prefixes of data sets.
+        inputs: folders of checkpoints, and files, that the run reads.
         tokenizer: that they must have been made with.
         message_bytes: sizes of the all-reduces, ascending; None chooses them.
         least_bandwidth: bus bandwidth that the last of them must reach, in bytes a second.
@@ -38,6 +39,7 @@ class Options:
     probe_bytes: int = 64 << 20
     checkpoint_bytes: int = 0
     data: Sequence[str] = ()
+    inputs: Sequence[str] = ()
     tokenizer: TokenizerSpec | None = None
     message_bytes: Sequence[int] | None = None
     least_bandwidth: float | None = None
@@ -136,3 +138,6 @@ def _files(ranks: Ranks, options: Options, nodes: Sequence[str], rows: list[Row]
     look = files.all_datasets(options.data, options.tokenizer) if ranks.leads_node else None
     if answers := ranks.gather("data", look):
         rows += verdict.data(*_leaders(nodes, answers))
+    seen = {path: files.read_input(path) for path in options.inputs} if ranks.leads_node else None
+    if answers := ranks.gather("inputs", seen):
+        rows += verdict.inputs(*_leaders(nodes, answers))

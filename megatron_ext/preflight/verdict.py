@@ -194,6 +194,21 @@ def data(nodes: Sequence[str], answers: Sequence[Mapping[str, Any]]) -> list[Row
     return rows
 
 
+def inputs(nodes: Sequence[str], answers: Sequence[Mapping[str, Any]]) -> list[Row]:
+    """The same checkpoints and files on all nodes.
+
+    Args:
+        nodes: those that looked.
+        answers: what `files.read_input` returned, by path.
+    """
+    rows = []
+    for path in answers[0]:
+        found = [answer[path] for answer in answers]
+        texts = [f"{path}: {one.get('found')}" for one in found]
+        rows += errors("input", nodes, found) or [_equal("input", nodes, texts, str)]
+    return rows
+
+
 def clock(nodes: Sequence[str], times: Sequence[float]) -> list[Row]:
     """Clocks, read when all ranks were let go at once.
 

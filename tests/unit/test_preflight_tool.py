@@ -78,6 +78,20 @@ def test_a_table_that_cannot_be_written_leaves_what_was_printed(tmp_path, capsys
     assert capsys.readouterr().err.startswith(f"preflight.py: --table {tmp_path}/table.txt/x: ")
 
 
+def test_a_start_is_a_checkpoint_that_is_there(tmp_path):
+    found = files.read_input(str(tmp_path))
+    name = "latest_checkpointed_iteration.txt"
+    assert found == {"error": f"{tmp_path}: expected a checkpoint, found no {name}"}
+    (tmp_path / name).write_text("7")
+    found = files.read_input(str(tmp_path))
+    assert found == {"error": f"{tmp_path}: cannot be read: No such file or directory"}
+    for iteration, folder in (("7", "iter_0000007"), ("release", "release")):
+        (tmp_path / name).write_text(iteration)
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "x.distcp").touch()
+        assert files.read_input(str(tmp_path))["found"].startswith(f"{folder}, 1 files, digest ")
+
+
 def test_a_start_without_a_launcher_is_refused():
     with pytest.raises(
         ConfigError, match=r"^RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT: "
