@@ -27,6 +27,7 @@ from megatron_ext.checkpoint.source import (
     Start,
     refuse_overwriting,
     resolve_start,
+    warn_of_unfinished,
 )
 from megatron_ext.config import ChatConfig, RunConfig, UnlearnConfig
 from megatron_ext.data.checks import check_tokenizer_place, check_vocabulary
@@ -176,6 +177,7 @@ def check_checkpoints(args: Namespace, config: UnlearnConfig) -> Start:
     """
     start = resolve_start(args, required=config.enabled or args.chat_digest is not None)
     refuse_overwriting(args, start)
+    warn_of_unfinished(args, start)
     if start.checkpoint is not None:
         if args.chat_digest is None:
             # What is trained on from a tuned model still speaks its template.

@@ -7,9 +7,9 @@ r"""Check the nodes of a run before it starts: one rank a GPU, on all nodes, as 
 
 Compares versions, this checkout, GPUs and clocks of all nodes; checks all-reduce and measures it and the
 links between neighbours, over NCCL (gloo without GPUs); writes to the shared folder and reads it on every
-node; looks at data sets and tokenizer from every node. Rank 0 prints a table of pass, warn and FAIL; the exit
-code is 1 if anything failed. Ranks wait for each other --timeout seconds at most; those that do not come are
-named.
+node; looks at data sets, tokenizer, checkpoints and files from every node. Rank 0 prints a table of pass,
+warn and FAIL; the exit code is 1 if anything failed. Ranks wait for each other --timeout seconds at most;
+those that do not come are named.
 """
 
 from __future__ import annotations
@@ -65,6 +65,13 @@ def parse_args() -> argparse.Namespace:
         metavar="PREFIX",
         help="data sets, as --data-path names them",
     )
+    add(
+        "--inputs",
+        nargs="+",
+        default=[],
+        metavar="PATH",
+        help="folders of checkpoints, and files, that the run reads",
+    )
     add("--tokenizer-type", choices=TOKENIZER_TYPES)
     add(
         "--tokenizer-model",
@@ -91,6 +98,12 @@ def parse_args() -> argparse.Namespace:
         help="longest time that ranks wait for each other, default 120",
     )
     add("--json", type=Path, metavar="FILE", help="also write the table to this JSON file")
+    add(
+        "--table",
+        type=Path,
+        metavar="FILE",
+        help="also write the table to this text file, in the place of an older one",
+    )
     args = parser.parse_args()
     if (args.tokenizer_type is None) != (args.tokenizer_model is None):
         raise ConfigError(
@@ -121,6 +134,7 @@ def options_of(args: argparse.Namespace) -> Options:
         probe_bytes=args.probe_mib << 20,
         checkpoint_bytes=int(args.checkpoint_bytes),
         data=args.data,
+        inputs=args.inputs,
         tokenizer=spec,
         message_bytes=sizes or None,
         least_bandwidth=None if least is None else least * 1e9,
@@ -134,18 +148,31 @@ def write_json(path: Path, rows: Sequence[Row]) -> None:
     replace_file(path, f"{json.dumps(report, indent=2)}\n".encode())
 
 
+def write_table(path: Path, table: str) -> None:
+    """The table in a file; a folder that cannot be written is what the table itself has found."""
+    try:
+        replace_file(path, f"{table}\n".encode())
+    except OSError as error:
+        print(f"preflight.py: --table {path}: {error.strerror}", file=sys.stderr, flush=True)
+
+
 def main() -> None:
     """Run, print, and leave with 1 if anything failed."""
     args = parse_args()
     options = options_of(args)
-    if args.json is not None and launched.rank() == "0":
-        check_place(args.json, flag="--json")
-        refuse_existing([args.json], overwrite=True)
+    if launched.rank() == "0":
+        for flag, path in (("--json", args.json), ("--table", args.table)):
+            if path is not None:
+                check_place(path, flag=flag)
+                refuse_existing([path], overwrite=True)
     ranks = connect(os.environ, timeout=args.timeout)
     rows = run(ranks, options)
     failed = any(row.status == FAIL for row in rows)
     if ranks.rank == 0:
-        print(format_table(rows), flush=True)
+        table = format_table(rows)
+        print(table, flush=True)
+        if args.table is not None:
+            write_table(args.table, table)
         if args.json is not None:
             write_json(args.json, rows)
     elif rows:

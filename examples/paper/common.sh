@@ -16,13 +16,19 @@ fail() {
 begin() {
     ((BASH_VERSINFO[0] * 100 + BASH_VERSINFO[1] >= 404)) || fail "bash 4.4 or newer is needed"
     DRY_RUN=${DRY_RUN:-0}
+    [[ $DRY_RUN == [01] ]] || fail "DRY_RUN: expected 0 or 1, found $DRY_RUN"
     EXTRA=()
     START=()
     ARCHITECTURE=()
     DATASET_LOG=(--dataset-log-interval 10)
     local word
     for word; do
-        if [[ $word == --dry-run ]]; then DRY_RUN=1; else EXTRA+=("$word"); fi
+        case $word in
+            --dry-run) DRY_RUN=1 ;;
+            # Mistyped, it would start the run.
+            -[Dd]ry* | --[Dd]ry* | -DRY* | --DRY*) fail "$word: expected --dry-run, found an unknown flag" ;;
+            *) EXTRA+=("$word") ;;
+        esac
     done
     SIZE=${SIZE:-$RECIPES/sizes/paper.sh}
     [[ -f $SIZE ]] || fail "SIZE: expected a file of sizes, found nothing at $SIZE"
@@ -254,7 +260,7 @@ launch() {
     ((TP == 1)) || flags+=(--sequence-parallel)
     flags+=("$@" "${EXTRA[@]}")
     export OMP_NUM_THREADS
-    set_launcher
+    set_launcher "${flags[@]}"
     local command=("${LAUNCHER[@]}" "$ROOT/pretrain_unlearn.py" "${flags[@]}")
     if ((DRY_RUN)); then
         printf '%q ' "${command[@]}"
@@ -269,8 +275,8 @@ launch() {
     exec "${command[@]}"
 }
 
-# Sets NODES, and LAUNCHER: torchrun on this node, or one torchrun a node by srun inside a Slurm job. Outside of
-# one, NODES is only for planning with --dry-run.
+# set_launcher FLAG...: sets NODES, and LAUNCHER: torchrun on this node, or one torchrun a node by srun inside a Slurm
+# job. Outside of one, NODES is only for planning with --dry-run.
 set_launcher() {
     LAUNCHER=("$PYTHON" -m torch.distributed.run --nproc-per-node "$GPUS_PER_NODE")
     if [[ -z ${SLURM_JOB_ID:-} ]]; then
@@ -286,5 +292,5 @@ set_launcher() {
     fi
     # shellcheck source=../slurm/launcher.sh
     source "$ROOT/examples/slurm/launcher.sh"
-    slurm_launcher "$GPUS_PER_NODE"
+    slurm_launcher "$GPUS_PER_NODE" "$@"
 }

@@ -21,7 +21,7 @@ run_recipe() {
         exit 2
     }
     if [[ ${PREFLIGHT:-0} != 0 ]]; then
-        bash examples/slurm/preflight.sbatch
+        RECIPE=$(printf '%q ' "$@") bash examples/slurm/preflight.sbatch
     fi
     local recipe before code=0 again=1 ended
     before=$(saved)

@@ -21,6 +21,10 @@ export PET_RDZV_CONF=is_host=$host,join_timeout=900,read_timeout=600
 # the addresses of the ranks before them, and connect to nobody.
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 
+# torchrun's 30 s between SIGTERM and SIGKILL would end the ranks in the middle of their save. Not by its flag, which
+# torch 2.11 refuses; it passes over the variable.
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-280}
+
 # The last collectives of each rank, written when one of them has timed out; torch's own default is the node's /tmp.
 # Megatron prefers the variable to its flag.
 if [[ " $* " != *" --flight-recorder-dump-path"[\ =]* ]]; then

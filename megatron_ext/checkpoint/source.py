@@ -179,6 +179,27 @@ def refuse_overwriting(args: Namespace, start: Start) -> None:
         )
 
 
+def warn_of_unfinished(args: Namespace, start: Start) -> None:
+    """Say that the checkpoint that a new run starts from is from the middle of its own run.
+
+    Most often that run is still going on, or was stopped, as when two jobs were submitted together.
+
+    Args:
+        args: Megatron's validated arguments.
+        start: where the run begins.
+    """
+    found = start.checkpoint
+    if found is None or start.resumed or args.rank != 0 or args.ckpt_step:
+        return
+    planned = getattr(found.args, "train_iters", None)
+    if planned is not None and 0 < found.iteration < planned:
+        logger.warning(
+            "%s %s: its latest checkpoint is of iteration %d of the %d of its run, so this run starts from a "
+            "model that is not trained to its end",
+            *(start.flag, found.directory, found.iteration, planned),
+        )
+
+
 @dataclass(frozen=True)
 class ReferenceSource:
     """Which checkpoint the reference is, and what an earlier part of the run recorded of it.

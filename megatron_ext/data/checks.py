@@ -22,6 +22,7 @@ from megatron_ext.data.indexed import bin_path
 from megatron_ext.data.manifest import Manifest, check_prefix, read_manifest
 from megatron_ext.data.open_files import check_limit, files_of
 from megatron_ext.data.providers import Blend, forget_blends
+from megatron_ext.data.shares import check_documents, missing_share, needed_splits
 from megatron_ext.data.tokenizers import TOKENIZER_TYPES, TokenizerSpec, check_found
 from megatron_ext.exceptions import ConfigError, DataError, flag_name
 
@@ -202,21 +203,15 @@ def _named(
 
 def _check_splits(args: Namespace, side: Sequence[_NamedBlend]) -> None:
     """Training and validation need data; a test split may be missing, and then nothing is tested."""
-    validates = args.eval_iters > 0
-    wanted = {
-        Split.train: (not args.skip_train, "training", "--skip-train"),
-        Split.valid: (validates, f"validation (--eval-iters {args.eval_iters})", "--eval-iters 0"),
-    }
     for named in side:
-        for split, (needed, purpose, way_out) in wanted.items():
-            if not needed or named.shares.get(split, (0, 1)) is not None:
+        for name, (purpose, way_out) in needed_splits(args).items():
+            if named.shares.get(Split[name], (0, 1)) is not None:
                 continue
-            what = f"{named.flag}: expected a dataset for {purpose}, found none; name one"
             if named.blend is not None:
-                what = (
-                    f"--split: expected a share of {named.flag} for {purpose}, found {args.split}"
-                )
-            raise ConfigError(f"{what}, or use {way_out}")
+                raise missing_share(named.flag, args.split, purpose, way_out)
+            raise ConfigError(
+                f"{named.flag}: expected a dataset for {purpose}, found none; name one, or use {way_out}"
+            )
 
 
 def _check_test_paths(sides: Sequence[Sequence[_NamedBlend]]) -> None:
@@ -271,12 +266,5 @@ def _check_files(args: Namespace, named: _NamedBlend) -> None:
             )
         except DataError as error:
             raise DataError(f"{named.flag}: {error}") from error
-        for split, share in named.shares.items():
-            if share is None:
-                continue
-            first, end = (round(bound * float(summary.sequences)) for bound in share)  # as Megatron
-            if first == end:
-                raise DataError(
-                    f"--split: expected at least one document of {named.flag} {path} for the "
-                    f"{split.name} split, found none of its {summary.sequences} with shares {args.split}"
-                )
+        shares = {split.name: share for split, share in named.shares.items()}
+        check_documents(path, summary.sequences, shares, flag=named.flag, split=args.split)

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from megatron_ext.data.blend import check_enough, training_tokens
+from megatron_ext.data.indexed import read_index_summary
 from megatron_ext.data.manifest import check_prefix
+from megatron_ext.data.shares import check_documents, missing_share, needed_splits, split_shares
 from megatron_ext.exceptions import ConfigError, DataError
 
 
@@ -87,6 +90,27 @@ def check_made_with(blend: Sequence[str], tokenizer: DataTokenizer, *, flag: str
             )
         except DataError as error:
             raise DataError(f"{flag}: {error}") from error
+
+
+def check_split(blend: Sequence[str], *, flags: Namespace, flag: str) -> None:
+    """Refuse data of which a split that the run reads gets nothing, as the run does.
+
+    Args:
+        blend: in Megatron's syntax.
+        flags: of the entry point.
+        flag: that named the blend.
+
+    Raises:
+        ConfigError: a split has no share.
+        DataError: no document falls into a share.
+    """
+    shares = split_shares(flags.split)
+    for name, (purpose, way_out) in needed_splits(flags).items():
+        if shares[name] is None:
+            raise missing_share(flag, flags.split, purpose, way_out)
+    for prefix in dict.fromkeys(_parse_blend(blend)[1]):
+        sequences = read_index_summary(prefix).sequences
+        check_documents(prefix, sequences, shares, flag=flag, split=flags.split)
 
 
 def check_samples(

@@ -124,7 +124,8 @@ def _parser() -> argparse.ArgumentParser:
         parser.add_argument(f"--{name}-weight", type=float, default=weight)
     for name in ("max-mitigation-kl", "max-replay-increase", "min-forget-probability"):
         parser.add_argument(f"--{name}", type=float)
-    parser.add_argument("--split", default="969,30,1")  # Megatron's
+    parser.add_argument("--split", default="969,30,1")  # Megatron's, as is the next
+    parser.add_argument("--eval-iters", type=int, default=100)
     parser.add_argument("--chat-data-path", nargs="+")
     parser.add_argument("--chat-epochs", type=int, default=ChatConfig.chat_epochs)
     parser.add_argument("--normalization", default="LayerNorm")  # both are Megatron's

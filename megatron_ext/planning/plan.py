@@ -11,7 +11,7 @@ from megatron_ext.exceptions import ConfigError
 from megatron_ext.gpus import Cluster
 from megatron_ext.planning import flags as entry
 from megatron_ext.planning.architecture import Architecture
-from megatron_ext.planning.data import check_made_with, check_samples, dataset_uses
+from megatron_ext.planning.data import check_made_with, check_samples, check_split, dataset_uses
 from megatron_ext.planning.layout import Layout, Unlearning
 from megatron_ext.planning.memory import StageMemory, all_stages, checkpoint_bytes
 from megatron_ext.planning.ranking import Candidate, rank_layouts
@@ -92,7 +92,7 @@ def _tokens(flags: Namespace, layout: Layout, unlearning: Unlearning | None) -> 
 
 
 def _check_data(flags: Namespace, layout: Layout, forget: int) -> None:
-    """Refuse data of another tokenizer, or that end before the run does."""
+    """Refuse data of another tokenizer, without a document of a split, or that end before the run does."""
     # Of a last part of a batch a run reads the samples, but takes no step.
     samples = flags.train_samples or flags.train_iters * layout.global_batch
     batches = -(-samples // layout.global_batch)
@@ -104,6 +104,8 @@ def _check_data(flags: Namespace, layout: Layout, forget: int) -> None:
     ):
         if blend and tokenizer is not None:
             check_made_with(blend, tokenizer, flag=flag)
+        if blend:
+            check_split(blend, flags=flags, flag=flag)
         if blend and flags.dataloader_type == "single":  # another one begins again
             check_samples(
                 blend, wanted=wanted, sequence=layout.sequence, split=flags.split, flag=flag

@@ -130,6 +130,31 @@ def _update(digest: Any, path: Path) -> None:
         digest.update(stream.read(_EDGE))
 
 
+def read_input(path: str) -> dict[str, Any]:
+    """A cheap look at a file, or at the latest checkpoint of a folder; no file is read in full.
+
+    Returns:
+        `found`, what all nodes must see, or `error`.
+    """
+    place, digest = Path(path), hashlib.sha256()
+    try:
+        if not place.is_dir():
+            _update(digest, place)
+            return {"found": f"{place.stat().st_size:,} bytes, digest {digest.hexdigest()[:16]}"}
+        tracker = place / "latest_checkpointed_iteration.txt"
+        if not tracker.is_file():
+            return {"error": f"{path}: expected a checkpoint, found no {tracker.name}"}
+        latest = tracker.read_text(errors="replace").strip()
+        folder = place / (f"iter_{int(latest):07d}" if latest.isdecimal() else latest)
+        names = sorted(entry.name for entry in folder.iterdir())
+        digest.update("\0".join(names).encode())
+        if ".metadata" in names:
+            _update(digest, folder / ".metadata")
+    except OSError as error:
+        return {"error": f"{path}: cannot be read: {error.strerror}"}
+    return {"found": f"{folder.name}, {len(names)} files, digest {digest.hexdigest()[:16]}"}
+
+
 def tokenizer_facts(spec: TokenizerSpec | None) -> dict[str, Any]:
     """`digest` and `vocab_size` of a tokenizer, `error`, or nothing if none was given."""
     if spec is None:

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from megatron_ext import gpus
 from megatron_ext.data.tokenizers import TokenizerSpec
-from megatron_ext.preflight import facts, files, network, verdict
+from megatron_ext.preflight import bandwidth, facts, files, network, verdict
 from megatron_ext.preflight.ranks import MissingRanksError, Ranks
 from megatron_ext.preflight.verdict import FAIL, Row
+
+# Bytes of a message that is long enough for a link to show its bandwidth.
+_FAST = 16 << 20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,6 +29,7 @@ class Options:
         probe_bytes: size of the file that is written there.
         checkpoint_bytes: that must be free there.
         data: prefixes of data sets.
+        inputs: folders of checkpoints, and files, that the run reads.
         tokenizer: that they must have been made with.
         message_bytes: sizes of the all-reduces, ascending; None chooses them.
         least_bandwidth: bus bandwidth that the last of them must reach, in bytes a second.
@@ -33,6 +39,7 @@ class Options:
     probe_bytes: int = 64 << 20
     checkpoint_bytes: int = 0
     data: Sequence[str] = ()
+    inputs: Sequence[str] = ()
     tokenizer: TokenizerSpec | None = None
     message_bytes: Sequence[int] | None = None
     least_bandwidth: float | None = None
@@ -52,8 +59,8 @@ def run(ranks: Ranks, options: Options) -> list[Row]:
             count = len(set(nodes))
             rows.append(Row("ranks", verdict.PASS, (), f"{ranks.world}, nodes: {count}"))
         _clock(ranks, nodes, rows)
-        _machine(ranks, nodes, rows)
-        _network(ranks, options, nodes, rows)
+        devices = _machine(ranks, nodes, rows)
+        _network(ranks, options, nodes, devices, rows)
         _files(ranks, options, nodes, rows)
     except MissingRanksError as error:
         rows.append(Row("ranks", FAIL, (), str(error)))
@@ -74,7 +81,8 @@ def _clock(ranks: Ranks, nodes: Sequence[str], rows: list[Row]) -> None:
         rows += verdict.clock(*_leaders(nodes, times))
 
 
-def _machine(ranks: Ranks, nodes: Sequence[str], rows: list[Row]) -> None:
+def _machine(ranks: Ranks, nodes: Sequence[str], rows: list[Row]) -> list[dict[str, Any]]:
+    """On rank 0 the GPU of each rank."""
     gpu = facts.gpu(ranks.local_rank)
     answer = {"versions": facts.versions(), "driver": facts.driver()} if ranks.leads_node else None
     devices = ranks.gather("gpu", gpu)
@@ -83,9 +91,16 @@ def _machine(ranks: Ranks, nodes: Sequence[str], rows: list[Row]) -> None:
         rows += verdict.versions(names, [one["versions"] for one in found])
         drivers = {name: one["driver"] for name, one in zip(names, found, strict=True)}
         rows += verdict.gpus(nodes, devices, drivers)
+    return devices
 
 
-def _network(ranks: Ranks, options: Options, nodes: Sequence[str], rows: list[Row]) -> None:
+def _network(
+    ranks: Ranks,
+    options: Options,
+    nodes: Sequence[str],
+    devices: Sequence[Mapping[str, Any]],
+    rows: list[Row],
+) -> None:
     # Where a rank has no GPU, or another than the rest, the others would wait for it in vain.
     fit = all(row.status != FAIL for row in rows if row.check == "GPU")
     per_node = network.ranks_of_a_node(nodes) if nodes else 0
@@ -96,10 +111,12 @@ def _network(ranks: Ranks, options: Options, nodes: Sequence[str], rows: list[Ro
     sizes = options.message_bytes
     if sizes is None:
         sizes = (1 << 20, 16 << 20, 256 << 20) if torch.cuda.is_available() else (1 << 16, 4 << 20)
-    link_bytes = min(sizes[-1], 16 << 20)
+    link_bytes = min(sizes[-1], _FAST)
     measured = network.measure(ranks, sizes=sizes, link_bytes=link_bytes, per_node=told["per_node"])
     if answers := ranks.gather("network", measured):
-        rows += verdict.network(nodes, answers, least=options.least_bandwidth)
+        gpu = gpus.of_device(devices[0].get("name", ""))
+        promised = gpu.network if gpu is not None and sizes[-1] >= _FAST else None
+        rows += bandwidth.network(nodes, answers, least=options.least_bandwidth, promised=promised)
 
 
 def _files(ranks: Ranks, options: Options, nodes: Sequence[str], rows: list[Row]) -> None:
@@ -121,3 +138,6 @@ def _files(ranks: Ranks, options: Options, nodes: Sequence[str], rows: list[Row]
     look = files.all_datasets(options.data, options.tokenizer) if ranks.leads_node else None
     if answers := ranks.gather("data", look):
         rows += verdict.data(*_leaders(nodes, answers))
+    seen = {path: files.read_input(path) for path in options.inputs} if ranks.leads_node else None
+    if answers := ranks.gather("inputs", seen):
+        rows += verdict.inputs(*_leaders(nodes, answers))

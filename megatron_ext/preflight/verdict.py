@@ -14,8 +14,6 @@ PASS, WARN, FAIL = "pass", "warn", "FAIL"
 _CLOCK_WARN, _CLOCK_FAIL = 1.0, 5.0
 # Of a GPU's memory before the run: what its driver keeps is below 1 GiB.
 _MEMORY_IN_USE = 1 << 30
-# Of the median of links alike.
-_SLOW_LINK = 0.5
 
 
 @dataclass(frozen=True)
@@ -49,7 +47,7 @@ def format_table(rows: Sequence[Row]) -> str:
     return "\n".join(lines)
 
 
-def _errors(check: str, nodes: Sequence[str], answers: Sequence[Mapping[str, Any]]) -> list[Row]:
+def errors(check: str, nodes: Sequence[str], answers: Sequence[Mapping[str, Any]]) -> list[Row]:
     """A failure for each error, with all nodes that have it."""
     found: dict[str, dict[str, None]] = {}
     for node, answer in zip(nodes, answers, strict=True):
@@ -85,7 +83,7 @@ def gpus(
     nodes: Sequence[str], answers: Sequence[Mapping[str, Any]], drivers: Mapping[str, list[dict]]
 ) -> list[Row]:
     """Each rank has one, all alike and empty, without memory errors."""
-    rows = _errors("GPU", nodes, answers)
+    rows = errors("GPU", nodes, answers)
     good = [(n, a) for n, a in zip(nodes, answers, strict=True) if "error" not in a]
     if not good:
         return rows
@@ -113,7 +111,7 @@ def _drivers(drivers: Mapping[str, list[dict]]) -> list[Row]:
         rows.append(Row("driver", WARN, silent, "no nvidia-smi: driver and memory errors unknown"))
     asked = {node: found for node, found in drivers.items() if found}
     firsts = [found[0] for found in asked.values()]
-    rows += _errors("driver", list(asked), firsts)
+    rows += errors("driver", list(asked), firsts)
     good = {node: found for node, found in asked.items() if "error" not in found[0]}
     if good:
         versions = [found[0]["driver_version"] for found in good.values()]
@@ -127,57 +125,6 @@ def _drivers(drivers: Mapping[str, list[dict]]) -> list[Row]:
                 )
                 rows.append(Row("GPU memory", FAIL, (node,), detail))
     return rows
-
-
-def network(
-    nodes: Sequence[str], answers: Sequence[Mapping[str, Any]], *, least: float | None
-) -> list[Row]:
-    """Sums are right, fast enough, and no link is much slower than the others of its kind.
-
-    Args:
-        nodes: of the ranks.
-        answers: what `network.measure` returned.
-        least: bytes a second of bus bandwidth that the largest message must reach.
-    """
-    rows = _errors("all-reduce", nodes, answers)
-    if rows:
-        return rows
-    # A collective ends when its last rank does.
-    slowest = [
-        (one[0][0], min(rate for _, rate in one))
-        for one in zip(*(answer["all_reduce"] for answer in answers), strict=True)
-    ]
-    rates = ", ".join(f"{size / 2**20:g} MiB {rate / 1e9:.2f} GB/s" for size, rate in slowest)
-    slow = least is not None and slowest[-1][1] < least and len(nodes) > 1
-    wanted = f"; expected at least {least / 1e9:.2f}" if slow and least is not None else ""
-    rows.append(
-        Row("all-reduce", FAIL if slow else PASS, (), f"sums right; bus bandwidth {rates}{wanted}")
-    )
-    links = [link for answer in answers for link in answer["links"]]
-    for kind in ("within nodes", "between nodes"):
-        rates_of = {
-            (int(a), int(b)): rate
-            for a, b, rate in links
-            if (nodes[int(a)] == nodes[int(b)]) == (kind == "within nodes")
-        }
-        if rates_of:
-            rows += _links(kind, nodes, rates_of)
-    return rows
-
-
-def _links(kind: str, nodes: Sequence[str], rates: Mapping[tuple[int, int], float]) -> list[Row]:
-    median = statistics.median(rates.values())
-    slow = {link: rate for link, rate in rates.items() if rate < _SLOW_LINK * median}
-    text = f"{len(rates)} {kind}, median {median / 1e9:.2f} GB/s"
-    if not slow:
-        return [Row("links", PASS, (), f"{text}, slowest {min(rates.values()) / 1e9:.2f}")]
-    return [
-        Row(
-            *("links", WARN, tuple(dict.fromkeys((nodes[a], nodes[b])))),
-            f"ranks {a} and {b}: {rate / 1e9:.2f} GB/s; {text}",
-        )
-        for (a, b), rate in slow.items()
-    ]
 
 
 def shared(
@@ -197,7 +144,7 @@ def shared(
     """
     if "error" in written:
         return [Row("shared folder", FAIL, (nodes[0],), written["error"])]
-    rows = _errors("shared folder", nodes, answers)
+    rows = errors("shared folder", nodes, answers)
     good = [answer for answer in answers if "error" not in answer]
     if not rows:
         waited = max(answer["waited"] for answer in good)
@@ -221,7 +168,7 @@ def data(nodes: Sequence[str], answers: Sequence[Mapping[str, Any]]) -> list[Row
     rows = []
     tokenizers = [answer["tokenizer"] for answer in answers]
     if any(tokenizers):
-        rows += _errors("tokenizer", nodes, tokenizers) or [
+        rows += errors("tokenizer", nodes, tokenizers) or [
             _equal(
                 *(
                     "tokenizer",
@@ -233,7 +180,7 @@ def data(nodes: Sequence[str], answers: Sequence[Mapping[str, Any]]) -> list[Row
         ]
     for prefix in answers[0]["data"]:
         sets = [answer["data"][prefix] for answer in answers]
-        bad = _errors("data", nodes, sets)
+        bad = errors("data", nodes, sets)
         if bad:
             rows += bad
             continue
@@ -244,6 +191,21 @@ def data(nodes: Sequence[str], answers: Sequence[Mapping[str, Any]]) -> list[Row
         rows.append(row)
         if row.status == PASS and not sets[0]["manifest"]:
             rows.append(Row("data", WARN, (), f"{prefix}: no manifest: its tokenizer is unknown"))
+    return rows
+
+
+def inputs(nodes: Sequence[str], answers: Sequence[Mapping[str, Any]]) -> list[Row]:
+    """The same checkpoints and files on all nodes.
+
+    Args:
+        nodes: those that looked.
+        answers: what `files.read_input` returned, by path.
+    """
+    rows = []
+    for path in answers[0]:
+        found = [answer[path] for answer in answers]
+        texts = [f"{path}: {one.get('found')}" for one in found]
+        rows += errors("input", nodes, found) or [_equal("input", nodes, texts, str)]
     return rows
 
 

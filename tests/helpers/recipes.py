@@ -100,12 +100,15 @@ def build(directory: Path) -> World:
     (directory / "chat.jsonl").write_text("{}\n")
     # In argv's order, one a line, with the environment that ranks inherit.
     executable(directory / "echo-words", 'printf "%s\\n" "OMP=$OMP_NUM_THREADS" "$@"')
+    web, code = (
+        write_index(directory / name, 10**n, 1000) for name, n in (("web", 9), ("code", 8))
+    )
     settings = {
         "OUT": str(directory / "out"),
         "TOKENIZER": str(directory / "tokenizer.model"),
-        "REAL": f"3 {write_index(directory / 'web', 10**9)} 1 {write_index(directory / 'code', 10**8)}",
+        "REAL": f"3 {web} 1 {code}",
         "SYNTHETIC": write_index(directory / "qa", 10**7, 1000),
-        "U33B": write_index(directory / "u33b", 10**7),
+        "U33B": write_index(directory / "u33b", 10**7, 1000),
         "CHAT_DATA": str(directory / "chat.jsonl"),
     }
     starts = {recipe.start for recipe in TABLE.values() if recipe.start}

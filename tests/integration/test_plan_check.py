@@ -72,7 +72,7 @@ CASES = {
 
 @pytest.fixture(scope="module")
 def outputs(server: Server, tmp_path_factory) -> dict[str, tuple[int, str]]:
-    data = write_index(tmp_path_factory.mktemp("check") / "data", 10**6)
+    data = write_index(tmp_path_factory.mktemp("check") / "data", 10**6, 1000)
     launches = []
     for gpus, rank, more in CASES.values():
         batch = ("--global-batch-size", 2 * gpus)
@@ -124,15 +124,26 @@ def test_a_checkpoint_of_another_model_is_refused_as_by_the_run(server: Server, 
         assert f"error: {flag}: expected --hidden-size 48, as this run has, found 32 in " in output
 
 
-def test_data_that_end_before_the_run_are_refused_in_its_words(server: Server, tiny):
-    run = tiny.flags("--data-path", tiny.forget, tiny.replay, "--train-iters", 400)
+@pytest.mark.parametrize(
+    ("more", "start"),
+    [
+        (("--train-iters", 400), "--data-path: expected at least 6400 samples"),
+        (("--split", "99999,1,0"), "--split: expected at least one document of --data-path "),
+        (
+            ("--split", "1,0,0", "--eval-iters", 1),
+            "--split: expected a share of --data-path for valid",
+        ),
+    ],
+)
+def test_data_that_no_run_can_read_are_refused_in_its_words(more, start, server: Server, tiny):
+    run = tiny.flags("--data-path", tiny.forget, tiny.replay, "--train-iters", 10, *more)
     planned = ("--gpus", 1, "--gpu-type", "CPU", "--peak-flops", 1e11, "--", *run)
     launches = [Launch(run), Launch(planned, script=ROOT / "tools" / "plan_run.py")]
     errors = []
     for code, output in server.results(launches):
         assert code == 2, output
         errors.append(output.splitlines()[-1].partition(" error: ")[2])
-    assert errors[0].startswith("--data-path: expected at least 6400 samples")
+    assert errors[0].startswith(start)
     assert errors[0] == errors[1]
 
 

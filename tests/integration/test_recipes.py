@@ -11,6 +11,7 @@ import pytest
 
 from tests.helpers.entry import ROOT
 from tests.helpers.recipes import MINI, RECIPES, TABLE, World, after, build, executable
+from tests.unit.test_plan import write_index
 
 
 @pytest.fixture(scope="module")
@@ -121,6 +122,19 @@ def test_the_plan_follows_the_command(world):
     assert not Path(world.settings["OUT"]).exists()
 
 
+def test_a_dry_run_refuses_data_that_the_job_would_not_split(world):
+    few = write_index(world.directory / "few", 402 * 10**4, 402)
+    for plan in ("", "--check"):
+        result = world.run("unlearn_lm", "--dry-run", **CLUSTER, SYNTHETIC=few, PLAN=plan)
+        assert result.returncode == 2
+        assert result.stderr == (
+            f"plan_run.py: error: --split: expected at least one document of --forget-data-path {few} for "
+            "the valid split, found none of its 402 with shares 999,1,0\n"
+        )
+    other = world.run("unlearn_lm", "--dry-run", "--split", "9,1,0", **CLUSTER, SYNTHETIC=few)
+    assert (other.returncode, other.stderr) == (0, "")
+
+
 def test_sizes_and_environment_change_numbers_and_no_flag(world, commands):
     paper = commands["synth_lm"]
     mini = world.command("synth_lm", SIZE=str(MINI), MICRO_BATCH="2", GLOBAL_BATCH="32")
@@ -164,6 +178,17 @@ def test_wrong_settings_are_refused(world, changes, start):
     assert world.refusal("base_lm", **changes).startswith(f"base_lm.sh: error: {start}")
 
 
+@pytest.mark.parametrize(
+    "word", ["--dryrun", "--dry_run", "--dry", "--dry-run=1", "-dry-run", "--dry-rum", "--Dry-Run"]
+)
+def test_a_mistyped_dry_run_starts_nothing(world, word):
+    started = {"PYTHON": str(world.directory / "echo-words")}
+    line = world.refusal("base_lm", "--exit-interval", "5", word, **started)
+    assert line == f"base_lm.sh: error: {word}: expected --dry-run, found an unknown flag"
+    line = world.refusal("base_lm", DRY_RUN="yes", **started)
+    assert line == "base_lm.sh: error: DRY_RUN: expected 0 or 1, found yes"
+
+
 def test_a_model_is_not_written_over_the_one_that_it_starts_from(world):
     trained = world.settings["BASE_LM"]
     line = world.refusal("synth_lm", OUT=f"{trained}/../trained")
@@ -205,6 +230,13 @@ def test_a_slurm_job_starts_one_torchrun_a_node(world, tmp_path):
         ["bash", copy, "examples/paper/synth_lm.sh"],
         **{"cwd": ROOT, "env": environment, "text": True, "capture_output": True},
     )
+    container = {"CONTAINER_IMAGE": "nvidia/cuda", "CONTAINER_MOUNTS": str(tmp_path)}
+    refused = subprocess.run(
+        ["bash", copy, "examples/paper/synth_lm.sh"],
+        **{"cwd": ROOT, "env": environment | container, "text": True, "capture_output": True},
+    )
+    assert (refused.returncode, refused.stdout) == (2, "")
+    assert refused.stderr.startswith("TOKENIZER: expected a path that the container sees, below ")
     words = result.stdout.splitlines()
     assert words[:8] == [
         *("srun", "--nodes", "4", "--ntasks", "4", "--ntasks-per-node", "1"),
@@ -212,7 +244,7 @@ def test_a_slurm_job_starts_one_torchrun_a_node(world, tmp_path):
     ]
     assert after(words, "--nproc-per-node") == ["4"]
     assert after(words, "--nnodes") == ["4"]
-    assert after(words, "--rdzv-endpoint") == [f"node7:{20000 + 30123 % 20000}"]
+    assert after(words, "--rdzv-endpoint") == [f"node7:{20000 + 30123 % 12768}"]
     assert words.index("--tee") < words.index(str(ROOT / "pretrain_unlearn.py"))
 
 

@@ -11,62 +11,12 @@ import pytest
 
 from tests.helpers.entry import ROOT
 from tests.helpers.recipes import after, build, executable
-
-SLURM = ROOT / "examples" / "slurm"
-JOB = {
-    **{"SLURM_JOB_ID": "30123", "SLURM_NNODES": "4", "SLURM_JOB_NODELIST": "node[7-10]"},
-    **{"SLURM_GPUS_ON_NODE": "4", "SLURM_SUBMIT_DIR": str(ROOT), "PYTHON": "python"},
-}
+from tests.helpers.slurm import JOB, SLURM, preflight, stand_ins
 
 
 @pytest.fixture
 def programs(tmp_path) -> str:
-    """PATH with programs that print what they are asked to do."""
-    executable(tmp_path / "srun", 'printf "%s\\n" srun "$@"')
-    executable(tmp_path / "scontrol", 'test "$3" = "node[7-10]" && printf "node7\\nnode8\\n"')
-    return f"{tmp_path}:{os.environ['PATH']}"
-
-
-def preflight(programs: str, *words: str, **variables: str) -> subprocess.CompletedProcess:
-    # Started from a copy and from elsewhere, as Slurm does.
-    return subprocess.run(
-        ["bash", str(SLURM / "preflight.sbatch"), *words],
-        **{
-            "cwd": "/",
-            "env": {"PATH": programs} | JOB | variables,
-            "text": True,
-            "capture_output": True,
-        },
-    )
-
-
-def test_preflight_takes_the_settings_of_a_run(programs):
-    data = {"REAL": "0.7 /data/web\n  0.3 /data/code", "SYNTHETIC": "/data/qa"}
-    result = preflight(programs, "--timeout", "60", OUT="/ckpt", TOKENIZER="/data/tok", **data)
-    words = result.stdout.splitlines()
-    assert words[:8] == [
-        *("srun", "--nodes", "4", "--ntasks", "4", "--ntasks-per-node", "1"),
-        "--kill-on-bad-exit=1",
-    ]
-    assert after(words, "--max-restarts") == ["0"]
-    assert after(words, "--nproc-per-node") == ["4"]
-    assert after(words, "--rdzv-endpoint") == [f"node7:{20000 + 30123 % 20000}"]
-    assert words[words.index("tools/preflight.py") + 1 :] == [
-        *("--shared", "/ckpt", "--tokenizer-type", "SentencePieceTokenizer"),
-        *("--tokenizer-model", "/data/tok", "--data", "/data/web", "/data/code", "/data/qa"),
-        *("--timeout", "60"),
-    ]
-
-
-def test_preflight_takes_the_tokenizer_of_an_imported_model(programs, tmp_path):
-    lines = ("--num-layers 2", "--tokenizer-type HuggingFaceTokenizer", "--tokenizer-model a/b")
-    (tmp_path / "ARGS.txt").write_text("\n".join(lines))
-    result = preflight(programs, OUT="/ckpt", MODEL_ARGS=str(tmp_path / "ARGS.txt"))
-    words = result.stdout.splitlines()
-    assert words[words.index("tools/preflight.py") + 1 :] == [
-        *("--shared", "/ckpt", "--tokenizer-type", "HuggingFaceTokenizer"),
-        *("--tokenizer-model", "a/b"),
-    ]
+    return stand_ins(tmp_path)
 
 
 def test_the_names_of_many_nodes_are_read_to_their_end(programs, tmp_path):
@@ -78,6 +28,12 @@ def test_the_names_of_many_nodes_are_read_to_their_end(programs, tmp_path):
     assert endpoint.startswith("node000007:")
 
 
+@pytest.mark.parametrize(("job", "port"), [(12767, 32767), (12768, 20000), (38303, 32767)])
+def test_the_rendezvous_is_below_the_ports_that_linux_gives_to_connections(programs, job, port):
+    words = preflight(programs, OUT="/ckpt", SLURM_JOB_ID=str(job)).stdout.splitlines()
+    assert after(words, "--rdzv-endpoint") == [f"node7:{port}"]
+
+
 def test_a_job_has_all_memory_and_all_cores_of_its_nodes(programs):
     scripts = [*SLURM.glob("*.sbatch"), ROOT / "examples" / "paper" / "job.sbatch"]
     assert len(scripts) == 3
@@ -87,24 +43,20 @@ def test_a_job_has_all_memory_and_all_cores_of_its_nodes(programs):
     assert "--cpu-bind=none" in words[: words.index("bash")]
 
 
-def test_pyxis_gets_image_mounts_and_folder(programs):
-    container = {
-        "CONTAINER_IMAGE": "/images/torch.sqsh",
-        "CONTAINER_MOUNTS": "/data:/data,/ckpt:/ckpt",
-    }
-    words = preflight(programs, OUT="/ckpt", **container).stdout.splitlines()
-    srun = words[: words.index("bash")]
-    assert after(srun, "--container-image") == ["/images/torch.sqsh"]
-    assert after(srun, "--container-mounts") == [f"{ROOT}:{ROOT},/data:/data,/ckpt:/ckpt"]
-    assert after(srun, "--container-workdir") == [str(ROOT)]
-    assert words[words.index("bash") + 1] == str(SLURM / "node.sh")
-
-
-def test_an_unknown_runtime_is_refused(programs):
-    container = {"CONTAINER_IMAGE": "/images/torch.sif", "CONTAINER_RUNTIME": "docker"}
-    result = preflight(programs, OUT="/ckpt", **container)
+@pytest.mark.parametrize(
+    "script", [*SLURM.glob("*.sbatch"), ROOT / "examples" / "paper" / "job.sbatch"]
+)
+def test_a_job_submitted_from_elsewhere_says_where_to_submit_it(programs, script, tmp_path):
+    result = subprocess.run(
+        ["bash", str(script), "examples/paper/base_lm.sh"],
+        env={"PATH": programs, "OUT": "/ckpt"} | JOB | {"SLURM_SUBMIT_DIR": str(tmp_path)},
+        **{"cwd": "/", "text": True, "capture_output": True},
+    )
     assert (result.returncode, result.stdout) == (2, "")
-    assert result.stderr == "CONTAINER_RUNTIME: expected pyxis or apptainer, found docker\n"
+    assert result.stderr == (
+        f"{script.name}: error: submit from the root of the checkout, found no examples/slurm/job.sh in "
+        f"{tmp_path}\n"
+    )
 
 
 def test_nodes_differ_in_their_logs_address_and_who_keeps_the_rendezvous(tmp_path):
@@ -124,11 +76,12 @@ def test_nodes_differ_in_their_logs_address_and_who_keeps_the_rendezvous(tmp_pat
         found = dict(
             line.split("=", 1)
             for line in result.stdout.splitlines()
-            if line.startswith(("PET_", "TORCH_FR_"))
+            if line.startswith(("PET_", "TORCH_"))
         )
         assert found["PET_LOG_DIR"] == str(tmp_path / "logs" / "30123.0" / node)
         assert Path(found["PET_LOG_DIR"]).is_dir()
         assert found["PET_LOCAL_ADDR"] == node
+        assert found["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] == "280"
         # Megatron would take no flag beside it.
         traces = None if flags else f"{found['PET_LOG_DIR']}/nccl_trace_rank_"
         assert found.get("TORCH_FR_DUMP_TEMP_FILE") == traces
@@ -143,6 +96,21 @@ def test_torchrun_reads_its_flags_from_the_variables_of_a_node(monkeypatch):
         monkeypatch.setenv(f"PET_{name}", f"of {name}")
     args = parse_args(["x.py"])
     assert [getattr(args, name.lower()) for name in names] == [f"of {name}" for name in names]
+
+
+def test_torchrun_knows_every_flag_and_reads_how_long_a_save_may_take(programs, monkeypatch):
+    from torch.distributed.launcher.api import LaunchConfig
+    from torch.distributed.run import config_from_args, parse_args
+
+    words = preflight(programs, OUT="/ckpt").stdout.splitlines()
+    words = words[words.index("torch.distributed.run") + 1 :]
+    # Torch 2.11 ends at flags that came later.
+    assert "--shutdown-timeout" not in words
+    args = parse_args(words)
+    if not hasattr(LaunchConfig, "shutdown_timeout"):
+        pytest.skip("this torch waits for 30 s")
+    monkeypatch.setenv("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "280")
+    assert config_from_args(args)[0].shutdown_timeout == 280
 
 
 @pytest.mark.parametrize(
@@ -251,6 +219,18 @@ def test_the_readme_s_scores_of_a_sweep_are_joined(sweep, tmp_path):
     out = bash(f"cd {tmp_path}; {sweep[1]}", PATH=path)
     assert "| unlearn-w0.03 | 40.0 ± 0.0 |" in out
     assert "| unlearn-w0.003 - synth, MMLU | +0.0 | +0.0 | +0.0 |" in out
+
+
+def test_the_readme_s_chat_job_waits_for_the_model_that_it_tunes(tmp_path):
+    text = (ROOT / "examples" / "paper" / "README.md").read_text()
+    [block] = re.findall(r"^job=\$\(.*?(?=^# )", text, re.DOTALL | re.MULTILINE)
+    executable(
+        tmp_path / "sbatch", f'echo "$OUT $MODEL $SYNTH_LM $*" >>{tmp_path}/jobs\necho 30123'
+    )
+    bash(block, PATH=f"{tmp_path}:{os.environ['PATH']}")
+    unlearn, chat = (tmp_path / "jobs").read_text().splitlines()
+    assert unlearn.startswith("ckpt/unlearn  ckpt/start --parsable ")
+    assert chat.startswith("ckpt/chat ckpt/unlearn  --dependency=afterok:30123 ")
 
 
 def test_shellcheck_finds_nothing():

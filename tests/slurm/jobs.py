@@ -12,20 +12,17 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-import psutil
 import pytest
 
-from tests.faults.world import STEPS, Result, read_result
+from tests.faults.world import STEPS, Result
 from tests.helpers.entry import ROOT
 from tests.helpers.tiny import ARCHITECTURE, TRAINING
 from tests.slurm import world as tiny_world
 from tests.slurm.cluster import NAMES, Cluster, free_ports, missing, tail, wait_until
+from tests.slurm.job import LIMIT, UNLEARN, Job, rank_of
 from tests.slurm.world import Output, World
 
-UNLEARN = ROOT / "examples" / "slurm" / "unlearn.sbatch"
 PAPER = ROOT / "examples" / "paper" / "job.sbatch"
-# Seconds in which a start, or what follows a disturbance, must have happened; a quiet machine takes a tenth.
-LIMIT = 600.0
 # What Megatron says when it has saved on a signal.
 SAVED = "exiting program after receiving SIGTERM"
 
@@ -53,42 +50,6 @@ def base(cluster: Cluster, world: World) -> tuple[Output, Path, str]:
     words = ("--nodes", 1, "--output", log, PAPER, "examples/paper/base_lm.sh")
     job = cluster.submit(*words, settings=settings, directory=ROOT)
     return output, log, cluster.wait(job, LIMIT, log)
-
-
-class Job:
-    """An unlearning run from the base on two nodes, one rank each."""
-
-    def __init__(self, cluster: Cluster, world: World, base: Path, name: str, **more: str) -> None:
-        self.cluster = cluster
-        self.output, settings = world.job(name, SYNTH_LM=str(base), GPUS_PER_NODE="1", **more)
-        self.log = world.directory / f"{name}.log"
-        words = ("--output", self.log, UNLEARN)
-        self.number = cluster.submit(*words, settings=settings, directory=ROOT)
-
-    def until_saved(self, iteration: int = 2) -> None:
-        """Wait for a checkpoint, so that what follows happens in the middle of the run."""
-        wait_until(
-            lambda: self.output.latest() >= iteration,
-            *(LIMIT, f"iteration {iteration}", lambda: tail(self.log)),
-        )
-
-    def until_back(self) -> int:
-        """Wait until Slurm has started it again; the iteration of the checkpoint that it then finds."""
-
-        def back() -> bool:
-            state = self.cluster.state(self.number)
-            return (state.get("Restarts"), state.get("JobState")) == ("1", "RUNNING")
-
-        wait_until(back, *(LIMIT, "requeue", lambda: tail(self.log)))
-        saved = self.output.latest()
-        assert 2 <= saved < STEPS, tail(self.log)
-        return saved
-
-    def result(self) -> Result:
-        """Wait for its good end; what it left."""
-        state = self.cluster.wait(self.number, LIMIT, self.log)
-        assert state == "COMPLETED", tail(self.log)
-        return read_result(self.output)
 
 
 @pytest.fixture(scope="module")
@@ -119,7 +80,8 @@ def test_one_node_runs_to_its_end(base):
 
 def test_two_nodes_run_to_their_end_with_a_log_a_rank(undisturbed):
     job, _ = undisturbed
-    (folder,) = (job.output.save / "logs").iterdir()
+    folder, table = sorted((job.output.save / "logs").iterdir())
+    assert table.name == f"preflight-{job.number}.0.txt"
     assert folder.name == f"{job.number}.0"
     assert {path.name for path in folder.iterdir()} == set(NAMES)
     # Preflight and the run have a folder each. The last rank reports steps; it is on the other node.
@@ -137,7 +99,10 @@ def test_preflight_runs_on_both_nodes_before_the_job(undisturbed):
         "data +pass",
     ):
         assert re.search(rf"\[default0\]:{start}", table), table
-    assert re.search(r"\[default0\]:\d+ pass, \d warn, 0 FAIL", table)
+    # Once by its rank, and once by the job when all ranks have ended.
+    assert (
+        len(re.findall(r"(?:^|\[default0\]:)\d+ pass, \d warn, 0 FAIL$", table, re.MULTILINE)) == 2
+    )
 
 
 def test_a_requeued_job_saves_comes_back_and_ends_as_if_nothing_had_happened(
@@ -188,6 +153,25 @@ def test_slurm_tells_a_job_of_its_time_limit(cluster, tmp_path):
     assert "none before, 5 now; the job is requeued" in log.read_text()
 
 
+def test_a_job_that_waits_for_another_starts_after_its_last_start(cluster, tmp_path):
+    """As `afterok` promises; what has requeued itself has not ended."""
+    recipe = tmp_path / "recipe.sh"
+    recipe.write_text(
+        "test ! -e $OUT/latest_checkpointed_iteration.txt || { sleep 3; touch $OUT/over; exit 0; }\n"
+        "sleep 3; echo 5 >$OUT/latest_checkpointed_iteration.txt; exit 1\n"
+    )
+    after = tmp_path / "after.sh"
+    after.write_text("#!/bin/sh\ntest -e $OUT/over\n")
+    logs = [tmp_path / name for name in ("first.log", "second.log")]
+    settings = {"OUT": str(tmp_path)}
+    words = ("--nodes", 1, "--output", logs[0], PAPER, recipe)
+    first = cluster.submit(*words, settings=settings, directory=ROOT)
+    words = ("--output", logs[1], f"--dependency=afterok:{first}", after)
+    second = cluster.submit(*words, settings=settings, directory=ROOT)
+    assert cluster.wait(second, 120, logs[0]) == "COMPLETED"
+    assert cluster.state(first)["Restarts"] == "1"
+
+
 def test_a_rank_that_dies_is_started_again_in_the_same_job(cluster, world, base, undisturbed):
     job = Job(cluster, world, base[0].save, "rank")
     job.until_saved()
@@ -222,17 +206,6 @@ def test_a_job_that_loses_a_node_is_requeued(cluster, world, base, undisturbed):
     assert undisturbed[1].difference(job.result()) is None
 
 
-def rank_of(job: Job) -> psutil.Process:
-    """The job's rank on its second node; it has started children, which have its variables too."""
-    wanted = {"SLURM_JOB_ID": str(job.number), "SLURM_NODEID": "1", "RANK": "1"}
-    for process in psutil.process_iter(["cmdline"]):
-        if str(ROOT / "pretrain_unlearn.py") not in (process.info["cmdline"] or []):
-            continue
-        if wanted.items() <= process.environ().items():
-            return process
-    raise AssertionError(f"no rank of job {job.number} on the second node\n{tail(job.log)}")
-
-
 def test_a_missing_setting_is_refused_at_once_and_not_requeued(cluster, world):
     settings = {key: value for key, value in world.settings.items() if key != "TOKENIZER"}
     log = world.directory / "missing.log"
@@ -258,16 +231,22 @@ def test_a_container_gets_the_launcher_and_its_mounts(cluster, world, base, undi
         'while [[ $1 != *.sif ]]; do shift; done\nshift\nexec "$@"\n'
     )
     stand_in.chmod(0o755)
+    image = tmp_path / "torch 2.sif"
+    image.touch()
     job = Job(
         *(cluster, world, base[0].save, "container"),
-        **{"CONTAINER_IMAGE": "/images/torch 2.sif", "CONTAINER_RUNTIME": "apptainer"},
-        **{"CONTAINER_MOUNTS": "/data:/data", "PATH": f"{tmp_path}:{os.environ['PATH']}"},
+        **{"CONTAINER_IMAGE": str(image), "CONTAINER_RUNTIME": "apptainer"},
+        **{
+            "CONTAINER_MOUNTS": f"/data:/data,{world.directory}",
+            "PATH": f"{tmp_path}:{os.environ['PATH']}",
+        },
     )
     assert undisturbed[1].difference(job.result()) is None
     for node in range(2):
         words = Path(f"{job.output.directory}.words.{node}").read_text()
         assert words.startswith(
-            f"exec --nv --bind {ROOT}:{ROOT}\\,/data:/data --pwd {ROOT} /images/torch\\ 2.sif "
+            f"exec --nv --bind {ROOT}:{ROOT}\\,/data:/data\\,{world.directory} --pwd {ROOT} "
+            f"{tmp_path}/torch\\ 2.sif "
         )
 
 

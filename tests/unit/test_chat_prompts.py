@@ -181,7 +181,7 @@ def test_tuning_again_with_another_template_is_told(
     monkeypatch.setattr(arguments, "resolve_start", lambda *_, **__: start)
     monkeypatch.setattr(arguments, "refuse_overwriting", lambda *_: None)
     args = Namespace(tuned_chat_template=ours, chat_template=flag, rank=rank, chat_digest="x")
-    args.ckpt_convert_format = None
+    args.ckpt_convert_format = args.ckpt_step = None
     caplog.set_level(logging.WARNING)
     arguments.check_checkpoints(args, UnlearnConfig())
     assert args.tuned_chat_template == ours

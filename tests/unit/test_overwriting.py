@@ -1,5 +1,6 @@
-"""A run that would write over another run's checkpoints is refused."""
+"""What is told of the folders of a run: another run's checkpoints in its own, an unfinished start."""
 
+import logging
 import re
 from argparse import Namespace
 from pathlib import Path
@@ -7,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from megatron_ext.checkpoint.inspect import Checkpoint
-from megatron_ext.checkpoint.source import Start, refuse_overwriting
+from megatron_ext.checkpoint.source import Start, refuse_overwriting, warn_of_unfinished
 from megatron_ext.exceptions import ConfigError
 
 
@@ -43,3 +44,35 @@ def test_later_checkpoints_of_another_run_are_not_written_over(
     refuse_overwriting(Namespace(**vars(args) | {"overwrite_checkpoints": True}), start)
     refuse_overwriting(Namespace(**vars(args) | {"skip_train": True}), start)
     refuse_overwriting(Namespace(**vars(args) | {"save": None}), start)
+
+
+@pytest.mark.parametrize(
+    ("iteration", "recorded", "resumed", "told"),
+    [
+        (600, {"train_iters": 1908}, False, True),
+        (1908, {"train_iters": 1908}, False, False),
+        (2000, {"train_iters": 1908}, False, False),  # a longer run, shortened
+        (600, {"train_iters": 1908}, True, False),  # the run itself, which goes on
+        (0, {"train_iters": 1908}, False, False),  # a release, as imports write it
+        (600, {"train_iters": None}, False, False),
+        (600, {}, False, False),
+    ],
+)
+def test_a_start_from_the_middle_of_a_run_says_so(
+    tmp_path, caplog, iteration, recorded, resumed, told
+):
+    found = Checkpoint(tmp_path, iteration, tmp_path / "folder", Namespace(**recorded))
+    start = Start(found, "--pretrained-checkpoint", resumed)
+    args = Namespace(rank=0, ckpt_step=None)
+    caplog.set_level(logging.WARNING)
+    warn_of_unfinished(args, start)
+    assert (
+        f"--pretrained-checkpoint {tmp_path}: its latest checkpoint is of iteration 600 of the 1908"
+        in caplog.text
+    ) == told
+    assert bool(caplog.text) == told
+    caplog.clear()
+    args.ckpt_step = iteration  # it was asked for
+    warn_of_unfinished(args, start)
+    warn_of_unfinished(Namespace(rank=1, ckpt_step=None), start)
+    assert not caplog.text

@@ -3,7 +3,7 @@
 import pytest
 
 from megatron_ext.data.manifest import Manifest, write_manifest
-from megatron_ext.exceptions import DataError
+from megatron_ext.exceptions import ConfigError, DataError
 from megatron_ext.gpus import GPUS, Cluster
 from megatron_ext.planning import flags as entry
 from megatron_ext.planning.data import DataTokenizer, check_made_with, check_samples
@@ -61,18 +61,37 @@ def test_several_data_sets_without_weights_are_read_once(tmp_path):
 def test_a_plan_checks_the_data_of_both_roles(tmp_path, monkeypatch):
     monkeypatch.setattr(entry, "tokenizer", lambda flags: TOKENIZER)
     long, short = write_index(tmp_path / "long", 10**8, 1000), signed(tmp_path / "short")
-    words = [*MODEL, "--train-iters", "10", "--data-path", long, "--forget-data-path"]
+    split = ("--split", "90,10,0")
+    words = [*MODEL, *split, "--train-iters", "10", "--data-path", long, "--forget-data-path"]
     plan(entry_flags([*words, short]), CLUSTER)
     with pytest.raises(DataError, match=r"^--forget-data-path: .* least 1280 samples .* found 0;"):
         plan(entry_flags([*words, short, short]), CLUSTER)
     plan(entry_flags([*words, short, short, "--dataloader-type", "cyclic"]), CLUSTER)
     # Of the last samples a batch is composed, though they fill none.
-    samples = [*MODEL, "--train-samples", "2561", "--data-path", long, "--forget-data-path"]
+    samples = [*MODEL, *split, "--train-samples", "2561", "--data-path", long, "--forget-data-path"]
     with pytest.raises(DataError, match=r"^--forget-data-path: .* least 1408 samples"):
         plan(entry_flags([*samples, short, short]), CLUSTER)
     other = signed(tmp_path / "other", vocab_size=400)
     with pytest.raises(DataError, match=r"^--forget-data-path: .* of 400 pieces"):
         plan(entry_flags([*words, other]), CLUSTER)
+
+
+def test_a_plan_refuses_a_split_without_a_document_or_a_share(tmp_path):
+    long, short = (
+        write_index(tmp_path / name, 10**5 * documents, documents)
+        for name, documents in (("long", 1000), ("short", 402))
+    )
+    words = [*MODEL, "--train-iters", "10", "--split", "999,1,0", "--data-path", long]
+    plan(entry_flags([*words, "--forget-data-path", long]), CLUSTER)
+    expected = rf"^--split: expected at least one document of --forget-data-path {short} for the valid split"
+    with pytest.raises(DataError, match=f"{expected}, found none of its 402 with shares 999,1,0$"):
+        plan(entry_flags([*words, "--forget-data-path", "1", long, "2", short]), CLUSTER)
+    whole = ["--forget-data-path", short, "--split", "1,0,0"]
+    with pytest.raises(
+        ConfigError, match=r"^--split: .* --data-path for validation .*--eval-iters 0$"
+    ):
+        plan(entry_flags([*words, *whole]), CLUSTER)
+    plan(entry_flags([*words, *whole, "--eval-iters", "0"]), CLUSTER)
 
 
 def test_samples_are_as_many_iterations_as_they_fill(tmp_path):

@@ -63,6 +63,7 @@ CASES = {
     "sum": (OPTIONS, [mock.patch.object(dist, "all_reduce", _wrong_all_reduce)]),
     "slow": (replace(OPTIONS, least_bandwidth=1e15), []),
     "manifest": (replace(OPTIONS, data=["broken"]), []),
+    "inputs": (replace(OPTIONS, inputs=["../start", "chat.jsonl", "missing"]), []),
     "tokenizer": (replace(OPTIONS, tokenizer=replace(SPEC, tokenizer_model="other.model")), []),
     "late": (OPTIONS, [mock.patch.object(run, "_clock", side_effect=GoneError)]),
     "in all-reduce": (OPTIONS, [mock.patch.object(network, "measure", side_effect=GoneError)]),
@@ -119,6 +120,12 @@ def nodes(tmp_path_factory) -> Path:
         for folder in (first, second):
             (folder / f"set.{suffix}").write_bytes(content)
             (folder / f"broken.{suffix}").write_bytes(content)
+    (directory / "start" / "iter_0000020").mkdir(parents=True)
+    (directory / "start" / "latest_checkpointed_iteration.txt").write_text("20")
+    (directory / "start" / "iter_0000020" / ".metadata").write_text("of tensors")
+    (first / "chat.jsonl").write_text("one\n")
+    (second / "chat.jsonl").write_text("two\n")
+    (first / "missing").touch()
     manifest = second / "broken.manifest.json"
     changed = json.loads(manifest.read_text())
     manifest.write_text(json.dumps(changed | {"tokens": changed["tokens"] + 1}))
@@ -189,6 +196,16 @@ def test_what_differs_on_the_second_node_fails_and_names_it(tables, case, check,
     expected = {"versions": {"torch", "checkout"}, "tokenizer": {"tokenizer", "data"}}
     assert set(found) == expected.get(case, {check})
     assert tables[case][1] == []
+
+
+def test_a_start_and_files_are_read_from_both_nodes(tables):
+    start, chat, missing = (row for row in tables["inputs"][0] if row.check == "input")
+    assert (start.status, start.nodes) == (PASS, ())
+    assert start.detail.startswith("../start: iter_0000020, 1 files, digest ")
+    assert (chat.status, chat.nodes) == (FAIL, ("node1",))
+    assert chat.detail.startswith("expected chat.jsonl: 4 bytes, digest ")
+    assert (missing.status, missing.nodes) == (FAIL, ("node1",))
+    assert missing.detail == "missing: cannot be read: No such file or directory"
 
 
 def test_a_wrong_sum_fails(tables):

@@ -1,9 +1,13 @@
 """Which links between ranks a preflight measures, and how it judges them."""
 
-import pytest
+from unittest import mock
 
-from megatron_ext.preflight import network, verdict
-from megatron_ext.preflight.verdict import PASS, WARN
+import pytest
+import torch.distributed as dist
+
+from megatron_ext.preflight import bandwidth, network, run
+from megatron_ext.preflight.ranks import Ranks
+from megatron_ext.preflight.verdict import FAIL, PASS, WARN
 
 
 def test_a_slow_link_is_compared_with_links_of_its_kind():
@@ -16,12 +20,68 @@ def test_a_slow_link_is_compared_with_links_of_its_kind():
         }
         for r in range(6)
     ]
-    rows = verdict.network(nodes, answers, least=None)
+    rows = bandwidth.network(nodes, answers, least=None)
     assert [row.status for row in rows] == [PASS, PASS, WARN]
     assert rows[2].nodes == ("b", "c")
     assert rows[2].detail.startswith(
         "ranks 3 and 4: 20.00 GB/s; 3 between nodes, median 48.00 GB/s"
     )
+
+
+def answers_of(nodes: list[str], *, bus: float, link: float) -> list[dict]:
+    """Of ranks on a ring, with links of one speed both ways together."""
+    ring = range(len(nodes))
+    return [
+        {
+            "all_reduce": [[1 << 20, 1e9], [256 << 20, bus]],
+            "links": [[r, (r + 1) % len(ring), link]],
+        }
+        for r in ring
+    ]
+
+
+@pytest.mark.parametrize(
+    ("bus", "link", "statuses"),
+    [
+        (45e9, 95e9, [PASS, PASS]),
+        (17e9, 34e9, [PASS, PASS]),  # a third of 50 GB/s each way
+        (45e9, 33e9, [PASS, PASS, WARN]),  # one adapter for all GPUs of a node
+        (10e9, 20e9, [WARN, PASS, WARN]),  # TCP
+    ],
+)
+def test_a_network_far_below_the_gpu_s_is_told(bus, link, statuses):
+    found = answers_of(["a", "b"], bus=bus, link=link)
+    rows = bandwidth.network(["a", "b"], found, least=None, promised=50e9)
+    assert [row.status for row in rows] == statuses
+    warned = [row.detail for row in rows if row.status == WARN]
+    assert all("; far below the 50 GB/s of a GPU's adapter: " in detail for detail in warned)
+    # Not of GPUs that are not known, nor within a node; and a limit that was asked for comes first.
+    assert {row.status for row in bandwidth.network(["a", "b"], found, least=None)} == {PASS}
+    alone = bandwidth.network(["a", "a"], found, least=None, promised=50e9)
+    assert {row.status for row in alone} == {PASS}
+    first = bandwidth.network(["a", "b"], found, least=60e9, promised=50e9)[0]
+    assert first.status == FAIL
+    assert first.detail.endswith(" GB/s; expected at least 60.00")
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "promised"),
+    [
+        ("NVIDIA H100 80GB HBM3", 16 << 20, 50e9),
+        ("NVIDIA A100-SXM4-80GB", 16 << 20, 25e9),
+        ("NVIDIA H100 80GB HBM3", 1 << 20, None),  # too short to show it
+        ("NVIDIA L4", 16 << 20, None),
+        (None, 16 << 20, None),
+    ],
+)
+def test_what_a_gpu_promises_is_read_from_its_name(monkeypatch, name, size, promised):
+    asked = mock.Mock(return_value=[])
+    monkeypatch.setattr(run.bandwidth, "network", asked)
+    monkeypatch.setattr(run.network, "measure", lambda *_, **__: {})
+    ranks = Ranks(dist.HashStore(), 0, 1, 0, "a", 5)
+    device = {"devices": 0} if name is None else {"devices": 1, "name": name}
+    run._network(ranks, run.Options(message_bytes=[size]), ["a"], [device], [])
+    assert asked.call_args.kwargs["promised"] == promised
 
 
 @pytest.mark.parametrize("per_node", [1, 2, 3, 8])

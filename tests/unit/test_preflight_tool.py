@@ -12,7 +12,7 @@ from megatron_ext.exceptions import ConfigError
 from megatron_ext.preflight import files, verdict
 from megatron_ext.preflight.ranks import connect
 from tests.helpers.entry import ROOT
-from tools.preflight import parse_args
+from tools.preflight import parse_args, write_table
 
 
 def test_the_tool_prints_a_table_and_fails_with_1(tmp_path):
@@ -21,6 +21,7 @@ def test_the_tool_prints_a_table_and_fails_with_1(tmp_path):
         [
             *(sys.executable, ROOT / "tools" / "preflight.py", "--shared", "/proc/nowhere"),
             *("--message-mib", "0.1", "--json", tmp_path / "report.json"),
+            *("--table", tmp_path / "logs" / "table.txt"),
         ],
         env=os.environ | alone | {"MASTER_PORT": "0"},
         **{"capture_output": True, "text": True, "timeout": 120},
@@ -30,6 +31,7 @@ def test_the_tool_prints_a_table_and_fails_with_1(tmp_path):
     assert lines[0].split() == ["check", "result", "nodes", "found"]
     assert any(line.startswith("shared folder  FAIL  ") for line in lines)
     assert lines[-1].endswith("1 FAIL")
+    assert (tmp_path / "logs" / "table.txt").read_text() == result.stdout
     report = json.loads((tmp_path / "report.json").read_text())
     assert report["passed"] is False
     assert len(report["rows"]) == len(lines) - 2
@@ -65,6 +67,29 @@ def test_of_a_shared_folder_the_last_part_alone_is_made(tmp_path):
         row, _ = verdict.shared(["node0"], probe, [answer], needed=0)
         assert row.status == verdict.PASS
         assert row.detail.endswith(said)
+
+
+def test_a_table_that_cannot_be_written_leaves_what_was_printed(tmp_path, capsys):
+    write_table(tmp_path / "table.txt", "1 FAIL")
+    (tmp_path / "table.txt").chmod(0o444)
+    write_table(tmp_path / "table.txt", "2 FAIL")
+    assert (tmp_path / "table.txt").read_text() == "2 FAIL\n"
+    write_table(tmp_path / "table.txt" / "x", "1 FAIL")
+    assert capsys.readouterr().err.startswith(f"preflight.py: --table {tmp_path}/table.txt/x: ")
+
+
+def test_a_start_is_a_checkpoint_that_is_there(tmp_path):
+    found = files.read_input(str(tmp_path))
+    name = "latest_checkpointed_iteration.txt"
+    assert found == {"error": f"{tmp_path}: expected a checkpoint, found no {name}"}
+    (tmp_path / name).write_text("7")
+    found = files.read_input(str(tmp_path))
+    assert found == {"error": f"{tmp_path}: cannot be read: No such file or directory"}
+    for iteration, folder in (("7", "iter_0000007"), ("release", "release")):
+        (tmp_path / name).write_text(iteration)
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "x.distcp").touch()
+        assert files.read_input(str(tmp_path))["found"].startswith(f"{folder}, 1 files, digest ")
 
 
 def test_a_start_without_a_launcher_is_refused():

@@ -30,6 +30,7 @@ TOOLS = [
     (evaluate, ("followbench", "--followbench", "none", *BENCH)),
     (merge_data, ("none", "none", "--output")),
     (preflight, ("--json",)),
+    (preflight, ("--table",)),
 ]
 
 
