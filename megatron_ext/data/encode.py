@@ -1,14 +1,16 @@
 """From a raw block to the bytes of a `.bin` file: what one worker does, and nothing else."""
 
+from __future__ import annotations
+
 import functools
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_ext.data.conversations import ConversationFormat, ConversationParser
 from megatron_ext.data.document_digests import document_digests
 from megatron_ext.data.documents import Block, Record, parse_block
 from megatron_ext.data.fast_tokenizer import FastTokenizer, first_difference
@@ -16,6 +18,9 @@ from megatron_ext.data.indexed import token_dtype
 from megatron_ext.data.records import BadRecord
 from megatron_ext.data.tokenizers import Encoded, Tokenizer, bounds_of
 from megatron_ext.exceptions import DataError
+
+if TYPE_CHECKING:
+    from megatron_ext.data.conversations import ConversationFormat
 
 # Share of the texts that are encoded a second time, by the exact tokenizer. It is some 8 times
 # slower than gigatoken, so this costs 1.6%; a difference in one text of 1,000 in a corpus of a
@@ -205,5 +210,9 @@ def _parser(
     """What makes records of a block, and the tokens of those of their texts that stand for one."""
     if conversations is None:
         return functools.partial(parse_block, keys=keys), {}
+    from megatron_ext.data.conversations import (
+        ConversationParser,  # its templates cost a start 0.1 s
+    )
+
     parser = ConversationParser(conversations)
     return parser, parser.special_ids

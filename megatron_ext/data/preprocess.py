@@ -5,16 +5,17 @@ worker are on their way; memory grows with the input by 8 bytes a document alone
 are taken in the order of the input.
 """
 
+from __future__ import annotations
+
 import logging
 import time
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from megatron_ext.data.atomic import AtomicFiles, check_place
-from megatron_ext.data.conversations import ConversationFormat, find_format
 from megatron_ext.data.data_set import DataSet
 from megatron_ext.data.documents import (
     Block,
@@ -36,6 +37,9 @@ from megatron_ext.data.tokenizers import (
 )
 from megatron_ext.data.workers import encode_in_order
 from megatron_ext.exceptions import ConfigError, DataError
+
+if TYPE_CHECKING:
+    from megatron_ext.data.conversations import ConversationFormat
 
 logger = logging.getLogger(__name__)
 
@@ -144,6 +148,8 @@ def preprocess(config: PreprocessConfig) -> PreprocessResult:
     if config.conversations:
         # The template alone says which tokens are around a text.
         config = replace(config, tokenizer=replace(config.tokenizer, include_special_tokens=False))
+        from megatron_ext.data.conversations import find_format  # its templates cost a start 0.1 s
+
         conversations = find_format(
             *(paths, config.tokenizer),
             input_format=config.input_format,

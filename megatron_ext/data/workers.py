@@ -1,5 +1,7 @@
 """Work in many processes, such as encoding, with results in the order of the input."""
 
+from __future__ import annotations
+
 import multiprocessing
 import os
 import signal
@@ -9,14 +11,16 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing.process import BaseProcess
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from megatron_ext.data.conversations import ConversationFormat
 from megatron_ext.data.documents import Block
 from megatron_ext.data.encode import BlockEncoder, EncodedBlock
 from megatron_ext.data.fast_tokenizer import FastTokenizer, build_fast
 from megatron_ext.data.tokenizers import Tokenizer, TokenizerSpec, build_reference
 from megatron_ext.exceptions import DataError
+
+if TYPE_CHECKING:
+    from megatron_ext.data.conversations import ConversationFormat
 
 # Tasks on their way for each worker: one in work, one waiting, so that none idles while results
 # are written.
