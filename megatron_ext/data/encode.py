@@ -113,7 +113,9 @@ class BlockEncoder:
         for column, count in zip(columns, counts, strict=True):
             texts = [text for text in column if text not in self._special]
             self._verify(texts, block)
-            result.text_bytes += sum(len(text.encode()) for text in texts)
+            result.text_bytes += sum(
+                len(text) if text.isascii() else len(text.encode()) for text in texts
+            )
             result.keys.append(self._encode(column, count))
         return result
 

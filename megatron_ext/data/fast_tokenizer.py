@@ -230,8 +230,9 @@ def _huggingface_guard(reference: HuggingFaceReference) -> Callable[[str], bool]
 
 
 def _contains_any(needles: Sequence[str]) -> Callable[[str], bool]:
-    # `in` scans 1.4 GB/s divided by the needles, an alternation at least 0.2 GB/s with any number.
-    if len(needles) <= 6:
+    # `in` scans 1.4 GB/s divided by the needles, an alternation at least 0.2 GB/s with any number, and 3 GB/s
+    # between places that may begin one, where all begin with the same character, such as "<".
+    if len(needles) <= 6 and len({needle[:1] for needle in needles}) != 1:
         return lambda text: any(needle in text for needle in needles)
     search = re.compile("|".join(map(re.escape, needles))).search
     return lambda text: search(text) is not None

@@ -13,6 +13,7 @@ _EXPERTS = {
     **{"num_moe_experts": 4, "moe_router_topk": 2, "moe_ffn_hidden_size": 24},
     **{"moe_shared_expert_intermediate_size": 16, "moe_router_load_balancing_type": "none"},
 }
+_GROUPED = _EXPERTS | {"moe_grouped_gemm": True}
 # What a config may ask for; each is compared in loss and in every gradient.
 CASES = {
     "grouped queries": {},
@@ -43,14 +44,10 @@ CASES = {
     "layers without rotation": {"no_rope_freq": [1, 0]},
     "experts": _EXPERTS,
     "GEGLU experts": _EXPERTS | {"activation_func": torch.nn.functional.gelu},
-    "router's weights on the input": _EXPERTS
-    | {
-        **{"moe_router_topk": 1, "moe_router_pre_softmax": True, "moe_apply_probs_on_input": True},
-        "moe_grouped_gemm": True,
-    },
-    "experts in one product": _EXPERTS | {"moe_grouped_gemm": True},
-    "experts in one product, activation recomputed": _EXPERTS
-    | {"moe_grouped_gemm": True, **_SELECTIVE, "recompute_modules": ["moe_act"]},
+    "router's weights on the input": _GROUPED
+    | {"moe_router_topk": 1, "moe_router_pre_softmax": True, "moe_apply_probs_on_input": True},
+    "experts in one product": _GROUPED,
+    "their activation recomputed": _GROUPED | _SELECTIVE | {"recompute_modules": ["moe_act"]},
 }
 
 

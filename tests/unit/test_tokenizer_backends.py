@@ -167,6 +167,14 @@ def test_many_special_tokens_use_one_search():
     assert not search("a <extra_ 42> b")
 
 
+@pytest.mark.parametrize("needles", [["<s>", "</s>", "<unk>"], ["<s>", "[PAD]"], ["x"], []])
+def test_few_special_tokens_are_found_each(needles):
+    search = fast_tokenizer._contains_any(needles)
+    for needle in needles:
+        assert search(f"a < b {needle} c")
+    assert not search("a < b > <s </ s> [PAD")
+
+
 def test_digest_depends_on_the_model(models):
     digests = {tokenizer_digest(spec_of(models, name)) for name in models}
     assert len(digests) == len(models)
