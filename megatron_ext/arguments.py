@@ -27,7 +27,6 @@ from megatron_ext.checkpoint.source import (
     Start,
     refuse_overwriting,
     resolve_start,
-    warn_of_unfinished,
 )
 from megatron_ext.config import ChatConfig, RunConfig, UnlearnConfig
 from megatron_ext.data.checks import check_tokenizer_place, check_vocabulary
@@ -45,6 +44,7 @@ from megatron_ext.values import (
     check_training,
     check_values,
 )
+from megatron_ext.watch import warn_of_unfinished
 
 
 def add_arguments(parser: ArgumentParser) -> ArgumentParser:

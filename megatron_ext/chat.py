@@ -27,7 +27,7 @@ from megatron_ext.data.chat_template import TEMPLATE_FILE, ChatTemplate, is_buil
 from megatron_ext.data.chat_tokens import load_tokens
 from megatron_ext.data.providers import Datasets, reads_data
 from megatron_ext.data.tokenizers import TokenizerSpec, tokenizer_digest
-from megatron_ext.exceptions import ConfigError, DataError
+from megatron_ext.exceptions import ConfigError, DataError, flag_name
 from megatron_ext.refusals import refuse
 
 if TYPE_CHECKING:
@@ -234,5 +234,4 @@ def _check(args: Namespace) -> None:
     refuse(args, WITH_CHAT, where="cannot be combined with --chat-data-path")
     for name in REQUIRED_WITH_CHAT:
         if getattr(args, name) is None:
-            flag = name.replace("_", "-")
-            raise ConfigError(f"--{flag}: expected it beside --chat-data-path, found none")
+            raise ConfigError(f"{flag_name(name)}: expected it beside --chat-data-path, found none")

@@ -7,6 +7,7 @@ is 0 for an unchanged model and does not move with the data; nothing has to be a
 
 from __future__ import annotations
 
+import logging
 import math
 from argparse import Namespace
 from dataclasses import dataclass
@@ -16,7 +17,10 @@ import torch
 
 from megatron_ext.checkpoint.source import Start
 from megatron_ext.config import UnlearnConfig
+from megatron_ext.exceptions import flag_name
 from megatron_ext.objective import INCREASE, PROBABILITY, TERMS
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -44,17 +48,17 @@ class Limit:
         return self.value / max(found, 1e-30) if self.forgotten else found / self.value
 
 
-def limits(config: UnlearnConfig) -> list[Limit]:
-    """The bounds that a run was given."""
+def limits(config: UnlearnConfig | Namespace) -> list[Limit]:
+    """The bounds that a run was given, by its settings or by the arguments that its checkpoint recorded."""
     every = (
-        ("--max-mitigation-kl", TERMS[2], config.max_mitigation_kl, False),
-        ("--min-forget-probability", PROBABILITY, config.min_forget_probability, True),
-        ("--max-replay-increase", INCREASE, config.max_replay_increase, False),
+        ("max_mitigation_kl", TERMS[2], False),
+        ("min_forget_probability", PROBABILITY, True),
+        ("max_replay_increase", INCREASE, False),
     )
     return [
-        Limit(flag, metric, value, forgotten)
-        for flag, metric, value, forgotten in every
-        if value is not None
+        Limit(flag_name(name), metric, value, forgotten)
+        for name, metric, forgotten in every
+        if (value := getattr(config, name, None)) is not None
     ]
 
 
@@ -76,6 +80,32 @@ def reached_before(config: UnlearnConfig, start: Start) -> str | None:
                 f"{limit.value:.6g}; to continue, change the limit or leave it out"
             )
     return None
+
+
+def warn_of_unfinished(args: Namespace, start: Start) -> None:
+    """Say that the checkpoint that a new run starts from is from the middle of its own run.
+
+    Most often that run is still going on, or was stopped, as when two jobs were submitted together. One that
+    a limit has ended is not meant.
+
+    Args:
+        args: Megatron's validated arguments.
+        start: where the run begins.
+    """
+    found = start.checkpoint
+    if found is None or start.resumed or args.rank != 0 or args.ckpt_step:
+        return
+    planned = getattr(found.args, "train_iters", None)
+    watched = getattr(found.args, "unlearn_watch", None) or {}
+    ended = any(
+        limit.is_reached(watched.get(limit.metric, math.nan)) for limit in limits(found.args)
+    )
+    if planned is not None and 0 < found.iteration < planned and not ended:
+        logger.warning(
+            "%s %s: its latest checkpoint is of iteration %d of the %d of its run, so this run starts from a "
+            "model that is not trained to its end",
+            *(start.flag, found.directory, found.iteration, planned),
+        )
 
 
 class Watch:

@@ -237,5 +237,5 @@ def _length_flag(name: str, args: Namespace) -> str:
     given = {"lr_warmup_steps": "lr_warmup", "lr_decay_steps": "lr_decay"}.get(name, "train")
     if not getattr(args, f"{given}_{unit}"):
         given = "train"
-    flag = f"--{given}-{unit}".replace("_", "-")
+    flag = flag_name(f"{given}_{unit}")
     return f"{flag} x --global-batch-size" if args.train_iters else flag

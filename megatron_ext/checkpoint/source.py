@@ -99,14 +99,18 @@ def _open(directory: str, **which: Any) -> Checkpoint:
     return open_checkpoint(directory, **which, check_files=launched.looks_at_files())
 
 
+def _saves(args: Namespace) -> bool:
+    """Whether the run writes checkpoints of its own to ``--save``."""
+    return bool(args.save) and not args.skip_train and args.ckpt_convert_format is None
+
+
 def _check_step(args: Namespace) -> None:
     """Refuse to go back by a flag that a restart, which has the same command line, would go back by again.
 
     Raises:
         ConfigError: ``--ckpt-step`` is before the latest checkpoint of one directory for both.
     """
-    saves = not args.skip_train and args.ckpt_convert_format is None
-    if not (args.ckpt_step and saves and saves_where_it_loads(args)):
+    if not (args.ckpt_step and _saves(args) and saves_where_it_loads(args)):
         return
     latest = tracked(args.load) or ""
     if latest.isdecimal() and int(latest) > args.ckpt_step:
@@ -166,7 +170,7 @@ def refuse_overwriting(args: Namespace, start: Start) -> None:
     Raises:
         ConfigError: there are such checkpoints, and ``--overwrite-checkpoints`` is not given.
     """
-    if not args.save or args.skip_train or args.overwrite_checkpoints:
+    if not _saves(args) or args.overwrite_checkpoints:
         return
     first = 0 if start.before is None else start.before.iteration
     own = start.resumed and saves_where_it_loads(args)
@@ -176,27 +180,6 @@ def refuse_overwriting(args: Namespace, start: Start) -> None:
             f"--save {args.save}: expected no later checkpoint there than the run begins at, iteration "
             f"{first}, found that of iteration {latest}; to resume it use --load {args.save}, without "
             "--finetune, or name another folder; --overwrite-checkpoints writes over it"
-        )
-
-
-def warn_of_unfinished(args: Namespace, start: Start) -> None:
-    """Say that the checkpoint that a new run starts from is from the middle of its own run.
-
-    Most often that run is still going on, or was stopped, as when two jobs were submitted together.
-
-    Args:
-        args: Megatron's validated arguments.
-        start: where the run begins.
-    """
-    found = start.checkpoint
-    if found is None or start.resumed or args.rank != 0 or args.ckpt_step:
-        return
-    planned = getattr(found.args, "train_iters", None)
-    if planned is not None and 0 < found.iteration < planned:
-        logger.warning(
-            "%s %s: its latest checkpoint is of iteration %d of the %d of its run, so this run starts from a "
-            "model that is not trained to its end",
-            *(start.flag, found.directory, found.iteration, planned),
         )
 
 

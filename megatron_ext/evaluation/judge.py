@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from megatron_ext.data.chat import Message
 from megatron_ext.evaluation.journal import Journal
-from megatron_ext.exceptions import ConfigError, DataError
+from megatron_ext.exceptions import ConfigError, DataError, flag_name
 
 logger = logging.getLogger(__name__)
 
@@ -83,7 +83,7 @@ class Judge:
         for flag in ("max_tokens", "attempts", "parallel"):
             if getattr(self, flag) < 1:
                 raise ConfigError(
-                    f"--judge-{flag.replace('_', '-')}: expected at least 1, found {getattr(self, flag)}"
+                    f"{flag_name(f'judge_{flag}')}: expected at least 1, found {getattr(self, flag)}"
                 )
 
     def ask(

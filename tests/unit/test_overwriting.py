@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 from megatron_ext.checkpoint.inspect import Checkpoint
-from megatron_ext.checkpoint.source import Start, refuse_overwriting, warn_of_unfinished
+from megatron_ext.checkpoint.source import Start, refuse_overwriting
 from megatron_ext.exceptions import ConfigError
+from megatron_ext.watch import warn_of_unfinished
 
 
 @pytest.mark.parametrize(
@@ -32,6 +33,7 @@ def test_later_checkpoints_of_another_run_are_not_written_over(
     load = load and str(tmp_path / load)
     checkpoint = load and Checkpoint(Path(load), iteration, Path(load) / "folder", Namespace())
     args = Namespace(save=str(own), load=load, skip_train=False, overwrite_checkpoints=False)
+    args.ckpt_convert_format = None
     start = Start(checkpoint, "--load", resumed)
     if refused:
         message = (
@@ -43,7 +45,11 @@ def test_later_checkpoints_of_another_run_are_not_written_over(
         refuse_overwriting(args, start)
     refuse_overwriting(Namespace(**vars(args) | {"overwrite_checkpoints": True}), start)
     refuse_overwriting(Namespace(**vars(args) | {"skip_train": True}), start)
+    refuse_overwriting(Namespace(**vars(args) | {"ckpt_convert_format": "torch"}), start)
     refuse_overwriting(Namespace(**vars(args) | {"save": None}), start)
+
+
+LIMITED = {"train_iters": 1908, "max_mitigation_kl": 0.5}
 
 
 @pytest.mark.parametrize(
@@ -56,6 +62,9 @@ def test_later_checkpoints_of_another_run_are_not_written_over(
         (0, {"train_iters": 1908}, False, False),  # a release, as imports write it
         (600, {"train_iters": None}, False, False),
         (600, {}, False, False),
+        # A limit ended it, or has not yet.
+        (600, LIMITED | {"unlearn_watch": {"mitigation kl": 0.6}}, False, False),
+        (600, LIMITED | {"unlearn_watch": {"mitigation kl": 0.4}}, False, True),
     ],
 )
 def test_a_start_from_the_middle_of_a_run_says_so(
