@@ -20,6 +20,8 @@ from megatron.core import parallel_state
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.utils import get_model_config
 
+from megatron_ext.runtime import loaders
+
 Samples = Iterator[dict[str, Any]] | None
 
 
@@ -45,6 +47,7 @@ def install() -> None:
         return partial(scale_balancing, get_schedule(*args, **kwargs))
 
     loop.get_forward_backward_func = get_scaling_schedule
+    loaders.fetch_whole_steps()
 
 
 def scale_balancing(

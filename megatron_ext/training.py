@@ -28,7 +28,7 @@ from megatron_ext.head import head_loss, sequence_major
 from megatron_ext.losses import Places
 from megatron_ext.objective import Objective
 from megatron_ext.reference import FrozenReference, count_operations
-from megatron_ext.runtime import straggler
+from megatron_ext.runtime import loaders, straggler
 from megatron_ext.watch import Watch
 
 
@@ -76,6 +76,7 @@ class UnlearnStep:
         loop.get_forward_backward_func = get_wrapped_schedule
         loop.evaluate = evaluate_and_derive
         count_operations(self.config)
+        loaders.fetch_whole_steps()
         self.watch.install()
         if self.datasets is not None:
             self.datasets.install()

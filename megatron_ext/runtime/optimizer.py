@@ -9,10 +9,14 @@ Megatron's own slots for such kernels. The mathematics and the checkpoints do no
 from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_pre_hook
+
+# Optimizers that have made their first step since their state was loaded.
+_fused: WeakSet[torch.optim.Optimizer] = WeakSet()
 
 
 def use_fused_adam(optimizer: torch.optim.Optimizer) -> bool:
@@ -247,6 +251,7 @@ def _share_checkpoints(undo: ExitStack) -> None:
                 state = state_dict.get("optimizer", state_dict)
                 # The distributed optimizer hands the groups' step to torch's Adam itself.
                 adopt(state, self.optimizer, step_in_groups=distributed or not ours)
+                _fused.discard(self.optimizer)
             load(self, state_dict)
 
         return load_state_dict
@@ -267,4 +272,7 @@ def _replace(undo: ExitStack, module: Any, name: str, value: Any) -> None:
 
 
 def _fuse_before_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-    use_fused_adam(optimizer)
+    # Once, and after each load: it walks through all parameters between the norm and the step.
+    if optimizer not in _fused:
+        use_fused_adam(optimizer)
+        _fused.add(optimizer)

@@ -12,7 +12,7 @@ from torch.distributed.checkpoint import CheckpointException
 from megatron_ext.checkpoint import safe_load
 from megatron_ext.data.atomic import free_mib
 from megatron_ext.exceptions import CheckpointError
-from megatron_ext.runtime import packed, schedule
+from megatron_ext.runtime import loaders, packed, schedule
 from megatron_ext.values import saves_where_it_loads
 
 logger = logging.getLogger(__name__)
@@ -28,7 +28,7 @@ def apply() -> None:
     prepare_saves()
     measure_buckets()
     leave_enough_samples()
-    prepare_loaders()
+    loaders.prepare()
 
 
 def prepare_loads() -> None:
@@ -237,30 +237,3 @@ def leave_enough_samples() -> None:
         return train, valid, test
 
     loop.get_train_valid_test_num_samples = count_what_is_left
-
-
-def prepare_loaders() -> None:
-    """Give each data loader a random generator of its own, and a run that is at its end one without samples.
-
-    torch draws a seed for workers whenever an iterator is made, by default from the generator whose state
-    is in the checkpoint: each resume would leave it one draw further than a run that was never stopped,
-    on those ranks alone that read data.
-
-    A run that was stopped after its last step has its last validation still before it; Megatron's sampler
-    fails where no training sample is left.
-    """
-    import megatron.training.training as loop
-
-    build = loop.build_pretraining_data_loader
-
-    def build_prepared(dataset: Any, consumed_samples: int) -> Any:
-        args = loop.get_args()
-        at_end = dataset is not None and consumed_samples >= len(dataset)
-        if at_end and args.dataloader_type == "single":
-            return []
-        loader = build(dataset, consumed_samples)
-        if loader is not None:
-            loader.generator = torch.Generator().manual_seed(args.seed)
-        return loader
-
-    loop.build_pretraining_data_loader = build_prepared

@@ -85,7 +85,10 @@ def test_validation_is_left_alone(rank):
 def test_the_loop_gets_a_schedule_that_scales(monkeypatch):
     monkeypatch.setattr(loop, "get_forward_backward_func", lambda size: f"schedule of {size}")
     monkeypatch.setattr(balancing, "scale_balancing", lambda *given, **named: (given, named))
+    fetched = []
+    monkeypatch.setattr(balancing.loaders, "fetch_whole_steps", lambda: fetched.append(True))
     balancing.install()
+    assert fetched  # it reads a whole step first
     found = loop.get_forward_backward_func(size=2)(model="chunks")
     assert found == (("schedule of 2",), {"model": "chunks"})
 

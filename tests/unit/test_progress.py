@@ -90,6 +90,7 @@ def test_operations_are_those_of_the_plan_reference_included(monkeypatch, weight
         "get_forward_backward_func",
         "evaluate",
         "train_step",
+        "build_pretraining_data_loader",
     )
     for name in wrapped:
         monkeypatch.setattr(loop, name, getattr(loop, name))

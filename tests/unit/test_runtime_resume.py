@@ -131,27 +131,6 @@ def test_a_bucket_before_a_tied_embedding_is_saved_with_its_own_size(monkeypatch
     assert seen == [wanted]
 
 
-def test_reading_data_leaves_the_random_state_alone(monkeypatch):
-    def build(dataset, consumed_samples):
-        assert consumed_samples < len(dataset)
-        return torch.utils.data.DataLoader(dataset[consumed_samples:])
-
-    options = types.SimpleNamespace(seed=5, dataloader_type="single")
-    monkeypatch.setattr(loop, "build_pretraining_data_loader", build)
-    monkeypatch.setattr(loop, "get_args", lambda: options)
-    before = torch.get_rng_state()
-    next(iter(build([1, 2, 3], 0)))
-    assert not torch.equal(torch.get_rng_state(), before)  # torch's default
-    resume.prepare_loaders()
-    before = torch.get_rng_state()
-    assert next(iter(loop.build_pretraining_data_loader([1, 2, 3], 2))) == 3
-    assert torch.equal(torch.get_rng_state(), before)
-    # Behind the last sample Megatron's own fails; drawn at random the samples begin again.
-    assert list(loop.build_pretraining_data_loader([1, 2, 3], 3)) == []
-    options.dataloader_type = "cyclic"
-    assert len(loop.build_pretraining_data_loader([1, 2, 3], 0)) == 3
-
-
 # Iterations done, what they have read of training and validation, flags; samples asked for. A run of 100
 # iterations of 8 samples that evaluates 2 batches of 4 at every 10th and at the end.
 LEFT = {
