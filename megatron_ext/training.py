@@ -28,7 +28,7 @@ from megatron_ext.head import head_loss, sequence_major
 from megatron_ext.losses import Places
 from megatron_ext.objective import Objective
 from megatron_ext.reference import FrozenReference, count_operations
-from megatron_ext.runtime import loaders, straggler
+from megatron_ext.runtime import gathers, loaders, straggler
 from megatron_ext.watch import Watch
 
 
@@ -107,6 +107,8 @@ class UnlearnStep:
         reference = self._reference()
         hidden: list[torch.Tensor] = []
         if reference is not None:
+            if not forward_only:
+                gathers.gather_ahead(self.args, model)
             hidden = reference.hidden_states(
                 schedule,
                 [chunk[forget_count:] for chunk in batches],
