@@ -5,6 +5,11 @@ bad step again, and then saves a checkpoint for a third try on another machine: 
 before may have ruined, as the latest one. Here the default is ``disabled``: the first NaN ends the run, and
 nothing is saved after it.
 
+Megatron waits for the GPU at each microbatch's loss, and twice at each bucket of gradients, and the GPU then
+for the next launches. Without a pipeline all of a step's are looked at together here, before the optimizer
+has touched a weight. In a pipeline Megatron waits at each exchange anyway, and a bad loss is better kept from
+the other stages.
+
 In fp16 NaN and inf are how a loss scale is found to be too large, and Megatron looks at no loss. A step is
 skipped then, the weights stay as they are, and the scale is halved. Where it cannot be halved any more, all
 further steps might be skipped; some in a row end the run.
@@ -48,13 +53,19 @@ class FiniteGuard:
         self._sources: dict[int | None, list[list[str] | None]] = defaultdict(list)
         self._bad: dict[int | None, dict[int, torch.Tensor]] = defaultdict(dict)
         self._hooked: set[int] = set()
+        # What is looked at behind a step: losses by microbatch, and norms of gradients by bucket.
+        self._losses: list[tuple[int, torch.Tensor]] = []
+        self._norms: list[tuple[int, torch.Tensor]] = []
         self._skipped = 0  # steps in a row, at the least loss scale
 
     def install(self) -> None:
         """Go around Megatron's schedule, as it is by now, and around its step."""
         import megatron.training.training as loop
+        from megatron.core.distributed import param_and_grad_buffer
 
         get_schedule, train_step = loop.get_forward_backward_func, loop.train_step
+        buckets: Any = param_and_grad_buffer._ParamAndGradBucketGroup
+        check_grads = buckets.check_grads
 
         def get_guarded_schedule(*args: Any, **kwargs: Any) -> Callable[..., Any]:
             return partial(self._run, get_schedule(*args, **kwargs))
@@ -65,8 +76,18 @@ class FiniteGuard:
             self._check_skipped(bool(result[1]), optimizer=args[3])
             return result
 
+        def check_grads_later(
+            group: Any, check_for_nan_or_inf: bool, check_for_large: bool
+        ) -> None:
+            if check_for_large or not self._later():
+                check_grads(group, check_for_nan_or_inf, check_for_large)
+                return
+            norms = (bucket.grad_data.norm(p=2) for bucket in group.buckets)
+            self._norms += enumerate(norms)
+
         loop.get_forward_backward_func = get_guarded_schedule
         loop.train_step = check_step
+        buckets.check_grads = check_grads_later
 
     def _check_skipped(self, skipped: bool, *, optimizer: Any) -> None:
         """End a run whose loss scale cannot fall any more, and whose steps are skipped all the same."""
@@ -89,6 +110,8 @@ class FiniteGuard:
         """
         if not self.args.check_for_nan_in_loss_and_grad or norm is None or math.isfinite(norm):
             return
+        # Where the rank that knows more has ended, the others do not come this far.
+        torch.distributed.barrier()
         raise TrainingError(
             f"{self._where()}: the norm of the gradient over all ranks is {float(norm)}, though each rank's "
             f"own gradient is finite; {self._all_samples()}"
@@ -98,12 +121,45 @@ class FiniteGuard:
         self._training = not arguments.get("forward_only", False)
         self._sources.clear()
         self._bad.clear()
+        self._losses.clear()
+        self._norms.clear()
         try:
-            return schedule(**arguments)
+            result = schedule(**arguments)
         except RuntimeError as error:
             if _GRADIENT_CHECK not in str(error):
                 raise
-            raise TrainingError(self._gradient_report(str(error))) from error
+            message = str(error)
+            found = message[message.index("message='") + len("message='") :].rstrip("')")
+            raise TrainingError(self._gradient_report(found)) from error
+        self._look()
+        return result
+
+    @staticmethod
+    def _later() -> bool:
+        """Whether losses and gradients are looked at behind the step."""
+        alone = parallel_state.get_pipeline_model_parallel_world_size() == 1
+        return alone and get_rerun_state_machine().get_mode() is RerunMode.DISABLED
+
+    def _look(self) -> None:
+        """Wait once for what a step has left to look at.
+
+        Raises:
+            TrainingError: a loss or a gradient is NaN or inf.
+        """
+        if not self._losses and not self._norms:
+            return
+        numbers = [number.float() for _, number in (*self._losses, *self._norms)]
+        values = torch.stack(numbers).tolist()
+        count = len(self._losses)
+        for (index, _), value in zip(self._losses, values[:count], strict=True):
+            if not math.isfinite(value):
+                raise TrainingError(self._loss_report(value, index))
+        for (bucket, _), value in zip(self._norms, values[count:], strict=True):
+            if not math.isfinite(value):
+                kind = "NaN" if math.isnan(value) else "Inf"
+                raise TrainingError(
+                    self._gradient_report(f"found {kind} {_GRADIENT_CHECK} #{bucket}")
+                )
 
     def begin(self, model: MegatronModule, batch: MicroBatch) -> int:
         """Note a microbatch that is about to go through a model chunk.
@@ -122,7 +178,7 @@ class FiniteGuard:
         return len(self._sources[stage]) - 1
 
     def check_loss(self, loss: torch.Tensor, index: int) -> None:
-        """Look at a microbatch's loss before it reaches other microbatches or ranks.
+        """Look at a microbatch's loss: behind the step, or before it reaches other stages of a pipeline.
 
         Args:
             loss: scalar.
@@ -144,13 +200,10 @@ class FiniteGuard:
                 tolerance=0.0,  # the forward pass is deterministic
                 fatal=True,
             )
+        elif self._later():
+            self._losses.append((index, loss.detach()))
         elif not torch.isfinite(loss):
-            # Losses belong to the last chunk, whose list of microbatches is the one that just grew.
-            stage = max(self._sources, key=lambda key: -1 if key is None else key)
-            raise TrainingError(
-                f"{self._where()}: the loss of microbatch {index} is {loss.item()}; "
-                f"{self._samples(stage, [index])}"
-            )
+            raise TrainingError(self._loss_report(loss.item(), index))
 
     def _watch_input(
         self, stage: int | None, decoder: Any, _: tuple[Any, ...], keywords: dict[str, Any]
@@ -170,9 +223,14 @@ class FiniteGuard:
 
         hidden.register_hook(mark)
 
-    def _gradient_report(self, message: str) -> str:
-        """What is known of a gradient that DDP refused."""
-        found = message[message.index("message='") + len("message='") :].rstrip("')")
+    def _loss_report(self, value: float, index: int) -> str:
+        # Losses belong to the last chunk, whose list of microbatches is the one that just grew.
+        stage = max(self._sources, key=lambda key: -1 if key is None else key)
+        samples = self._samples(stage, [index])
+        return f"{self._where()}: the loss of microbatch {index} is {value}; {samples}"
+
+    def _gradient_report(self, found: str) -> str:
+        """What is known of a gradient that is NaN or inf."""
         parts = []
         for stage, flags in self._bad.items():
             bad = sorted(index for index, flag in flags.items() if bool(flag))

@@ -1,7 +1,7 @@
 """The entry point with a fault: in step `POISON_STEP` the weights or a gradient turn NaN.
 
 The first argument says which: `token:N` the embedding of token N, `gradient:M` what goes back from
-microbatch M, `lasting:` what goes back from all, from that step on.
+microbatch M (`gradient:M:R` on rank R alone), `lasting:` what goes back from all, from that step on.
 """
 
 import runpy
@@ -21,7 +21,7 @@ def main(poison):
 
     from megatron_ext.training import UnlearnStep
 
-    kind, _, number = poison.partition(":")
+    kind, number, *ranks = poison.split(":")
     forward_step = UnlearnStep.forward_step
     seen = 0
 
@@ -34,7 +34,8 @@ def main(poison):
         if kind == "token" and core.pre_process:
             core.embedding.word_embeddings.weight.data[int(number)] = float("nan")
         output, loss = forward_step(self, data_iterator, model)
-        if kind == "lasting" or (kind == "gradient" and seen == int(number)):
+        here = not ranks or self.args.rank == int(ranks[0])
+        if kind == "lasting" or (kind == "gradient" and seen == int(number) and here):
             output[0].register_hook(lambda gradient: gradient * float("nan"))  # the loss
         seen += 1
         return output, loss

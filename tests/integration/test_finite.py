@@ -13,7 +13,7 @@ from tests.helpers.poisoned import POISON_STEP
 from tests.helpers.tiny import BATCH, FORGET
 
 SCRIPT = ROOT / "tests" / "helpers" / "poisoned.py"
-MICRO, BAD = 2, 5
+MICRO, BAD, FIRST = 2, 5, 1
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +36,9 @@ def runs(tiny, server, token, runs_directory):
     scaled = ("--fp16", "--initial-loss-scale", 4, "--train-iters", 2 * POISON_STEP + MOST_SKIPPED)
     scaled += ("--save-interval", 100, "--save", runs_directory / "bad_fp16")
     launches.append(Launch(("lasting:", *tiny.unlearn(*scaled)), script=SCRIPT))
-    names = ("loss", "gradient", "fp16")
+    alone = ("--train-iters", 6, "--save-interval", 1, "--save", runs_directory / "bad_alone")
+    launches.append(Launch((f"gradient:{FIRST}:1", *tiny.unlearn(*alone)), ranks=2, script=SCRIPT))
+    names = ("loss", "gradient", "fp16", "alone")
     logs = runs_directory / "tensorboard_finite"
     return {
         name: server.run(launch, logs / name) for name, launch in zip(names, launches, strict=True)
@@ -72,6 +74,17 @@ def test_a_gradient_names_microbatch_and_samples(tiny, runs, runs_directory):
     first = (POISON_STEP - 1) * FORGET + BAD * MICRO
     named = re.findall(rf"sample (\d+) of {tiny.forget} ", error)
     assert [int(sample) for sample in named] == [first, first + 1]
+
+
+def test_of_data_parallel_ranks_the_bad_one_speaks(tiny, runs, runs_directory):
+    """The others have its gradient in their sums, and end without a step."""
+    error = check_end(runs["alone"], runs_directory / "bad_alone")
+    assert f"step {POISON_STEP}, rank 1: found NaN in local grad norm for bucket" in error
+    assert f"it comes from microbatch {FIRST}, its samples: " in error
+    first = (POISON_STEP - 1) * FORGET + FIRST * 2 * MICRO + MICRO
+    named = re.findall(rf"sample (\d+) of {tiny.forget} ", error)
+    assert [int(sample) for sample in named] == [first, first + 1]
+    assert "over all ranks" not in runs["alone"].output
 
 
 def test_a_loss_scale_that_cannot_fall_ends_the_run(runs, runs_directory):
