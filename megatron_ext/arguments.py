@@ -34,6 +34,7 @@ from megatron_ext.data.tokenizers import TOKENIZER_TYPES, TokenizerSpec, tokeniz
 from megatron_ext.exceptions import ConfigError, flag_name, refused_by_megatron
 from megatron_ext.noise import warn_of_noise
 from megatron_ext.runtime import compat, console, cpu
+from megatron_ext.stages import check_pipeline
 from megatron_ext.values import (
     check_experts,
     check_index,
@@ -150,6 +151,7 @@ def parse() -> tuple[Namespace, UnlearnConfig, ChatRun | None]:
 def _check_model(args: Namespace) -> None:
     check_sizes(args)
     check_experts(args)
+    check_pipeline(args)
     check_layout(args)
 
 

@@ -78,9 +78,7 @@ class Architecture:
 
     def kinds(self, stage: int, chunk: int, split: Split) -> list[Mixture | None]:
         """Of each layer of a model chunk, which mixture it is."""
-        count = self.layers // (split.pp * split.vpp)
-        start = chunk * (self.layers // split.vpp) + stage * count
-        return [self.kind(layer) for layer in range(start, start + count)]
+        return [self.kind(layer) for layer in split.chunk_layers(self.layers, stage, chunk)]
 
     def matrices(self, kind: Mixture | None) -> int:
         """Parameters of a layer's matrices that a token meets: `h (q + 2k) + q h + 3 h f`.

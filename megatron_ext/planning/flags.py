@@ -15,6 +15,7 @@ from megatron_ext.planning.architecture import Architecture
 from megatron_ext.planning.checks import check_model, check_run, check_spelling
 from megatron_ext.planning.data import DataTokenizer
 from megatron_ext.planning.layout import Layout, Recompute, Unlearning
+from megatron_ext.stages import check_pipeline
 
 _REQUIRED_SIZES = (
     *("num-layers", "hidden-size", "ffn-hidden-size", "num-attention-heads"),
@@ -26,6 +27,7 @@ _OPTIONAL_SIZES = (
     *("max-position-embeddings", "lr-decay-iters", "lr-decay-samples"),
     *("lr-wsd-decay-iters", "lr-wsd-decay-samples"),
     *("num-layers-per-virtual-pipeline-stage", "num-virtual-stages-per-pipeline-rank"),
+    *("decoder-first-pipeline-num-layers", "decoder-last-pipeline-num-layers"),
     *("ddp-bucket-size", "forget-batch-size", "recompute-num-layers"),
     *mixture_flags.SIZES,
 )
@@ -49,7 +51,6 @@ _NOT_PLANNED = (
     *("use-precision-aware-optimizer", "optimizer-cpu-offload", "main-grads-dtype"),
     *("use-megatron-fsdp", "use-torch-fsdp2", "num-distributed-optimizer-instances"),
     *("ddp-num-buckets", "ddp-pad-buckets-for-high-nccl-busbw"),
-    *("decoder-first-pipeline-num-layers", "decoder-last-pipeline-num-layers"),
     *("account-for-embedding-in-pipeline-split", "account-for-loss-in-pipeline-split"),
     *("pipeline-model-parallel-layout", "distribute-saved-activations"),
     *("microbatch-group-size-per-virtual-pipeline-stage", "fp8-format", "multi-latent-attention"),
@@ -205,6 +206,7 @@ def layout(flags: Namespace, *, gpus: int, cpu: bool = False) -> Layout:
     """
     pp = flags.pipeline_model_parallel_size
     vpp = flags.num_virtual_stages_per_pipeline_rank or 1
+    check_pipeline(flags)
     if each := flags.num_layers_per_virtual_pipeline_stage:
         if flags.num_layers % (pp * each):
             raise ConfigError(
@@ -236,6 +238,8 @@ def layout(flags: Namespace, *, gpus: int, cpu: bool = False) -> Layout:
         pp=pp,
         vpp=vpp,
         ep=flags.expert_model_parallel_size,
+        first=flags.decoder_first_pipeline_num_layers,
+        last=flags.decoder_last_pipeline_num_layers,
         expert_tp=flags.expert_tensor_parallel_size,
         micro_batch=flags.micro_batch_size,
         global_batch=flags.global_batch_size,

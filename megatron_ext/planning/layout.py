@@ -10,6 +10,7 @@ from megatron_ext.exceptions import ConfigError
 from megatron_ext.planning.architecture import Architecture
 from megatron_ext.planning.mixture import Mixture
 from megatron_ext.planning.split import Split
+from megatron_ext.stages import check_stages
 
 Recompute = Literal["none", "selective", "full"]
 
@@ -42,6 +43,8 @@ class Layout:
         pp: pipeline-parallel size.
         vpp: model chunks of a pipeline rank; above 1 the schedule is interleaved.
         ep: expert-parallel size: groups into which the experts of a layer are divided.
+        first: layers of the first pipeline stage; None: as many as one between.
+        last: layers of the last pipeline stage; None: as many as one between.
         expert_tp: tensor-parallel size of experts; None: that of the rest.
         sequence_parallel: whether TP divides the norms' activations too.
         distributed_optimizer: whether data-parallel ranks share the optimizer's state.
@@ -69,6 +72,8 @@ class Layout:
     pp: int = 1
     vpp: int = 1
     ep: int = 1
+    first: int | None = None
+    last: int | None = None
     expert_tp: int | None = None
     sequence_parallel: bool = False
     distributed_optimizer: bool = False
@@ -130,7 +135,7 @@ class Layout:
     @property
     def split(self) -> Split:
         """How the model's tensors are divided."""
-        return Split(tp=self.tp, pp=self.pp, vpp=self.vpp, ep=self.ep, etp=self.etp)
+        return Split(self.tp, self.pp, self.vpp, self.ep, self.etp, self.first, self.last)
 
     @property
     def microbatches(self) -> int:
@@ -224,12 +229,7 @@ def check(arch: Architecture, layout: Layout, unlearning: Unlearning | None = No
     Raises:
         ConfigError: names the flag, what was expected and what was found.
     """
-    parts = layout.pp * layout.vpp
-    if arch.layers % parts:
-        chunks = f" x {layout.vpp} chunks" if layout.vpp > 1 else ""
-        raise ConfigError(
-            f"--num-layers: expected a multiple of PP {layout.pp}{chunks}, found {arch.layers}"
-        )
+    check_stages(arch.layers, layout.pp, chunks=layout.vpp, first=layout.first, last=layout.last)
     dense = arch.mixture is None or not all(arch.mixture.layers)
     if arch.heads % layout.tp or (dense and arch.ffn % layout.tp):
         raise ConfigError(

@@ -45,7 +45,7 @@ def plan(flags: Namespace, cluster: Cluster, *, ranked: int = 0) -> dict[str, An
     if ranked:
         found = _ranked(arch, layout, unlearning, cluster)
         numbers["layouts_that_fit"] = len(found)
-        numbers["layouts"] = [_candidate(one) for one in found[:ranked]]
+        numbers["layouts"] = [_candidate(one, arch.layers) for one in found[:ranked]]
     return numbers
 
 
@@ -57,6 +57,7 @@ def _model(arch: Architecture, layout: Layout) -> dict[str, Any]:
         "padded_vocab_size": arch.padded_vocab(layout.tp),
         "gpus": layout.gpus,
         "layout": {name: getattr(layout, name) for name in ("tp", "cp", "pp", "vpp", "ep", "etp")},
+        "stage_layers": layout.split.layers(arch.layers),
         "experts": None if arch.mixture is None else arch.mixture.experts,
         "data_parallel": layout.data_parallel,
         "micro_batch": layout.micro_batch,
@@ -213,7 +214,7 @@ def _ranked(
     )
 
 
-def _candidate(one: Candidate) -> dict[str, Any]:
+def _candidate(one: Candidate, layers: int) -> dict[str, Any]:
     layout = one.layout
     return {
         "tp": layout.tp,
@@ -221,6 +222,8 @@ def _candidate(one: Candidate) -> dict[str, Any]:
         "pp": layout.pp,
         "vpp": layout.vpp,
         "ep": layout.ep,
+        "stage_layers": layout.split.layers(layers),
+        "stage_flags": layout.split.flags(),
         "dp": layout.data_parallel,
         "micro_batch": layout.micro_batch,
         "recompute": layout.recompute,

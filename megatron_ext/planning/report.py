@@ -38,6 +38,9 @@ def _model(n: dict[str, Any]) -> Iterator[str]:
     chunks = f" x {where['vpp']} chunks" if where["vpp"] > 1 else ""
     context = f", CP {where['cp']}" if where["cp"] > 1 else ""
     experts = f", experts TP {where['etp']} EP {where['ep']}" if n["experts"] else ""
+    counts = n["stage_layers"]
+    if len(set(counts)) > 1:
+        chunks += f" of {', '.join(map(str, counts[:-1]))} and {counts[-1]} layers"
     yield (
         f"layout        {n['gpus']} ranks: TP {where['tp']}{context}, PP {where['pp']}{chunks}, DP "
         f"{n['data_parallel']}{experts}; {n['microbatches']} microbatches of {n['micro_batch']} a step"
@@ -154,6 +157,8 @@ def _layouts(n: dict[str, Any]) -> Iterator[str]:
             f"{parts['bubble']:8.3f} {parts['pipeline']:8.3f} {parts['data_parallel']:6.3f} "
             f"{parts['reference']:11.3f}"
         )
+        if one["stage_flags"]:
+            yield f"                with {one['stage_flags']}"
     if not n["layouts"]:
         yield "              none"
 

@@ -3,7 +3,7 @@
 The model is arithmetic; nothing of it was measured. Its parts and where they come from:
 
 - Matrix products and attention run at `utilisation` of the peak, whatever the layout. The slowest
-  stage sets the pace: with a large vocabulary that is the last one.
+  stage sets the pace: with a large vocabulary and stages of equally many layers that is the last one.
 - Recompute makes a layer's forward pass again (full), or its attention's (selective, 2205.05198).
 - Tensor parallelism: four all-reduces of `s b h` a layer and microbatch, two each way, or as many
   pairs of all-gather and reduce-scatter (2104.04473, section 3.2; 2205.05198, section 4.2.2), through
@@ -15,12 +15,18 @@ The model is arithmetic; nothing of it was measured. Its parts and where they co
   nothing hidden, over the links of a node if EP x the experts' TP ranks are in one; with the all-gather
   dispatcher the tokens of all of these ranks instead. Experts get equal shares of the tokens.
 - Every microbatch adds its gradients to the sum: read and written, in fp32 8 bytes a parameter.
-- The pipeline: the slowest stage works `m` times and waits `(p - 1) / v` times more (2104.04473,
-  section 2.2), and each chunk's output and its gradient cross the network.
+- The pipeline: the slowest stage works `m` times and waits while a microbatch passes the others, `1 / v` of
+  which it waits with `v` chunks; of equal stages `(p - 1) / v` times (2104.04473, section 2.2). Each chunk's
+  output and its gradient cross the network.
 - Data parallelism: gradients are reduced and weights gathered once a step, over the links of a node or
   through the adapters of all of the group's GPUs in it, for a ring leaves a node once; with overlap behind
   the compute of one microbatch.
-- The reference's forward passes over the replay microbatches are a pipeline of their own.
+- The reference's forward passes over the replay microbatches are a pipeline of their own, but it costs no
+  second bubble. Nothing makes the stages wait for each other between both pipelines: Megatron's schedules
+  end with the last microbatch's output on its way to the next stage, and the count of the step's tokens is
+  summed among the ranks of the last stage alone. So the student fills the pipeline while the reference drains
+  it. (With `--timing-log-level 1` Megatron puts a barrier there.) The reference's logits are made in the
+  student's head, and cost what they make the last stage slower than the slowest one.
 
 Left out: kernels become less efficient with small microbatches and large TP, memory traffic of the
 optimizer's step, data loading, logging, checkpoints.
@@ -95,38 +101,59 @@ def model_step(
     """
     rate = gpu.flops * utilisation * layout.tp
     m, p, v = layout.microbatches, layout.pp, layout.vpp
-    work = [_layer_work(arch, layout, stage) / rate for stage in range(p)]
-    # Forward, and backward of both factors.
-    work[-1] += 3 * _head_flops(arch, layout) / rate
-    work = [
-        seconds + 2 * layout.gradient * _parameters(arch, layout, stage) / gpu.memory_bandwidth
-        for stage, seconds in enumerate(work)
-    ]
-    reductions = _reductions(arch, layout) * _reduction(arch, layout, gpu)
     # One each way, and one more where the forward pass is made again.
-    tensor = (3 if layout.recompute == "full" else 2) * reductions
-    gather = _gather(arch, layout, gpu, gpus_per_node) * arch.layers / p
+    tensor_passes = 3 if layout.recompute == "full" else 2
     # Forward, backward again, and the gradient's way back; and once more where a layer is made again.
-    context = (3 if layout.recompute == "none" else 4) * gather
+    context_passes = 3 if layout.recompute == "none" else 4
+    reduction = _reduction(arch, layout, gpu)
+    gather = _gather(arch, layout, gpu, gpus_per_node)
     # Both ways forward, both backward; with the forward pass again where a layer is made again.
     exchange = 2 * _exchange(arch, layout, gpu, gpus_per_node)
-    expert = (3 if layout.recompute == "full" else 2) * exchange
-    slowest = max(work)
+    busy, forward = [], []  # of each stage; of the reference's forward pass
+    for stage in range(p):
+        work = _layer_work(arch, layout, stage) / rate
+        work += 2 * layout.gradient * _parameters(arch, layout, stage) / gpu.memory_bandwidth
+        if stage == p - 1:  # forward, and backward of both factors
+            work += 3 * _head_flops(arch, layout) / rate
+        kinds = _kinds(arch, layout, stage)
+        reduced, gathered = _reductions(kinds) * reduction, len(kinds) * gather
+        sent = sum(kind is not None for kind in kinds) * exchange
+        busy.append(
+            (work, tensor_passes * reduced, context_passes * gathered, tensor_passes * sent)
+        )
+        layers = sum(map(sum, _layer_flops(arch, layout, stage))) / rate
+        forward.append(layers + reduced + gathered + sent)
+    slowest = max(busy, key=sum)
+    compute, tensor, context, expert = slowest
     far = gpu.link if layout.gpus <= gpus_per_node else gpu.network
     output = layout.tokens * arch.hidden * layout.element / layout.sequence_split
-    sent = 2 * v * output / far if p > 1 else 0.0
-    forward_only = reductions + gather + exchange + sent / 2
-    busy = slowest + tensor + context + expert
+    passed_on = 2 * v * output / far if p > 1 else 0.0
+    reference = 0.0
+    if unlearning is not None and unlearning.reference:
+        with_logits = sum(busy[-1]) + _head_flops(arch, layout) / rate
+        count, run = _replayed(layout, unlearning)
+        reference = run * (max(forward) + passed_on / 2)
+        reference += count * max(0.0, with_logits - sum(slowest))
     return StepTime(
-        compute=m * slowest,
+        compute=m * compute,
         tensor_parallel=m * tensor,
         context_parallel=m * context,
         expert_parallel=m * expert,
-        bubble=(p - 1) / v * busy,
-        pipeline=m * sent,
-        data_parallel=_data_parallel(arch, layout, gpu, gpus_per_node, hidden=busy),
-        reference=_reference(arch, layout, unlearning, rate, forward_only),
+        bubble=(sum(map(sum, busy)) - sum(slowest)) / v,
+        pipeline=m * passed_on,
+        data_parallel=_data_parallel(arch, layout, gpu, gpus_per_node, hidden=sum(slowest)),
+        reference=reference,
     )
+
+
+def _replayed(layout: Layout, unlearning: Unlearning) -> tuple[int, int]:
+    """Replayed microbatches of a copy of the model, and those that its reference runs.
+
+    The interleaved schedule is given at least as many as it has stages.
+    """
+    replayed = (layout.global_batch - unlearning.forget_batch) // layout.data_parallel
+    count = replayed // layout.micro_batch
+    return count, max(count, layout.pp if layout.vpp > 1 else 0)
 
 
 def _layer_flops(arch: Architecture, layout: Layout, stage: int) -> list[list[float]]:
@@ -170,20 +197,14 @@ def _parameters(arch: Architecture, layout: Layout, stage: int, *, expert: bool 
     )
 
 
-def _kinds(arch: Architecture, layout: Layout) -> list[list[Mixture | None]]:
-    """Of each stage, which mixtures its layers are, those of all of its chunks."""
-    return [
-        [kind for chunk in range(layout.vpp) for kind in arch.kinds(stage, chunk, layout.split)]
-        for stage in range(layout.pp)
-    ]
+def _kinds(arch: Architecture, layout: Layout, stage: int) -> list[Mixture | None]:
+    """Which mixtures the layers of a stage are, those of all of its chunks."""
+    return [kind for chunk in range(layout.vpp) for kind in arch.kinds(stage, chunk, layout.split)]
 
 
-def _reductions(arch: Architecture, layout: Layout) -> int:
-    """All-reduces forward of the stage with most: behind attention, and behind what all tokens pass."""
-    return max(
-        sum(1 if kind is not None and not kind.shared else 2 for kind in kinds)
-        for kinds in _kinds(arch, layout)
-    )
+def _reductions(kinds: list[Mixture | None]) -> int:
+    """All-reduces forward of a stage: behind attention, and behind what all tokens pass."""
+    return sum(1 if kind is not None and not kind.shared else 2 for kind in kinds)
 
 
 def _reduction(arch: Architecture, layout: Layout, gpu: Gpu) -> float:
@@ -199,7 +220,7 @@ def _gather(arch: Architecture, layout: Layout, gpu: Gpu, gpus_per_node: int) ->
 
 
 def _exchange(arch: Architecture, layout: Layout, gpu: Gpu, gpus_per_node: int) -> float:
-    """Seconds of sending a microbatch's rows to their experts, all layers of the stage with most mixtures."""
+    """Seconds of sending a microbatch's rows of one layer to their experts."""
     mixture, ranks = arch.mixture, layout.ep * layout.etp
     if mixture is None or ranks == 1:
         return 0.0
@@ -210,8 +231,7 @@ def _exchange(arch: Architecture, layout: Layout, gpu: Gpu, gpus_per_node: int) 
         rows = (layout.ep - 1) / layout.ep * tokens * mixture.topk
         rows += (layout.etp - 1) * tokens * mixture.topk
     link = gpu.link if ranks <= gpus_per_node else gpu.network
-    most = max(sum(kind is not None for kind in kinds) for kinds in _kinds(arch, layout))
-    return most * rows * arch.hidden * layout.element / link
+    return rows * arch.hidden * layout.element / link
 
 
 def _data_link(ranks: int, stride: int, gpu: Gpu, gpus_per_node: int) -> float:
@@ -257,21 +277,3 @@ def _data_parallel(
     ):
         exposed += max(0.0, seconds - behind) if overlapped else seconds
     return exposed
-
-
-def _reference(
-    arch: Architecture,
-    layout: Layout,
-    unlearning: Unlearning | None,
-    rate: float,
-    communication: float,
-) -> float:
-    """Seconds of the reference: a forward pipeline, and its logits in the student's head."""
-    if unlearning is None or not unlearning.reference:
-        return 0.0
-    replayed = (layout.global_batch - unlearning.forget_batch) // layout.data_parallel
-    count = replayed // layout.micro_batch
-    slowest = max(sum(map(sum, _layer_flops(arch, layout, i))) for i in range(layout.pp))
-    layers = slowest / rate + communication
-    logits = _head_flops(arch, layout) / rate
-    return (count + (layout.pp - 1) / layout.vpp) * layers + count * logits

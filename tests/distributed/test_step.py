@@ -36,6 +36,10 @@ LAYOUTS: dict[str, tuple[int, tuple[object, ...]]] = {
     "TP 2": (2, ("--tensor-model-parallel-size", 2)),
     "TP 2, sequence parallel": (2, ("--tensor-model-parallel-size", 2, "--sequence-parallel")),
     "PP 2": (2, ("--pipeline-model-parallel-size", 2)),
+    "PP 2, 3 and 1 layers": (
+        2,
+        ("--pipeline-model-parallel-size", 2, "--decoder-last-pipeline-num-layers", 1),
+    ),
     "interleaved PP 2": (2, INTERLEAVED),
     # A single replay microbatch: the reference's pass has fewer than the pipeline has stages.
     "interleaved PP 2, micro-batch 4": (2, (*INTERLEAVED, "--micro-batch-size", 4)),

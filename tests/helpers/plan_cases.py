@@ -69,6 +69,8 @@ CASES = {
     "PP 2, fine experts, full": (FINE, replace(PP, global_batch=8, **FULL)),
     "PP 2, interleaved, experts": (MIXED, replace(PP, vpp=3, global_batch=12)),
     "PP 2": (ARCH, replace(PP, global_batch=8)),
+    "PP 2, uneven": (ARCH, replace(PP, last=2, global_batch=8)),
+    "PP 2, uneven and interleaved": (ARCH, replace(PP, vpp=2, last=2, global_batch=8)),
     "PP 2, interleaved": (ARCH, replace(PP, vpp=3, global_batch=12)),
 }
 
@@ -142,7 +144,7 @@ def _start(layout: Layout) -> None:
         parallel_state.get_expert_model_parallel_world_size(),
         parallel_state.get_expert_tensor_parallel_world_size(),
     )
-    if found != layout.split:
+    if found != layout.split._replace(first=None, last=None):
         parallel_state.destroy_model_parallel()
         parallel_state.initialize_model_parallel(
             layout.tp,
@@ -165,6 +167,8 @@ def _chunks(arch: Architecture, layout: Layout) -> list[Any]:
         sequence_parallel=layout.sequence_parallel,
         pipeline_model_parallel_size=layout.pp,
         virtual_pipeline_model_parallel_size=layout.vpp if layout.vpp > 1 else None,
+        num_layers_in_first_pipeline_stage=layout.first,
+        num_layers_in_last_pipeline_stage=layout.last,
         pipeline_dtype=torch.float32,
         deallocate_pipeline_outputs=True,  # as Megatron's arguments set it
         expert_model_parallel_size=layout.ep,

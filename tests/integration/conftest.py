@@ -30,6 +30,8 @@ def halfway(straight: Run, runs_directory):
 def resumed(tiny: Tiny, server: Server, halfway, runs_directory) -> dict[str, Run]:
     """The second half at the same and at other layouts; none is told again what the reference is."""
     tp2 = ("--tensor-model-parallel-size", 2, *SHARDED)
+    even = ("--pipeline-model-parallel-size", 2, *SHARDED)
+    uneven = (*even, "--decoder-last-pipeline-num-layers", 1)
     until_half = tiny.unlearn(*TRAIN, "--exit-interval", HALF)
     # Small buckets, so that the output layer's weight is not gathered along with the first layer's.
     overlapped = ("--overlap-grad-reduce", "--overlap-param-gather", "--ddp-bucket-size", 5000)
@@ -45,6 +47,9 @@ def resumed(tiny: Tiny, server: Server, halfway, runs_directory) -> dict[str, Ru
             (*until_half, *SHARDED, *everything, "--save", runs_directory / "all"), ranks=4
         ),
         "TP 2": Launch((*until_half, *tp2, "--save", runs_directory / "tp2"), ranks=2),
+        "PP 2, 3 and 1 layers": Launch(
+            (*until_half, *uneven, "--save", runs_directory / "uneven"), ranks=2
+        ),
         "DP 2, overlapped": Launch(
             (*until_half, *SHARDED, *overlapped, "--save", runs_directory / "dp2"), ranks=2
         ),
@@ -58,12 +63,12 @@ def resumed(tiny: Tiny, server: Server, halfway, runs_directory) -> dict[str, Ru
     def rest(load, *layout):
         return tiny.objective(*TRAIN, "--load", load, *layout)
 
-    pp2 = rest(runs_directory / "tp2", "--pipeline-model-parallel-size", 2, *SHARDED)
     launches = {
         "same layout": Launch(rest(halfway)),
         "every key accounted for": Launch(rest(halfway, "--dist-ckpt-strictness", "raise_all")),
         "DP 1 to DP 2": Launch(rest(halfway), ranks=2),
-        "TP 2 to PP 2": Launch(pp2, ranks=2),
+        "TP 2 to PP 2": Launch(rest(runs_directory / "tp2", *even), ranks=2),
+        "3 and 1 layers to 2 and 2": Launch(rest(runs_directory / "uneven", *even), ranks=2),
         "DP 2, overlapped, to CP 2": Launch(
             rest(runs_directory / "dp2", *SHARDED, *split), ranks=2
         ),

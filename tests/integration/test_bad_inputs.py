@@ -127,6 +127,11 @@ CASES: dict[str, tuple[list[str], list[str]]] = {
         ["ranks (torchrun's --nnodes x --nproc-per-node): ", "--tensor-model-parallel-size 2 x "]
         + ["--pipeline-model-parallel-size 2", "found 1"],
     ),
+    "stages with more layers than there are": (
+        ["--pipeline-model-parallel-size", "4", "--decoder-first-pipeline-num-layers", "3"]
+        + ["--decoder-last-pipeline-num-layers", "3"],
+        ["--num-layers: ", "a multiple of 2 more (2 other stages), found 4, -2 more"],
+    ),
     "file in the way of the checkpoints": (
         ["--save", "{dir}/list/deep", "--save-interval", "1"],
         ["--save {dir}/list/deep: ", "a file at {dir}/list"],

@@ -23,6 +23,12 @@ SHARED = ("--bf16", "--use-distributed-optimizer")
 SMALL_BUCKETS = ("--overlap-grad-reduce", "--overlap-param-gather", "--ddp-bucket-size", 30_000)
 TP2, PP2 = ("--tensor-model-parallel-size", 2), ("--pipeline-model-parallel-size", 2)
 CHUNKS = (*TP2, "--pipeline-model-parallel-size", 4, "--num-layers-per-virtual-pipeline-stage", 1)
+LAST, FIRST = "--decoder-last-pipeline-num-layers", "--decoder-first-pipeline-num-layers"
+# Of 8 layers 4, 3 and 1 in three stages, or 2, 4 and 2 in two chunks each.
+PP3 = ("--pipeline-model-parallel-size", 3)
+UNEVEN = (*PP3, FIRST, 4, LAST, 1)
+FORGET_8 = ("--forget-batch-size", 8)
+UNEVEN_CHUNKS = (*PP3, FIRST, 2, LAST, 2, "--num-virtual-stages-per-pipeline-rank", 2)
 GROUPS = ("--group-query-attention", "--num-query-groups", 2, "--sequence-parallel")
 QWEN = ("--add-qkv-bias", "--qk-layernorm", "--kv-channels", 40, "--padded-vocab-size", 640)
 EXPERTS = ("--num-experts", 6, "--moe-ffn-hidden-size", 42, "--moe-router-topk", 2)
@@ -65,6 +71,20 @@ CASES = {
         48,
         31,
         (*SHARED, *TP2, *EXPERTS, *EP2, "--sequence-parallel", *UNLEARN),
+    ),
+    "uneven, first stage": (12, 1, (*SHARED, *UNEVEN, *SMALL_BUCKETS, *UNLEARN, *FORGET_8)),
+    "uneven, between": (12, 6, (*UNTIED, *SHARED, *UNEVEN)),
+    "uneven, last stage": (12, 11, (*SHARED, *UNEVEN, *UNLEARN, *FORGET_8)),
+    "uneven and interleaved": (12, 5, ("--fp16", *UNTIED, *UNEVEN_CHUNKS)),
+    "uneven, some experts": (
+        12,
+        7,
+        (*UNTIED, *SHARED, *PP3, LAST, 2, *EXPERTS, "--moe-layer-freq", "([1]*3+[0]*5)"),
+    ),
+    "uneven, some experts, interleaved": (
+        24,
+        10,
+        (*SHARED, *UNEVEN_CHUNKS, *EXPERTS, *EP2, "--moe-layer-freq", "([0]*4+[1]+[0]*3)"),
     ),
     "unlearning, 512 ranks": (512, 301, (*UNTIED, *SHARED, *TP2, *PP2, *UNLEARN)),
 }

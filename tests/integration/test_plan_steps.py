@@ -16,6 +16,10 @@ CASES = {
     "TP 2": (2, ("--tensor-model-parallel-size", 2, "--sequence-parallel")),
     "CP 2": (2, ("--context-parallel-size", 2)),
     "PP 2": (2, ("--pipeline-model-parallel-size", 2)),
+    "PP 2, uneven": (
+        2,
+        ("--pipeline-model-parallel-size", 2, "--decoder-last-pipeline-num-layers", 1),
+    ),
 }
 
 

@@ -30,6 +30,7 @@ def test_same_layout_gives_the_same_bits(straight, resumed, run):
     "change",
     [
         *("DP 1 to DP 2", "DP 1 to CP 2", "TP 2 to PP 2"),
+        "3 and 1 layers to 2 and 2",
         *("DP 2, overlapped, to CP 2", "DP 2, overlapped, to DP 1", "everything to one rank"),
     ],
 )
@@ -41,7 +42,9 @@ def test_another_layout_gives_the_same_losses(straight, resumed, change):
     assert "another order" not in resumed[change].output
 
 
-@pytest.mark.parametrize("layout", ["TP 2", "DP 2, overlapped", "everything on 4 ranks"])
+@pytest.mark.parametrize(
+    "layout", ["TP 2", "DP 2, overlapped", "PP 2, 3 and 1 layers", "everything on 4 ranks"]
+)
 def test_another_layout_learns_the_same(straight, resumed, layout):
     # With overlapped gathers a head that reads its weight too early would use that of the step before.
     expected = {

@@ -167,11 +167,12 @@ def test_rows_go_to_their_experts_and_back():
 
 
 def test_the_stage_with_most_mixtures_sends_most_rows():
-    link, first = replace(GPU, link=10.0), (True, False, False, False, False, False, False, False)
+    # Over links so slow that this stage is the slowest.
+    link, first = replace(GPU, link=1e-4), (True, False, False, False, False, False, False, False)
     layout = replace(ONE, gpus=4, pp=2, ep=2, micro_batch=1, global_batch=8, half=True)
     for layers, most in ((first, 1), ((True, False) * 4, 2), ((True,) * 4 + (False,) * 4, 4)):
         arch = replace(ROUTED, layers=8, mixture=replace(MIXTURE, layers=layers))
-        one = 16 * 8 * 2 / 10
+        one = 16 * 8 * 2 / 1e-4
         found = step(layout, arch=arch, gpu=link)
         assert found.expert_parallel == pytest.approx(4 * 4 * most * one)
     # The first stage has layers 0, 1, 4 and 5, and so two mixtures, of its first chunk.
@@ -189,9 +190,13 @@ def test_a_mixture_that_no_token_passes_as_a_whole_reduces_attention_alone():
         assert found.tensor_parallel == pytest.approx(2 * forward * one)
         full = step(replace(layout, recompute="full"), arch=arch, gpu=link)
         assert full.tensor_parallel == pytest.approx(3 * forward * one)
-    # Of two stages the one with the dense layer has more.
-    apart = replace(layout, gpus=4, pp=2)
-    assert step(apart, arch=routed, gpu=link).tensor_parallel == pytest.approx(2 * 3 * one)
+    # Of two stages the one with the dense layer has more; over links so slow that it is the slowest.
+    apart, link = replace(layout, gpus=4, pp=2, expert_tp=1), replace(GPU, link=10.0 / 1e5)
+    assert step(apart, arch=routed, gpu=link).tensor_parallel == pytest.approx(2 * 3 * one * 1e5)
+    # Over others that is the one with the head, in which communication is no more than its own.
+    assert step(apart, arch=routed, gpu=replace(GPU, link=10.0)).tensor_parallel == pytest.approx(
+        2 * 2 * one
+    )
 
 
 def test_only_the_experts_of_a_token_compute():
