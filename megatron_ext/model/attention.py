@@ -256,14 +256,26 @@ class TorchSelfAttention(SelfAttention):
         self, hidden_states: Tensor, angles: tuple[Tensor, Tensor] | None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Queries `[s, b, h, d]`, keys and values `[s, b, g, d]`, normalised and rotated."""
-        groups = self.num_query_groups_per_partition
-        normed = self.q_layernorm is not None or self.k_layernorm is not None
         # With fewer groups than ranks the parent gathers the projection over the ranks first.
-        if angles is None or normed or self.config.num_query_groups < self.world_size:
+        if self.config.num_query_groups < self.world_size:
             query, key, value = self.get_query_key_value_tensors(hidden_states)
             if angles is not None:
                 query, key = rotate(query, *angles), rotate(key, *angles)
             return query, key, value
-        mixed, _ = self.linear_qkv(hidden_states)
+        groups = self.num_query_groups_per_partition
         heads = self.num_attention_heads_per_partition // groups
-        return split_rotate(mixed, *angles, groups=groups, heads=heads)
+        mixed, _ = self.linear_qkv(hidden_states)
+        if self.q_layernorm is None and self.k_layernorm is None:
+            return split_rotate(mixed, *(angles or (None, None)), groups=groups, heads=heads)
+        if self.config.test_mode:
+            self.run_realtime_tests()
+        # The norms keep their inputs, which are views of the projection, so that nothing is there twice.
+        parts = mixed.unflatten(-1, (groups, heads + 2, -1)).split((heads, 1, 1), dim=3)
+        norms = self.q_layernorm, self.k_layernorm
+        query, key = (
+            (part if norm is None else norm(part)).flatten(2, 3)
+            for part, norm in zip(parts, norms, strict=False)
+        )
+        if angles is not None:
+            query, key = rotate(query, *angles), rotate(key, *angles)
+        return query, key, parts[2].flatten(2, 3)

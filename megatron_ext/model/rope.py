@@ -113,18 +113,27 @@ def rotate(t: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 class _SplitRotate(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, mixed: Tensor, cos: Tensor, sin: Tensor, dims: tuple[int, int, int]
+        ctx: Any, mixed: Tensor, cos: Tensor | None, sin: Tensor | None, dims: tuple[int, int, int]
     ) -> tuple[Tensor, Tensor, Tensor]:
         groups, heads, head_size = dims
         ctx.save_for_backward(cos, sin)
         ctx.dims = dims
-        # In place: nothing else reads the projection's output (its backward keeps its input and
-        # its weight), so queries, keys and values stay in the one buffer that it already is.
         buffer = mixed.detach().unflatten(-1, (groups, heads + 2, head_size))
-        turned = buffer[..., : heads + 1, :]
-        rotate_into(turned, turned, cos, sin)
-        query, key, value = buffer.split((heads, 1, 1), dim=3)
-        return query.flatten(2, 3), key.flatten(2, 3), value.flatten(2, 3)
+        if heads == 1 or groups == 1:
+            # In place: nothing else reads the projection's output (its backward keeps its input and
+            # its weight), so queries, keys and values stay in the one buffer that it already is.
+            turned = buffer[..., :-1, :]
+            _move(turned, turned, cos, sin)
+            query, key, value = (t.flatten(2, 3) for t in buffer.split((heads, 1, 1), dim=3))
+            return query, key, value
+        # Groups of queries with keys and values between them are no view of all queries, and keys and
+        # values that stayed there would keep the whole buffer.
+        query = mixed.new_empty(*mixed.shape[:-1], groups * heads, head_size)
+        key, value = mixed.new_empty(2, *mixed.shape[:-1], groups, head_size)
+        _move(buffer[..., :heads, :], query.unflatten(2, (groups, heads)), cos, sin)
+        _move(buffer[..., heads:-1, :], key[:, :, :, None], cos, sin)
+        value.copy_(buffer[..., -1, :])
+        return query, key, value
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
@@ -132,30 +141,39 @@ class _SplitRotate(torch.autograd.Function):
         groups, heads, head_size = ctx.dims
         d_query, d_key, d_value = (_last_contiguous(grad) for grad in grads)
         out = d_value.new_empty(*d_value.shape[:2], groups, heads + 2, head_size)
+        back = None if sin is None else -sin
         for grad, part in ((d_query, out[..., :heads, :]), (d_key, out[..., heads:-1, :])):
-            rotate_into(grad.unflatten(2, (groups, -1)), part, cos, -sin)
+            _move(grad.unflatten(2, (groups, -1)), part, cos, back)
         out[..., -1, :].copy_(d_value)
         return out.flatten(2), None, None, None
 
 
+def _move(t: Tensor, out: Tensor, cos: Tensor | None, sin: Tensor | None) -> None:
+    """`rotate_into`, or a copy where there is no rotation."""
+    if cos is not None and sin is not None:
+        rotate_into(t, out, cos, sin)
+    elif out is not t:
+        out.copy_(t)
+
+
 def split_rotate(
-    mixed: Tensor, cos: Tensor, sin: Tensor, *, groups: int, heads: int
+    mixed: Tensor, cos: Tensor | None, sin: Tensor | None, *, groups: int, heads: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Split the output of the query-key-value projection and rotate queries and keys.
 
-    `mixed` is overwritten; it must not be read afterwards, nor be saved by the operation that made
-    it.
+    `mixed` may be overwritten; it must not be read afterwards, nor be saved by the operation that made
+    it. With one group, or one query head a group, the results are views of it; otherwise they have memory
+    of their own, as much, and `mixed` is free as soon as its maker lets it go.
 
     Args:
         mixed: `[s, b, g * (r + 2) * d]`, each group its r query heads, then key, then value.
-        cos: `[s, rot / 2]` fp32, see `cos_sin`.
+        cos: `[s, rot / 2]` fp32, see `cos_sin`; None to split without a rotation.
         sin: As `cos`.
         groups: g on this rank.
         heads: r.
 
     Returns:
-        Queries `[s, b, g * r, d]`, keys and values `[s, b, g, d]`; views of `mixed` where their
-        layout allows it.
+        Queries `[s, b, g * r, d]`, keys and values `[s, b, g, d]`.
     """
     head_size = mixed.shape[-1] // (groups * (heads + 2))
     return _SplitRotate.apply(mixed, cos, sin, (groups, heads, head_size))

@@ -19,11 +19,10 @@ def layer_bytes_per_token(arch: Architecture, layout: Layout, kind: Mixture | No
     """Bytes that one layer keeps for each token.
 
     Input and output of two norms and their fp32 scales (4 e h + 8; on a CPU 2 e h more, because there
-    torch composes a norm of steps); query, key, value and context (e (2q + 2k), and e q more with
-    grouped queries, which are copied out of the projection's buffer); the softmax's fp32 log-sum-exp
-    (4 a); both halves before SwiGLU and its output (3 e f). Norms of queries and keys add their output
-    (e (q + k), and on a CPU as much again), since no longer the projection is rotated in place, and an
-    fp32 scale a head. Context parallelism joins the contexts of a rank's two chunks in another tensor (e q);
+    torch composes a norm of steps); query, key, value and context (e (2q + 2k)); the softmax's fp32
+    log-sum-exp (4 a); both halves before SwiGLU and its output (3 e f). Norms of queries and keys add
+    their output (e (q + k), and on a CPU as much again) to the projection, which they keep, and an fp32
+    scale a head. Context parallelism joins the contexts of a rank's two chunks in another tensor (e q);
     the gathered keys and values are not kept. TP divides all but the layer's norms, which sequence
     parallelism divides (table 2 there). Full recompute keeps a layer's input alone; selective recompute makes
     the core attention again, which here saves the log-sum-exp and the chunks' contexts.
@@ -36,8 +35,7 @@ def layer_bytes_per_token(arch: Architecture, layout: Layout, kind: Mixture | No
     e = layout.element
     if layout.recompute == "full":
         return e * arch.hidden / layout.sequence_split
-    copies = 3 if arch.query_groups < arch.heads else 2
-    split = e * (copies * arch.query + 2 * arch.key)
+    split = 2 * e * (arch.query + arch.key)
     if kind is None:
         split += 3 * e * arch.ffn
     if arch.qk_norm:

@@ -91,6 +91,10 @@ def launch_rotation(dtype):
         angles = torch.empty(4096, rotated // 2, device="meta")
         turned = mixed[..., : heads + 1, :]
         rope_kernel.rotate_into(turned, turned, angles, angles)
+        # Queries out of place, to where they are contiguous; backward the other way.
+        queries, apart = mixed[..., :heads, :], torch.empty_like(mixed[..., :heads, :])
+        for t, out in ((queries, apart), (apart, queries)):
+            rope_kernel.rotate_into(t, out, angles, angles)
 
 
 def check(capability, kernel, cubin):

@@ -43,7 +43,8 @@ def test_rotation_kernel_forward_and_backward(groups, heads, size, rot, dtype):
 
 def _attention(query_heads, groups, size, dtype=torch.bfloat16):
     s, b = 256, 2
-    # The layout that split_rotate leaves: views of one buffer, a value between two keys.
+    # The layout that split_rotate leaves of one query head a group: views of one buffer, a value between
+    # two keys. That of several is contiguous.
     buffer = torch.randn(s, b, groups, query_heads // groups + 2, size, device="cuda")
     buffer = buffer.to(dtype).requires_grad_()
     parts = buffer.split((query_heads // groups, 1, 1), dim=3)

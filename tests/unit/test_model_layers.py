@@ -15,6 +15,7 @@ from megatron_ext.model.mlp import swiglu
 from megatron_ext.model.norm import TorchNorm
 from megatron_ext.model.rope import cos_sin, rotate, split_rotate
 from tests.helpers.attention import core_attention
+from tests.helpers.live_memory import LiveMemory
 
 # (groups, query heads a group, head size, rotated part): plain, grouped, partly rotated, odd sizes.
 LAYOUTS = [(4, 1, 8, 8), (2, 3, 8, 8), (1, 4, 10, 6), (3, 2, 12, 12)]
@@ -34,21 +35,21 @@ def _freqs(length, rot):
     return torch.cat((angles, angles), dim=-1)[:, None, None]
 
 
+@pytest.mark.parametrize("turned", [True, False])
 @pytest.mark.parametrize(("groups", "heads", "size", "rot"), LAYOUTS)
-def test_split_and_rotate_equal_the_formula_forward_and_backward(groups, heads, size, rot):
+def test_split_and_rotate_equal_the_formula_forward_and_backward(groups, heads, size, rot, turned):
     torch.manual_seed(0)
     s, b = 5, 2
     freqs = _freqs(s, rot)
     source = torch.randn(s, b, groups * (heads + 2) * size, requires_grad=True)
-    parts = split_rotate(source * 1.0, *cos_sin(freqs), groups=groups, heads=heads)
+    angles = cos_sin(freqs) if turned else (None, None)
+    parts = split_rotate(source * 1.0, *angles, groups=groups, heads=heads)
 
     exact = source.detach().double().requires_grad_()
     q, k, v = exact.view(s, b, groups, heads + 2, size).split((heads, 1, 1), dim=3)
-    expected = [
-        naive_rotate(q.flatten(2, 3), freqs),
-        naive_rotate(k[:, :, :, 0], freqs),
-        v[:, :, :, 0],
-    ]
+    expected = [q.flatten(2, 3), k[:, :, :, 0], v[:, :, :, 0]]
+    if turned:
+        expected[:2] = (naive_rotate(part, freqs) for part in expected[:2])
     weights = [torch.randn_like(part) for part in parts]
     sum((p * w).sum() for p, w in zip(parts, weights, strict=True)).backward()
     sum((e * w).sum() for e, w in zip(expected, weights, strict=True)).backward()
@@ -56,6 +57,28 @@ def test_split_and_rotate_equal_the_formula_forward_and_backward(groups, heads, 
     for part, want in zip(parts, expected, strict=True):
         torch.testing.assert_close(part.double(), want, rtol=0, atol=2e-6)
     torch.testing.assert_close(source.grad.double(), exact.grad, rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize("turned", [True, False])
+@pytest.mark.parametrize(("groups", "heads", "size", "rot"), LAYOUTS)
+def test_queries_keys_and_values_are_kept_once(groups, heads, size, rot, turned):
+    """And backward makes one gradient of the projection, and nothing else."""
+    s, b = 64, 2
+    whole = s * b * groups * (heads + 2) * size * 4
+    source = torch.randn(s, b, groups * (heads + 2) * size, requires_grad=True)
+    angles = cos_sin(_freqs(s, rot)) if turned else (None, None)
+    with LiveMemory() as memory:
+        parts = split_rotate(source * 1.0, *angles, groups=groups, heads=heads)
+        kept = memory.now
+        grads = [torch.ones_like(part) for part in parts]
+        before = memory.now
+        memory.peak = before
+        gradient = torch.autograd.grad(parts, source, grads)
+        after = memory.now
+    assert kept == whole
+    assert gradient[0].shape == source.shape
+    # Beside it only the gradient of `source`, made of it.
+    assert (after - before, memory.peak - before) == (whole, 2 * whole)
 
 
 def test_rotate_leaves_its_input_and_has_the_opposite_rotation_as_gradient():

@@ -107,19 +107,19 @@ def test_buffers_are_padded_as_by_hand():
 
 
 def test_activations_of_a_layer_by_hand():
-    # 4 e h + 8 = 72 of the norms; q = 12, k = 6, f = 20: 2 (36 + 12 + 60) = 216; 4 a = 16.
-    assert layer_bytes_per_token(SMALL, replace(ONE, half=True)) == 72 + 216 + 16
+    # 4 e h + 8 = 72 of the norms; q = 12, k = 6, f = 20: 2 (24 + 12 + 60) = 192; 4 a = 16.
+    assert layer_bytes_per_token(SMALL, replace(ONE, half=True)) == 72 + 192 + 16
     ungrouped = replace(SMALL, query_groups=4)  # 2 (24 + 24 + 60) = 216
     assert layer_bytes_per_token(ungrouped, replace(ONE, half=True)) == 72 + 216 + 16
     two = replace(ONE, gpus=2, tp=2, half=True)
-    assert layer_bytes_per_token(SMALL, two) == 72 + (216 + 16) / 2
-    assert layer_bytes_per_token(SMALL, replace(two, sequence_parallel=True)) == 304 / 2
+    assert layer_bytes_per_token(SMALL, two) == 72 + (192 + 16) / 2
+    assert layer_bytes_per_token(SMALL, replace(two, sequence_parallel=True)) == 280 / 2
     assert layer_bytes_per_token(SMALL, replace(ONE, half=True, recompute="full")) == 16
     # Outputs of the norms of queries and keys, 2 x 18, and scales of 6 heads.
     normed = replace(SMALL, qk_norm=True)
-    assert layer_bytes_per_token(normed, replace(ONE, half=True)) == 304 + 36 + 4 * 6
+    assert layer_bytes_per_token(normed, replace(ONE, half=True)) == 280 + 36 + 4 * 6
     # fp32 doubles all that is not fp32 already.
-    assert layer_bytes_per_token(SMALL, ONE) == 2 * (64 + 216) + 8 + 16
+    assert layer_bytes_per_token(SMALL, ONE) == 2 * (64 + 192) + 8 + 16
 
 
 def test_selective_recompute_saves_the_log_sum_exp_alone():
@@ -129,7 +129,7 @@ def test_selective_recompute_saves_the_log_sum_exp_alone():
 
 def test_stages_hold_as_many_microbatches_as_are_in_flight():
     layout = Layout(gpus=4, pp=4, micro_batch=2, global_batch=6, sequence=16, half=True)
-    one = 304 * 2 * 16  # a layer's activations of a microbatch
+    one = 280 * 2 * 16  # a layer's activations of a microbatch
     kept = [kept_bytes(SMALL, layout, stage) for stage in range(4)]
     assert kept == [3 * one, 3 * one, 2 * one, one]  # 3 microbatches in all
     # Of 8 chunks of half a stage: 2 (p - i - 1) + (v - 1) p + 1.
@@ -146,7 +146,7 @@ def test_stages_hold_as_many_microbatches_as_are_in_flight():
 def test_full_recompute_keeps_inputs():
     deep = replace(SMALL, layers=6)
     full = replace(ONE, half=True, recompute="full")
-    tokens, entry, whole = 32, 16, 304
+    tokens, entry, whole = 32, 16, 280
     assert kept_bytes(deep, full, 0) == 6 * entry * tokens
     assert kept_bytes(deep, replace(full, recompute_layers=4), 0) == 2 * entry * tokens
     block = replace(full, recompute_method="block", recompute_layers=4)

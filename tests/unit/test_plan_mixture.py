@@ -89,9 +89,9 @@ def test_chunks_have_the_kinds_of_their_layers():
 
 def test_activations_of_a_mixture_by_hand():
     half = replace(ONE, half=True)
-    # As a dense layer, 304, but for its SwiGLU, 2 x 3 x 20; rows, 2 (2 (8 + 18) + 4); 20 of each of a token's
+    # As a dense layer, 280, but for its SwiGLU, 2 x 3 x 20; rows, 2 (2 (8 + 18) + 4); 20 of each of a token's
     # experts; 5 of each expert; the gate, 20, and what all tokens have, 2 x 3 x 10.
-    kept = 304 - 120 + 112 + 40 + 20 + 20 + 60
+    kept = 280 - 120 + 112 + 40 + 20 + 20 + 60
     assert layer_bytes_per_token(ROUTED, half, MIXTURE) == kept
     sent = replace(MIXTURE, dispatcher="alltoall")
     assert layer_bytes_per_token(ROUTED, half, sent) == kept + 3 * 4
@@ -100,12 +100,12 @@ def test_activations_of_a_mixture_by_hand():
     rows = 2 * 2 * (2 * (8 + 9) + 4)
     assert (
         layer_bytes_per_token(ROUTED, two, MIXTURE)
-        == (304 - 120 + 60) / 2 + (rows + 40 + 2 * 20 + 20) / 2
+        == (280 - 120 + 60) / 2 + (rows + 40 + 2 * 20 + 20) / 2
     )
     whole = replace(two, expert_tp=1)
     assert (
         layer_bytes_per_token(ROUTED, whole, MIXTURE)
-        == (304 - 120 + 60) / 2 + (112 + 40 + 20 + 20) / 2
+        == (280 - 120 + 60) / 2 + (112 + 40 + 20 + 20) / 2
     )
 
 

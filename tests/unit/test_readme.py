@@ -107,15 +107,15 @@ def test_the_run_of_a_hugging_face_model_is_planned_and_fits(commands):
     )
     plan, _, run = commands(block).partition("started\n")
     assert "8,030,261,248" in plan
-    assert "83% of H100's 80 GB" in plan
+    assert "81% of H100's 80 GB" in plan
     assert "1 of them 112.42 GB" in plan
     assert "WARNING" not in plan
     words = run.splitlines()
     assert after(words, "--nproc-per-node") == ["8", "pretrain_unlearn.py"]
     assert after(words, "--eval-iters") == ["10"]
     assert words[-2:] == ["--use-distributed-optimizer", "tools/convert_checkpoint.py export"]
-    assert "61.7 GiB of each H100's 74.5, and a checkpoint 112 GB" in text
-    assert "  61.70\n" in plan
+    assert "60.7 GiB of each H100's 74.5, and a checkpoint 112 GB" in text
+    assert "  60.70\n" in plan
 
 
 def test_the_chat_tuning_of_a_hugging_face_model_fits(commands):
