@@ -182,7 +182,7 @@ class TorchExperts(SequentialMLP):
     def _product(self, hidden: Tensor, tokens_per_expert: Tensor) -> Any:
         """What multiplies rows by the weights of their experts."""
         if self.config.moe_grouped_gemm and hidden.shape[0] > 0:
-            counts = tokens_per_expert.to(hidden.device)
+            counts = _beside(hidden, tokens_per_expert)
             return lambda x, *weights: _AtOnce.apply(x, counts, *weights)
         rows, fuse = tokens_per_expert.tolist(), self.config.gradient_accumulation_fusion
         return lambda x, *weights: _OneByOne.apply(x, rows, fuse, *weights)
@@ -237,6 +237,17 @@ def check_grouped(config: TransformerConfig) -> None:
                 f"{flag}: expected a multiple of {multiple} on each rank beside --moe-grouped-gemm "
                 f"({config.params_dtype}), found {size}"
             )
+
+
+def _beside(hidden: Tensor, counts: Tensor) -> Tensor:
+    """`counts` on the device of `hidden`.
+
+    Megatron's dispatchers hand them over on the host. Copied from pageable memory, or without `non_blocking`,
+    they would make the host wait for all that the GPU has yet to do, in every layer.
+    """
+    if counts.device == hidden.device:
+        return counts
+    return counts.pin_memory().to(hidden.device, non_blocking=True)
 
 
 def _recomputes_activation(config: TransformerConfig) -> bool:

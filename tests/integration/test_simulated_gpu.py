@@ -154,3 +154,15 @@ def test_the_device_has_the_rules_of_a_gpu(simulated, tmp_path):
     found = json.loads(output.splitlines()[-1])
     rest = {"active": False, "type": "torch.cuda.FloatTensor", "same": True}
     assert found == rest | REFUSED | ALLOWED
+
+
+def test_experts_do_not_wait_for_the_counts_of_their_rows(simulated):
+    """One copy a pass, of pinned memory, and none of counts that are on the device."""
+    script = ROOT / "tests" / "helpers" / "experts_on_device.py"
+    ((code, output),) = simulated.results([Launch((), script=script)])
+    assert code == 0, output
+    found = json.loads(output.splitlines()[-1])
+    assert found["host"]["copies"] == [True]
+    assert found["device"]["copies"] == []
+    # fp32 sums of 9 rows, in another order.
+    assert max(case["distance"] for case in found.values()) < 1e-6
