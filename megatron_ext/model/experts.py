@@ -73,11 +73,7 @@ class _OneByOne(Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, rows: list[int], fuse: bool, *weights: Tensor) -> Tensor:
-        ctx.rows = rows
-        # Megatron's buffers; they are no part of the graph.
-        ctx.main_grads = [
-            getattr(weight, "main_grad", None) if fuse else None for weight in weights
-        ]
+        ctx.rows, ctx.main_grads = rows, _main_grads(weights, fuse=fuse)
         ctx.save_for_backward(x, *weights)
         out = x.new_empty(x.shape[0], weights[0].shape[0])
         for part, block, weight in zip(x.split(rows), out.split(rows), weights, strict=True):
@@ -94,19 +90,46 @@ class _OneByOne(Function):
             blocks = zip(grad.split(ctx.rows), d_x.split(ctx.rows), weights, strict=True)
             for part, block, weight in blocks:
                 torch.mm(part, weight, out=block)
-        d_weights: list[Tensor | None] = [None] * len(weights)
-        blocks = zip(grad.split(ctx.rows), x.split(ctx.rows), weights, strict=True)
-        for expert, (part, rows, weight) in enumerate(blocks):
-            if not ctx.needs_input_grad[3 + expert]:
-                continue
-            main_grad = ctx.main_grads[expert]
-            if main_grad is None:
-                d_weights[expert] = part.t() @ rows
-            else:
-                if rows.shape[0] > 0:
-                    add_product(main_grad, part.t(), rows, overwrite=False)
-                d_weights[expert] = fused_weight_gradient(weight)
+        needed = ctx.needs_input_grad[3:]
+        d_weights = _gradients_one_by_one(grad, x, ctx.rows, weights, ctx.main_grads, needed)
         return d_x, None, None, *d_weights
+
+
+def _main_grads(weights: Sequence[Tensor], *, fuse: bool) -> list[Tensor | None]:
+    """Megatron's buffers for the gradients; they are no part of the graph."""
+    return [getattr(weight, "main_grad", None) if fuse else None for weight in weights]
+
+
+def _gradients_one_by_one(
+    grad: Tensor,
+    x: Tensor,
+    rows: list[int],
+    weights: Sequence[Tensor],
+    main_grads: Sequence[Tensor | None],
+    needed: Sequence[bool],
+) -> list[Tensor | None]:
+    """What autograd is told of each weight; its gradient is added to Megatron's buffer where there is one.
+
+    Args:
+        grad: `[R, outputs]`.
+        x: `[R, inputs]`.
+        rows: Of each expert.
+        weights: `[outputs, inputs]` of each.
+        main_grads: Of each, of the same shape.
+        needed: Of each, whether it is trained.
+    """
+    found: list[Tensor | None] = []
+    experts = zip(grad.split(rows), x.split(rows), weights, main_grads, needed, strict=True)
+    for left, right, weight, main_grad, trained in experts:
+        if not trained:
+            found.append(None)
+        elif main_grad is None:
+            found.append(left.t() @ right)
+        else:
+            if right.shape[0] > 0:
+                add_product(main_grad, left.t(), right, overwrite=False)
+            found.append(fused_weight_gradient(weight))
+    return found
 
 
 class _AtOnce(Function):
@@ -114,28 +137,38 @@ class _AtOnce(Function):
 
     It wants their weights in one tensor. They are parameters of their own, since so Megatron's optimizer
     and checkpoints have them, and are copied together each way: that is `E m H` elements read and written
-    against products of `R m H`.
+    against products of `R m H`. A view cannot replace the copy: DDP's buffer has them in reverse, and
+    torch has no negative strides.
+
+    Where Megatron sums weights' gradients in its buffers, those are one product for each expert, which adds
+    to the buffer in its precision; the grouped kernel writes only a new tensor.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, rows: Tensor, *weights: Tensor) -> Tensor:
-        ends = rows.cumsum(0, dtype=torch.int32)
-        ctx.save_for_backward(x, rows, ends, *weights)
+    def forward(
+        ctx: Any, x: Tensor, counts: Tensor, rows: list[int] | None, *weights: Tensor
+    ) -> Tensor:
+        ends = counts.cumsum(0, dtype=torch.int32)
+        ctx.rows, ctx.main_grads = rows, _main_grads(weights, fuse=rows is not None)
+        ctx.save_for_backward(x, counts, ends, *weights)
         return functional.grouped_mm(x, torch.stack(weights).transpose(1, 2), offs=ends)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x, rows, ends, *weights = ctx.saved_tensors
+        x, counts, ends, *weights = ctx.saved_tensors
         grad = grads[0].contiguous()
         d_x: Tensor | None = None
         if ctx.needs_input_grad[0]:
             d_x = functional.grouped_mm(grad, torch.stack(weights), offs=ends)
         d_weights: Sequence[Tensor | None] = [None] * len(weights)
-        if any(ctx.needs_input_grad[2:]):
-            found = functional.grouped_mm(grad.t(), x, offs=ends)
+        needed = ctx.needs_input_grad[3:]
+        if any(found is not None for found in ctx.main_grads):
+            d_weights = _gradients_one_by_one(grad, x, ctx.rows, weights, ctx.main_grads, needed)
+        elif any(needed):
+            product = functional.grouped_mm(grad.t(), x, offs=ends)
             # On a B200 an expert without rows would get what memory held (pytorch/pytorch#172439).
-            d_weights = found.masked_fill_((rows == 0)[:, None, None], 0).unbind()
-        return d_x, None, *d_weights
+            d_weights = product.masked_fill_((counts == 0)[:, None, None], 0).unbind()
+        return d_x, None, None, *d_weights
 
 
 class TorchExperts(SequentialMLP):
@@ -181,10 +214,12 @@ class TorchExperts(SequentialMLP):
 
     def _product(self, hidden: Tensor, tokens_per_expert: Tensor) -> Any:
         """What multiplies rows by the weights of their experts."""
+        fuse = self.config.gradient_accumulation_fusion
         if self.config.moe_grouped_gemm and hidden.shape[0] > 0:
             counts = _beside(hidden, tokens_per_expert)
-            return lambda x, *weights: _AtOnce.apply(x, counts, *weights)
-        rows, fuse = tokens_per_expert.tolist(), self.config.gradient_accumulation_fusion
+            known = tokens_per_expert.tolist() if fuse else None
+            return lambda x, *weights: _AtOnce.apply(x, counts, known, *weights)
+        rows = tokens_per_expert.tolist()
         return lambda x, *weights: _OneByOne.apply(x, rows, fuse, *weights)
 
     def _weights(self, layer: str, inputs: Tensor) -> list[Tensor]:

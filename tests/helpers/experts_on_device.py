@@ -38,22 +38,42 @@ class Copies(TorchDispatchMode):
         return out
 
 
+CASES = {
+    "host": {"counts_on_host": True, "fuse": False},
+    "host, fused": {"counts_on_host": True, "fuse": True},
+    "device": {"counts_on_host": False, "fuse": False},
+}
+
+
+def gradients(
+    device: str, *, counts_on_host: bool, fuse: bool
+) -> tuple[list[torch.Tensor], list[bool]]:
+    """Gradients of one pass, of rows, router's weights and experts' weights; and its copies."""
+    settings = {"moe_grouped_gemm": True, "bias_activation_fusion": False}
+    experts = _Experts(gradient_accumulation_fusion=fuse, **settings).to(device)
+    weights = list(experts.parameters())
+    for weight in weights:
+        weight.main_grad = torch.zeros_like(weight)  # type: ignore[attr-defined]
+        weight.grad_added_to_main_grad = False  # type: ignore[attr-defined]
+    hidden, rows, probs = _inputs()
+    given = [t.detach().to(device).requires_grad_() for t in (hidden, probs)]
+    counts = rows if counts_on_host else rows.to(device)
+    with Copies() as copies:
+        experts(given[0], counts, given[1])[0].square().sum().backward()
+    assert all(weight.grad_added_to_main_grad == fuse for weight in weights)  # type: ignore[attr-defined]
+    found: list[Any] = [weight.main_grad if fuse else weight.grad for weight in weights]
+    return [t.cpu() for t in (given[0].grad, given[1].grad, *found)], copies.found
+
+
 def main() -> None:
     """Print the copies of a pass, and the largest difference of its gradients from those of the host."""
     found: dict[str, Any] = {}
-    for where in ("host", "device"):
-        gradients = []
-        for device in ("cpu", "cuda"):
-            experts = _Experts(moe_grouped_gemm=True, bias_activation_fusion=False).to(device)
-            hidden, rows, probs = _inputs()
-            given = [t.detach().to(device).requires_grad_() for t in (hidden, probs)]
-            counts = rows if where == "host" else rows.to(device)
-            with Copies() as copies:
-                experts(given[0], counts, given[1])[0].square().sum().backward()
-            gradients.append([t.grad.cpu() for t in (*given, *experts.parameters())])
-        pairs = zip(*gradients, strict=True)
+    expected, _ = gradients("cpu", counts_on_host=True, fuse=False)
+    for name, place in CASES.items():
+        ours, copies = gradients("cuda", **place)
+        pairs = zip(expected, ours, strict=True)
         distance = max(float((a - b).abs().max() / (a.abs().max() + 1e-30)) for a, b in pairs)
-        found[where] = {"copies": copies.found, "distance": distance}
+        found[name] = {"copies": copies, "distance": distance}
     print(json.dumps(found))
 
 

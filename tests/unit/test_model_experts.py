@@ -10,7 +10,8 @@ import torch
 from torch.nn import functional
 
 from megatron_ext.exceptions import ConfigError
-from megatron_ext.model.experts import TorchExperts, check_grouped, weighted_swiglu
+from megatron_ext.model.experts import TorchExperts, _AtOnce, check_grouped, weighted_swiglu
+from tests.helpers.live_memory import LiveMemory
 
 HIDDEN, WIDTH = 16, 24
 ROWS = torch.tensor([5, 0, 9])
@@ -102,9 +103,10 @@ def test_what_a_kernel_leaves_in_the_gradient_of_an_idle_expert_does_not_count(
     torch.testing.assert_close(_gradients(experts), expected[2:])
 
 
+@pytest.mark.parametrize("grouped", [False, True])
 @pytest.mark.parametrize("zeros", [False, True])
-def test_fused_gradients_are_added_to_megatrons_buffers(zeros, expected):
-    experts = _Experts(gradient_accumulation_fusion=True)
+def test_fused_gradients_are_added_to_megatrons_buffers(zeros, grouped, expected):
+    experts = _Experts(gradient_accumulation_fusion=True, moe_grouped_gemm=grouped)
     for parameter in experts.parameters():
         parameter.main_grad = torch.ones_like(parameter)
         parameter.grad_added_to_main_grad = False
@@ -115,6 +117,53 @@ def test_fused_gradients_are_added_to_megatrons_buffers(zeros, expected):
     added = [parameter.main_grad - 1 for parameter in experts.parameters()]
     torch.testing.assert_close(added, expected[2:], rtol=1e-5, atol=1e-4)
     assert all(not gradient.any() for gradient in _gradients(experts)) or not zeros
+
+
+def test_fused_gradients_of_one_product_are_summed_in_fp32():
+    """Rounded to bf16 on their way, they would each be off by up to 2^-9, and so would be their sum."""
+    generator = torch.Generator().manual_seed(4)
+    weights = [torch.randn(WIDTH, HIDDEN, generator=generator).bfloat16() for _ in ROWS]
+    rows, exact, errors = ROWS.tolist(), [torch.zeros(WIDTH, HIDDEN).double() for _ in ROWS], {}
+    inputs = []
+    for _ in range(8):
+        shapes = (int(ROWS.sum()), HIDDEN), (int(ROWS.sum()), WIDTH)
+        inputs.append([torch.randn(shape, generator=generator).bfloat16() for shape in shapes])
+        pairs = zip(*(t.double().split(rows) for t in inputs[-1]), strict=True)
+        for total, (x, grad) in zip(exact, pairs, strict=True):
+            total += grad.t() @ x
+    for fused in (True, False):
+        parameters = [weight.clone().requires_grad_() for weight in weights]
+        for parameter in parameters:
+            parameter.main_grad = torch.zeros(WIDTH, HIDDEN)
+            parameter.grad_added_to_main_grad = False
+        for x, grad in inputs:
+            _AtOnce.apply(x, ROWS, rows if fused else None, *parameters).backward(grad)
+            for parameter in parameters:
+                if not parameter.grad_added_to_main_grad:  # as DDP does
+                    parameter.main_grad += parameter.grad
+                parameter.grad = None
+        assert {p.grad_added_to_main_grad for p in parameters} == {fused}
+        sums = torch.stack([parameter.main_grad for parameter in parameters]).double()
+        errors[fused] = float((sums - torch.stack(exact)).norm() / torch.stack(exact).norm())
+    # Products of bf16 are exact in fp32, and 72 of them are summed.
+    assert errors[True] < 1e-6
+    assert errors[False] > 1e-4
+
+
+def test_fused_gradients_take_no_more_memory_than_others():
+    """Of each weight a throwaway, by which autograd calls its hooks, in place of the gradient."""
+    peaks = {}
+    for fuse in (False, True):
+        experts = _Experts(moe_grouped_gemm=True, gradient_accumulation_fusion=fuse)
+        for parameter in experts.parameters():
+            parameter.main_grad = torch.zeros_like(parameter)
+            parameter.grad_added_to_main_grad = False
+        out = experts(*_inputs())[0]
+        grad = torch.ones_like(out)
+        with LiveMemory() as memory:
+            out.backward(grad)
+        peaks[fuse] = memory.peak
+    assert peaks[True] <= peaks[False]
 
 
 @pytest.mark.parametrize("grouped", [False, True])
