@@ -21,9 +21,10 @@ from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.nn import functional
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention import SDPBackend
 
 from megatron_ext.model.context_parallel import attend_over_ranks
+from megatron_ext.model.kernel_choice import only
 from megatron_ext.model.rope import cos_sin, rotate, split_rotate
 
 # cuDNN up to this version may read beyond sequences whose length is no multiple of 128; 9.15.1 mended it.
@@ -34,19 +35,19 @@ _FLASH_HEAD = 256
 
 
 @cache
-def _gpu_backends(device: torch.device, chosen: AttnBackend) -> list[SDPBackend]:
+def _gpu_backends(device: torch.device, chosen: AttnBackend) -> tuple[SDPBackend, ...]:
     """What torch may choose from, in order of preference.
 
     MATH, which forms `[s, s]`, only where `--attention-backend unfused` asks for it. cuDNN's is the fastest
     one on Hopper; elsewhere it was not measured, and `fused` asks for it.
     """
     if chosen is AttnBackend.unfused:
-        return [SDPBackend.MATH]
-    others = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION]
+        return (SDPBackend.MATH,)
+    others = SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION
     hopper = torch.cuda.get_device_capability(device)[0] == 9
     wanted = chosen is AttnBackend.fused or (chosen is AttnBackend.auto and hopper)
     if wanted and (torch.backends.cudnn.version() or 0) > _UNSOUND_CUDNN:
-        return [SDPBackend.CUDNN_ATTENTION, *others]
+        return SDPBackend.CUDNN_ATTENTION, *others
     return others
 
 
@@ -139,8 +140,7 @@ class SdpaCoreAttention(MegatronModule):
         forked = dropout > 0 and not self.config.sequence_parallel
         kernels: AbstractContextManager[None] = nullcontext()
         if query.is_cuda:
-            order = _gpu_backends(query.device, self.config.attention_backend)
-            kernels = sdpa_kernel(order, set_priority=True)
+            kernels = only(_gpu_backends(query.device, self.config.attention_backend))
         attend = partial(self._attend, dropout=dropout)
         with get_cuda_rng_tracker().fork() if forked else nullcontext(), kernels:
             if self.cp_group is None:
