@@ -41,23 +41,24 @@ def cos_sin(freqs: Tensor, *, scale: float = 1.0) -> tuple[Tensor, Tensor]:
     return _cached_cos_sin(freqs, scale)
 
 
-def _rotate_eager(t: Tensor, out: Tensor, cos: Tensor, sin: Tensor) -> None:
+def _rotate_eager(t: Tensor, out: Tensor, cos: Tensor, sin: Tensor, *, back: bool) -> None:
     half = cos.shape[-1]
     cos, sin = cos[:, None, None, None], sin[:, None, None, None]
     first, second = t[..., :half], t[..., half : 2 * half]
     out_first, out_second = out[..., :half], out[..., half : 2 * half]
+    sign = -1 if back else 1
     if t.dtype != cos.dtype:  # half precision is rounded once, at the end
         a, b = first.to(cos.dtype), second.to(cos.dtype)
-        out_first.copy_(a * cos - b * sin)
-        out_second.copy_(b * cos + a * sin)
+        out_first.copy_(torch.mul(a, cos).addcmul_(b, sin, value=-sign))
+        out_second.copy_(torch.mul(b, cos).addcmul_(a, sin, value=sign))
         return
     if t is out:
         first = first.clone()
-    torch.mul(first, cos, out=out_first).addcmul_(second, sin, value=-1)
-    torch.mul(second, cos, out=out_second).addcmul_(first, sin)
+    torch.mul(first, cos, out=out_first).addcmul_(second, sin, value=-sign)
+    torch.mul(second, cos, out=out_second).addcmul_(first, sin, value=sign)
 
 
-def rotate_into(t: Tensor, out: Tensor, cos: Tensor, sin: Tensor) -> None:
+def rotate_into(t: Tensor, out: Tensor, cos: Tensor, sin: Tensor, *, back: bool = False) -> None:
     """Write the rotation of `t` into `out`; autograd does not see it.
 
     Args:
@@ -65,11 +66,10 @@ def rotate_into(t: Tensor, out: Tensor, cos: Tensor, sin: Tensor) -> None:
         out: As `t`, or `t` itself.
         cos: `[s, rot / 2]` fp32, see `cos_sin`. What lies beyond `rot` is copied.
         sin: As `cos`.
+        back: Rotate by the opposite angle.
     """
-    if rope_kernel.usable(t):
-        rope_kernel.rotate_into(t, out, cos, sin)
-    else:
-        _rotate_eager(t, out, cos, sin)
+    rotate_by = rope_kernel.rotate_into if rope_kernel.usable(t) else _rotate_eager
+    rotate_by(t, out, cos, sin, back=back)
     rotated = 2 * cos.shape[-1]
     if out is not t and rotated < t.shape[-1]:
         out[..., rotated:].copy_(t[..., rotated:])
@@ -87,7 +87,8 @@ class _Rotate(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
         cos, sin = ctx.saved_tensors
         out = torch.empty_like(grads[0], memory_format=torch.contiguous_format)
-        rotate_into(_last_contiguous(grads[0])[:, :, None], out[:, :, None], cos, -sin)
+        grad = _last_contiguous(grads[0])
+        rotate_into(grad[:, :, None], out[:, :, None], cos, sin, back=True)
         return out, None, None
 
 
@@ -141,17 +142,18 @@ class _SplitRotate(torch.autograd.Function):
         groups, heads, head_size = ctx.dims
         d_query, d_key, d_value = (_last_contiguous(grad) for grad in grads)
         out = d_value.new_empty(*d_value.shape[:2], groups, heads + 2, head_size)
-        back = None if sin is None else -sin
         for grad, part in ((d_query, out[..., :heads, :]), (d_key, out[..., heads:-1, :])):
-            _move(grad.unflatten(2, (groups, -1)), part, cos, back)
+            _move(grad.unflatten(2, (groups, -1)), part, cos, sin, back=True)
         out[..., -1, :].copy_(d_value)
         return out.flatten(2), None, None, None
 
 
-def _move(t: Tensor, out: Tensor, cos: Tensor | None, sin: Tensor | None) -> None:
+def _move(
+    t: Tensor, out: Tensor, cos: Tensor | None, sin: Tensor | None, *, back: bool = False
+) -> None:
     """`rotate_into`, or a copy where there is no rotation."""
     if cos is not None and sin is not None:
-        rotate_into(t, out, cos, sin)
+        rotate_into(t, out, cos, sin, back=back)
     elif out is not t:
         out.copy_(t)
 

@@ -46,6 +46,7 @@ if triton is not None:
         ROWS: tl.constexpr,
         COLUMNS: tl.constexpr,
         TOTAL_HEADS: tl.constexpr,
+        BACK: tl.constexpr,
     ):
         token = tl.program_id(0)
         position = (token // batch).to(tl.int64)
@@ -53,6 +54,8 @@ if triton is not None:
         inside = column < HALF
         cos = tl.load(cos_ptr + position * HALF + column, mask=inside, other=0.0)[None, :]
         sin = tl.load(sin_ptr + position * HALF + column, mask=inside, other=0.0)[None, :]
+        if BACK:
+            sin = -sin
         sample = (token % batch).to(tl.int64)
         t_start = t_ptr + position * t_stride_s + sample * t_stride_b + column[None, :]
         out_start = out_ptr + position * out_stride_s + sample * out_stride_b + column[None, :]
@@ -69,7 +72,7 @@ if triton is not None:
             tl.store(target + HALF, (b * cos + a * sin).to(dtype), mask=mask)
 
 
-def rotate_into(t: Tensor, out: Tensor, cos: Tensor, sin: Tensor) -> None:
+def rotate_into(t: Tensor, out: Tensor, cos: Tensor, sin: Tensor, *, back: bool = False) -> None:
     """Rotate `t` `[s, b, g, n, d]` into `out`, which may be `t`; see `rope.rotate_into`."""
     assert t.dim() == 5, "expected [s, b, g, n, d]"
     assert t.shape == out.shape
@@ -93,5 +96,6 @@ def rotate_into(t: Tensor, out: Tensor, cos: Tensor, sin: Tensor) -> None:
             ROWS=rows,
             COLUMNS=columns,
             TOTAL_HEADS=g * heads,
+            BACK=back,
             enable_fp_fusion=True,
         )

@@ -8,7 +8,7 @@ from torch.profiler import ProfilerActivity, profile
 from megatron_ext.model.rope import cos_sin, split_rotate
 from megatron_ext.runtime import optimizer as kernels
 from tests.helpers.attention import core_attention
-from tests.unit.test_model_layers import LAYOUTS, _freqs, naive_rotate
+from tests.unit.test_model_rope import LAYOUTS, _freqs, naive_rotate
 
 pytestmark = [
     pytest.mark.gpu,
