@@ -271,11 +271,11 @@ class TorchSelfAttention(SelfAttention):
             self.run_realtime_tests()
         # The norms keep their inputs, which are views of the projection, so that nothing is there twice.
         parts = mixed.unflatten(-1, (groups, heads + 2, -1)).split((heads, 1, 1), dim=3)
-        norms = self.q_layernorm, self.k_layernorm
-        query, key = (
+        norms = self.q_layernorm, self.k_layernorm, None
+        query, key, value = (
             (part if norm is None else norm(part)).flatten(2, 3)
-            for part, norm in zip(parts, norms, strict=False)
+            for part, norm in zip(parts, norms, strict=True)
         )
         if angles is not None:
             query, key = rotate(query, *angles), rotate(key, *angles)
-        return query, key, parts[2].flatten(2, 3)
+        return query, key, value

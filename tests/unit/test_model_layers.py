@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional
 
 from megatron_ext.exceptions import ConfigError
@@ -90,6 +91,31 @@ def test_norm_parameters_carry_the_mark_of_sequence_parallelism():
     for value in (True, False):
         norm = TorchNorm(_norm_config(normalization="LayerNorm", sequence_parallel=value), 8)
         assert [p.sequence_parallel for p in norm.parameters()] == [value, value]
+
+
+@pytest.mark.parametrize("kind", ["RMSNorm", "LayerNorm"])
+def test_a_norm_of_heads_keeps_no_copy_of_them_on_a_gpu(kind):
+    """Queries that lie in groups between keys and values; found out without a GPU."""
+    norm = TorchNorm(_norm_config(normalization=kind), 16).bfloat16()
+    kept = []
+
+    def keep(t):
+        kept.append(t)
+        return t
+
+    with FakeTensorMode():
+        # Not torch.empty, which the CPU runtime, where a test has enabled it, takes to the CPU.
+        size = [8, 2, 2, 5, 16]
+        make = torch.ops.aten.empty.memory_format
+        mixed = make(size, dtype=torch.bfloat16, device="cuda").requires_grad_()
+        for name, _ in [*norm.named_parameters()]:
+            fake = make([16], dtype=torch.bfloat16, device="cuda")
+            setattr(norm, name, torch.nn.Parameter(fake))
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+            out = norm(mixed[..., :3, :])
+    assert out.is_cuda
+    places = {t.untyped_storage()._cdata for t in kept if t.dtype == torch.bfloat16 and t.dim() > 1}
+    assert places == {mixed.untyped_storage()._cdata}
 
 
 def test_unknown_norm_is_refused():
