@@ -17,17 +17,13 @@ from megatron.training import get_tokenizer
 from megatron.training.argument_utils import ArgumentGroupFactory
 from megatron.training.arguments import parse_and_validate_args, parse_args
 
-from megatron_ext import refusals
+from megatron_ext import first_rank, launched, refusals
 from megatron_ext.batches import check_batches, check_layout
 from megatron_ext.chat import ChatRun, chat_run, warn_of_template
 from megatron_ext.chat import check_resume as check_chat_resume
 from megatron_ext.checkpoint.kinds import check_plain, check_unlearning, tell_changes
 from megatron_ext.checkpoint.resumable import check_resumable, keep_buckets
-from megatron_ext.checkpoint.source import (
-    Start,
-    refuse_overwriting,
-    resolve_start,
-)
+from megatron_ext.checkpoint.source import Start
 from megatron_ext.config import ChatConfig, RunConfig, UnlearnConfig
 from megatron_ext.data.checks import check_tokenizer_place, check_vocabulary
 from megatron_ext.data.tokenizers import TOKENIZER_TYPES, TokenizerSpec, tokenizer_digest
@@ -177,8 +173,8 @@ def check_checkpoints(args: Namespace, config: UnlearnConfig) -> Start:
         CheckpointError: it is missing where the run cannot do without, unreadable, or of another model.
         ConfigError: the run cannot go on from it.
     """
-    start = resolve_start(args, required=config.enabled or args.chat_digest is not None)
-    refuse_overwriting(args, start)
+    required = config.enabled or args.chat_digest is not None
+    start = first_rank.find_start(args, required=required)
     warn_of_unfinished(args, start)
     if start.checkpoint is not None:
         if args.chat_digest is None:
@@ -268,7 +264,7 @@ def _check_start(args: Namespace, *, flag: str) -> None:
         # --load may name the run's own, still empty, directory beside --pretrained-checkpoint.
         if directory is None or (name == "load" and args.pretrained_checkpoint is not None):
             continue
-        if not Path(directory).is_dir():
+        if launched.looks_at_files() and not Path(directory).is_dir():
             raise ConfigError(
                 f"{flag_name(name)}: expected a checkpoint directory, found nothing at {directory}"
             )

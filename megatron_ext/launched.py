@@ -40,9 +40,10 @@ def rank() -> str:
 
 
 def looks_at_files() -> bool:
-    """Whether this rank looks at the files of data and checkpoints before the start.
+    """Whether this rank looks at the files of data and at folders before the start, and says what is wrong.
 
     One rank of a node does, where torchrun ends the others if it fails: a file server has less to do, and the
-    user one line a node to read. Without torchrun nobody would end them.
+    user one line a node to read. Without torchrun nobody would end them. At checkpoints rank 0 looks for all,
+    see first_rank.py.
     """
     return "TORCHELASTIC_RUN_ID" not in os.environ or os.environ.get("LOCAL_RANK") == "0"

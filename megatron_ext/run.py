@@ -6,7 +6,6 @@ import time
 from argparse import Namespace
 from typing import Any
 
-import torch
 from megatron.core.enums import ModelType
 from megatron.training import (
     get_tensorboard_writer,
@@ -16,9 +15,10 @@ from megatron.training import (
 )
 from megatron.training.argument_utils import pretrain_cfg_container_from_args
 
-from megatron_ext import arguments, launched, rates, summary
+from megatron_ext import arguments, first_rank, launched, rates, summary
 from megatron_ext.chat import ChatRun, write_template
-from megatron_ext.checkpoint.source import ReferenceSource, Start, find_reference
+from megatron_ext.checkpoint.complete import looked_at_once
+from megatron_ext.checkpoint.source import ReferenceSource, Start
 from megatron_ext.config import UnlearnConfig
 from megatron_ext.data.checks import check_datasets
 from megatron_ext.data.overlap import check_overlap
@@ -45,14 +45,18 @@ def run(*, program_start: float) -> None:
     optimizer.enable()
     set_startup_timestamps(program_start=program_start, main_entry=time.time())
     args, config, chat = arguments.parse()
-    start = _check(args, config, chat)
-    if not args.skip_train and (reason := reached_before(config, start)):
-        if args.rank == 0:
-            print(reason, flush=True)
-        return
-    if launched.looks_at_files():
-        check_overlap(args, config)
-    source = find_reference(args, config, start) if config.needs_reference else None
+    with looked_at_once():
+        start = _check(args, config, chat)
+        if not args.skip_train and (reason := reached_before(config, start)):
+            if args.rank == 0:
+                print(reason, flush=True)
+            first_rank.leave()
+            return
+        if launched.looks_at_files():
+            check_overlap(args, config)
+        source = None
+        if config.needs_reference:
+            source = first_rank.find_source(args, config, start)
     if args.rank == 0:
         print(summary.describe(args, config, start, source), flush=True)
     rates.warn_of_end(args, start)
@@ -74,9 +78,7 @@ def run(*, program_start: float) -> None:
         writer.flush()
     for reference in references:
         reference.check_unchanged()
-    # Leaving with live gloo threads aborts the process now and then ("terminate called ...").
-    torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
+    first_rank.leave()
 
 
 def _check(args: Namespace, config: UnlearnConfig, chat: ChatRun | None) -> Start:

@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from megatron_ext import launched
 from megatron_ext.exceptions import ConfigError, flag_name
 
 # The least that each may be. The seeds of the ranks are derived from a positive one.
@@ -189,10 +190,10 @@ def check_places(args: Namespace) -> None:
         args: what was typed.
 
     Raises:
-        ConfigError: names the flag and what is in the way.
+        ConfigError: names the flag and what is in the way, on the ranks that look.
     """
     for name in ("save", "tensorboard_dir", "data_cache_path"):
-        if not getattr(args, name):
+        if not (getattr(args, name) and launched.looks_at_files()):
             continue
         wanted = Path(getattr(args, name)).absolute()
         nearest = next(path for path in (wanted, *wanted.parents) if os.path.lexists(path))

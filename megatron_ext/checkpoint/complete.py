@@ -7,7 +7,10 @@ first of these behind; a copy that broke off leaves files too short.
 
 from __future__ import annotations
 
+import contextlib
+import os
 from collections import defaultdict
+from collections.abc import Iterator
 from pathlib import Path
 
 from megatron.core import dist_checkpointing
@@ -19,6 +22,22 @@ from megatron_ext.checkpoint import safe_load
 MARKS = (CONFIG_FNAME, ".metadata")
 # Iterations that a message lists.
 _MOST_NAMED = 5
+# What was found, by the folder, while that counts.
+_found: dict[Path, str | None] | None = None
+
+
+@contextlib.contextmanager
+def looked_at_once() -> Iterator[None]:
+    """Let what was found of a checkpoint count until the end of this: a start asks up to three times.
+
+    Nothing is written meanwhile. Later saves are looked at anew.
+    """
+    global _found
+    _found = {}
+    try:
+        yield
+    finally:
+        _found = None
 
 
 def defect(path: Path) -> str | None:
@@ -27,6 +46,15 @@ def defect(path: Path) -> str | None:
     Args:
         path: folder of the iteration.
     """
+    if _found is None:
+        return _look_for_defect(path)
+    folder = path.resolve()  # one checkpoint may have several names
+    if folder not in _found:
+        _found[folder] = _look_for_defect(path)
+    return _found[folder]
+
+
+def _look_for_defect(path: Path) -> str | None:
     if not path.is_dir():
         return "there is no such folder"
     try:
@@ -45,9 +73,12 @@ def defect(path: Path) -> str | None:
         return ".metadata is missing"
     except Exception as error:  # a truncated pickle may raise anything
         return f".metadata cannot be read: {safe_load.reason(error)}"
+    # A listing over NFS brings the sizes along; asked for one by one, each is a request.
+    with os.scandir(path) as listing:
+        files = {entry.name: entry for entry in listing}
     for name, expected in sorted(ends.items()):
         try:
-            found = (path / name).stat().st_size
+            found = (files.get(name) or path / name).stat().st_size
         except FileNotFoundError:
             return f"{name} is missing"
         if found < expected:

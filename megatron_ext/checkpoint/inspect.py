@@ -134,7 +134,6 @@ def open_checkpoint(
     iteration: int | None = None,
     folder: str | None = None,
     iteration_flag: str = "--ckpt-step",
-    check_files: bool = True,
 ) -> Checkpoint:
     """Read which checkpoint a directory holds, without its tensors.
 
@@ -144,7 +143,6 @@ def open_checkpoint(
         iteration: the iteration wanted; the latest by default.
         folder: the name of the folder wanted, ``release`` included, instead of an iteration.
         iteration_flag: the flag that named the iteration, for messages.
-        check_files: whether to look at the size of every file, of which a large run has thousands.
 
     Raises:
         CheckpointError: the directory, its tracker file or the iteration is missing or unreadable.
@@ -168,7 +166,7 @@ def open_checkpoint(
         raise CheckpointError(
             f"{flag}: expected a torch_dist checkpoint at {path}, found none (or one of another format)"
         )
-    if check_files and (reason := defect(path)):
+    if reason := defect(path):
         raise CheckpointError(f"{flag}: {path} cannot be read: {reason}")
     common = _load_common(path, flag)
     args = common.get("args") if isinstance(common, dict) else None

@@ -7,11 +7,14 @@ and every object beside the tensors (`DefaultLoadPlanner.load_bytes` passes `wei
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import hashlib
 import io
 import os
 import pickle
 import re
+from collections.abc import Iterator
 from typing import IO, Any, ClassVar
 
 import torch
@@ -78,7 +81,11 @@ def load_metadata(stream: IO[bytes]) -> Any:
         pickle.UnpicklingError: it is damaged, or refers to anything that metadata do not consist of.
     """
     data = stream.read()
-    key = hashlib.sha256(data).digest()
+    with _without_collector():
+        return _read(data, hashlib.sha256(data).digest())
+
+
+def _read(data: bytes, key: bytes) -> Any:
     # Each reader may change what it is given, so it is a copy that is kept, of what has been found harmless.
     if known := _known.get(key):
         return pickle.loads(known)
@@ -92,6 +99,32 @@ def load_metadata(stream: IO[bytes]) -> Any:
         del _known[next(iter(_known))]
     _known[key] = pickle.dumps(found)
     return found
+
+
+@contextlib.contextmanager
+def _without_collector() -> Iterator[None]:
+    """Do not look for garbage meanwhile: among many new objects that are kept it takes most of the time."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
+
+
+def known() -> dict[bytes, bytes]:
+    """By digest, the metadata that this process has found harmless, for :func:`adopt` in another one."""
+    return dict(_known)
+
+
+def adopt(others: dict[bytes, bytes]) -> None:
+    """Take what another process of this run has found harmless for that.
+
+    Args:
+        others: what its :func:`known` has returned.
+    """
+    _known.update(others)
 
 
 def reason(error: BaseException) -> str:

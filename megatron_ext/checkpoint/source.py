@@ -1,4 +1,4 @@
-"""Where a run's weights come from, decided once and before any process group exists.
+"""Where a run's weights come from, decided once and by one rank (see first_rank.py).
 
 Megatron decides by itself too, when it loads; :func:`resolve_start` follows its rules, so that the
 reference, the checks and the load all mean the same checkpoint.
@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_ext import launched
 from megatron_ext.checkpoint.inspect import (
     TRACKER,
     Checkpoint,
@@ -77,26 +76,22 @@ def resolve_start(args: Namespace, *, required: bool) -> Start:
     step = args.ckpt_step or None  # Megatron ignores 0
     if older is not None or has_checkpoint(args.load):
         start = Start(
-            _open(args.load, flag="--load", iteration=step, folder=older),
+            open_checkpoint(args.load, flag="--load", iteration=step, folder=older),
             "--load",
             resumed=not args.finetune,
         )
     elif args.pretrained_checkpoint is not None:
         flag = "--pretrained-checkpoint"
-        opened = _open(args.pretrained_checkpoint, flag=flag, iteration=step)
+        opened = open_checkpoint(args.pretrained_checkpoint, flag=flag, iteration=step)
         start = Start(opened, flag, resumed=False)
     elif required or _must_load(args):
-        start = Start(_open(args.load, flag="--load", iteration=step), "--load", False)
+        opened = open_checkpoint(args.load, flag="--load", iteration=step)
+        start = Start(opened, "--load", resumed=False)
     else:
         return Start(None, "--load", resumed=False)
     assert start.checkpoint is not None
     check_architecture(start.checkpoint, args, flag=start.flag)
     return start
-
-
-def _open(directory: str, **which: Any) -> Checkpoint:
-    """Open a checkpoint; one rank of a node looks at its files, and all end if one of them is broken."""
-    return open_checkpoint(directory, **which, check_files=launched.looks_at_files())
 
 
 def _saves(args: Namespace) -> bool:
@@ -223,10 +218,10 @@ def find_reference(args: Namespace, config: UnlearnConfig, start: Start) -> Refe
                 "reference that it was started with, %s",
                 *(named, args.load, directory),
             )
-        opened = _open(directory, flag=flag, folder=recorded["folder"])
+        opened = open_checkpoint(directory, flag=flag, folder=recorded["folder"])
         source = ReferenceSource(opened, recorded["digest"])
     elif config.reference_load is not None:
-        source = ReferenceSource(_open(config.reference_load, flag=flag), None)
+        source = ReferenceSource(open_checkpoint(config.reference_load, flag=flag), None)
     elif start.resumed:
         raise CheckpointError(
             f"{flag}: expected the reference's checkpoint, because {args.load} was unlearned without one so "

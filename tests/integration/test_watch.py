@@ -73,9 +73,12 @@ def test_replay_is_compared_with_the_reference_on_the_same_tokens(runs):
     )
 
 
-def test_a_resume_says_at_once_that_nothing_is_left(runs, server, tiny, flags, runs_directory):
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_resume_says_at_once_that_nothing_is_left(
+    runs, server, tiny, flags, runs_directory, ranks
+):
     command = tiny.objective(*flags, "--load", runs_directory / "stopped")
-    result = server.run(Launch(command), runs_directory / "watch" / "again")
+    result = server.run(Launch(command, ranks), runs_directory / "watch" / f"again on {ranks}")
     assert result.returncode == 0
     reason = result.line("nothing left to train: ")
     assert f"at iteration {STOP} of {runs_directory / 'stopped'}" in reason

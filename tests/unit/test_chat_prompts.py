@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from megatron_ext import arguments, chat
+from megatron_ext import arguments, chat, first_rank
 from megatron_ext.checkpoint.inspect import Checkpoint
 from megatron_ext.checkpoint.own_tokenizer import tokenizer_spec
 from megatron_ext.checkpoint.source import Start
@@ -178,8 +178,7 @@ def test_tuning_again_with_another_template_is_told(
     saved = Namespace() if recorded is None else Namespace(tuned_chat_template=recorded)
     found = Checkpoint(tmp_path, 5, tmp_path / "iter_0000005", saved)
     start = Start(found, "--pretrained-checkpoint", resumed=False)
-    monkeypatch.setattr(arguments, "resolve_start", lambda *_, **__: start)
-    monkeypatch.setattr(arguments, "refuse_overwriting", lambda *_: None)
+    monkeypatch.setattr(first_rank, "find_start", lambda *_, **__: start)
     args = Namespace(tuned_chat_template=ours, chat_template=flag, rank=rank, chat_digest="x")
     args.ckpt_convert_format = args.ckpt_step = None
     caplog.set_level(logging.WARNING)

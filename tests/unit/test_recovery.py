@@ -2,10 +2,11 @@
 
 import argparse
 import logging
+import pickle
 
 import pytest
 
-from megatron_ext.checkpoint import inspect
+from megatron_ext.checkpoint import complete
 from megatron_ext.checkpoint.complete import MARKS, defect
 from megatron_ext.checkpoint.inspect import TRACKER, open_checkpoint
 from megatron_ext.checkpoint.recovery import folder, last_good
@@ -88,25 +89,6 @@ def test_a_lost_tracker_is_written_again_by_rank_0(directory, text):
     assert tracker.read_text() == "6"
 
 
-def test_under_torchrun_one_rank_of_a_node_looks_at_what_all_are_told_to_load(
-    directory, monkeypatch
-):
-    monkeypatch.setattr(inspect, "defect", lambda path: "a file is missing")
-    named = {"load": None, "pretrained_checkpoint": str(directory)}
-    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "job")
-    monkeypatch.setenv("LOCAL_RANK", "1")
-    assert resolve_start(arguments(directory, **named), required=True).checkpoint.iteration == 6
-    monkeypatch.setenv("LOCAL_RANK", "0")
-    with pytest.raises(CheckpointError, match=r"--pretrained-checkpoint: .*iter_0000006"):
-        resolve_start(arguments(directory, **named), required=True)
-    monkeypatch.undo()
-    # Which of the run's own checkpoints is the last good one, all ranks must know.
-    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "job")
-    monkeypatch.setenv("LOCAL_RANK", "1")
-    truncate(files(directory)[1], 1)
-    assert resolve_start(arguments(directory), required=True).checkpoint.iteration == 4
-
-
 def test_an_unfinished_newer_folder_is_left_alone(directory):
     folder(directory, 8).mkdir()
     assert last_good(directory, flag="--load") is None
@@ -163,3 +145,43 @@ def test_a_step_that_each_restart_would_go_back_to_is_refused(directory):
     assert resolve_start(args, required=True).checkpoint.iteration == 4
     (folder(directory, 4) / MARKS[0]).unlink()
     assert resolve_start(args, required=True).checkpoint.iteration == 2
+
+
+def test_a_checkpoint_is_looked_at_once_for_a_start_and_again_after_it(directory, monkeypatch):
+    looked_at = []
+    look = complete._look_for_defect
+    monkeypatch.setattr(
+        complete, "_look_for_defect", lambda path: looked_at.append(path) or look(path)
+    )
+    (directory / "link").symlink_to(directory)
+    tensors = files(directory)[1]
+    with complete.looked_at_once():
+        resolve_start(arguments(directory), required=True)
+        open_checkpoint(directory / "link", flag="--reference-load")
+        assert looked_at == [folder(directory, 6)]
+    truncate(tensors, 1)
+    assert tensors.name in defect(folder(directory, 6))
+    with complete.looked_at_once():
+        assert resolve_start(arguments(directory), required=True).checkpoint.iteration == 4
+    assert looked_at[1:] == [folder(directory, 6)] * 2 + [folder(directory, 4)]
+
+
+def test_a_file_behind_a_link_or_in_a_folder_of_its_own_counts(directory):
+    path = folder(directory, 6)
+    (tensors,) = path.glob("*.distcp")
+    elsewhere = tensors.rename(directory / "elsewhere")
+    tensors.symlink_to(elsewhere)
+    assert defect(path) is None
+    truncate(elsewhere, 1)
+    assert f"{tensors.name} has 1 of " in defect(path)
+    elsewhere.unlink()
+    assert defect(path) == f"{tensors.name} is missing"
+    with (path / ".metadata").open("rb") as stream:
+        metadata = pickle.load(stream)
+    for item in metadata.storage_data.values():
+        item.relative_path = f"part/{tensors.name}"
+    (path / ".metadata").write_bytes(pickle.dumps(metadata))
+    assert defect(path) == f"part/{tensors.name} is missing"
+    (path / "part").mkdir()
+    (path / "part" / tensors.name).write_bytes(bytes(10**6))
+    assert defect(path) is None

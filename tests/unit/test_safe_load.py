@@ -1,6 +1,7 @@
 """A checkpoint that would run code when it is unpickled is refused before it does."""
 
 import contextlib
+import gc
 import io
 import os
 import pickle
@@ -140,3 +141,39 @@ def test_metadata_that_are_read_again_are_a_copy_of_their_own(tmp_path, monkeypa
     with pytest.raises(pickle.UnpicklingError, match=r"refused to load posix\.mkdir"):
         safe_load.load_metadata(io.BytesIO(pickle.dumps(Bomb(tmp_path / "mark"))))
     assert not (tmp_path / "mark").exists()
+
+
+def test_metadata_that_another_process_has_found_harmless_are_not_read_slowly_again(monkeypatch):
+    content = pickle.dumps(metadata.Metadata({}, storage_data={"a": 1}))
+    monkeypatch.setattr(safe_load, "_known", {})
+    expected = safe_load.load_metadata(io.BytesIO(content))
+    told = safe_load.known()
+    safe_load._known.clear()
+    safe_load.adopt(told)
+    monkeypatch.setattr(safe_load, "_MetadataUnpickler", None)
+    assert safe_load.load_metadata(io.BytesIO(content)) == expected
+    with pytest.raises(pickle.UnpicklingError):  # of others nothing is known
+        safe_load.load_metadata(io.BytesIO(content + b" "))
+
+
+@pytest.mark.parametrize("before", [True, False])
+def test_no_garbage_is_looked_for_while_metadata_are_read(monkeypatch, before):
+    seen = []
+    load = safe_load._MetadataUnpickler.load
+
+    def load_seen(self):
+        seen.append(gc.isenabled())
+        return load(self)
+
+    monkeypatch.setattr(safe_load._MetadataUnpickler, "load", load_seen)
+    was_on = gc.isenabled()
+    (gc.enable if before else gc.disable)()
+    try:
+        safe_load.load_metadata(io.BytesIO(pickle.dumps({"this test": before})))
+        assert gc.isenabled() == before
+        with pytest.raises(pickle.UnpicklingError):
+            safe_load.load_metadata(io.BytesIO(b"no pickle"))
+        assert gc.isenabled() == before
+    finally:
+        (gc.enable if was_on else gc.disable)()
+    assert seen == [False, False]
