@@ -191,7 +191,6 @@ def _refusal(error: BaseException) -> tuple[type[MegatronExtError], str]:
 
 def _refuse(kind: type[MegatronExtError], text: str) -> None:
     if not launched.looks_at_files():
-        time.sleep(
-            _ENDED_WITHIN
-        )  # one line a node says it; this one would end that rank before it has
+        # One line a node says it; this rank's end would end that of the line before it is out.
+        time.sleep(_ENDED_WITHIN)
     raise kind(text)
