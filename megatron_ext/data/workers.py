@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import multiprocessing
 import os
 import signal
@@ -22,6 +23,9 @@ from megatron_ext.exceptions import DataError
 if TYPE_CHECKING:
     from megatron_ext.data.conversations import ConversationFormat
 
+# Of glibc's malloc.h; and the largest allocation that it does not ask the system for each time anew.
+_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
+_LARGEST = 32 << 20
 # Tasks on their way for each worker: one in work, one waiting, so that none idles while results
 # are written.
 _TASKS_PER_WORKER = 2
@@ -95,6 +99,7 @@ def in_order[Task, Result](
     Raises:
         DataError: A worker died; names the tasks that were in work then.
     """
+    keep_memory()
     pool = ProcessPoolExecutor(
         workers,
         # Not fork: the parent may hold threads (a progress bar's, a tokenizer's).
@@ -131,10 +136,23 @@ def in_order[Task, Result](
 def start_worker() -> None:
     """Has a new worker process end with its parent, and leave Ctrl-C to it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    keep_memory()
     parent = multiprocessing.parent_process()
     assert parent is not None
     # A worker whose parent was killed would wait for work for ever.
     threading.Thread(target=_exit_with, args=(parent,), daemon=True).start()
+
+
+def keep_memory() -> None:
+    """Has memory that is freed stay with this process for the next block.
+
+    glibc gives what a block took back to the system, which clears each page of it for the next one. Other
+    C libraries decide for themselves.
+    """
+    set_option = getattr(ctypes.CDLL(None), "mallopt", None)
+    if set_option is not None:
+        set_option(_MMAP_THRESHOLD, _LARGEST)
+        set_option(_TRIM_THRESHOLD, 8 * _LARGEST)
 
 
 def _load(

@@ -177,7 +177,8 @@ def test_a_directory_is_gone_through_once(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["a.jsonl.bz2", "a.jsonl.xz", "a.JSONL.Gz", "a.Txt.ZST"])
-def test_a_compression_is_known_by_its_suffix(tmp_path, name):
+def test_a_compression_is_known_by_its_suffix(tmp_path, name, monkeypatch):
+    monkeypatch.setattr(documents, "BLOCK_BYTES", 1 << 20)
     lines = b"".join(b'{"text": "%d"}\n' % i for i in range(80_000))
     compress = {".bz2": bz2, ".xz": lzma, ".Gz": gzip}.get(Path(name).suffix)
     packed = compress.compress(lines) if compress else zstandard.ZstdCompressor().compress(lines)
@@ -234,7 +235,8 @@ def test_zstandard_frames_of_any_window_and_frames_to_be_skipped(tmp_path):
     assert block.payload == lines[:-1]
 
 
-def test_blocks_of_parquet_are_bounded_by_their_text(tmp_path):
+def test_blocks_of_parquet_are_bounded_by_their_text(tmp_path, monkeypatch):
+    monkeypatch.setattr(documents, "BLOCK_BYTES", 1 << 20)
     table = pa.table({"text": ["x" * 200_000] * 60, "more": ["y" * 900_000] * 60})
     pq.write_table(table, tmp_path / "a.parquet", use_dictionary=False)
     blocks = list(documents.read_blocks([tmp_path / "a.parquet"], keys=["text"]))
