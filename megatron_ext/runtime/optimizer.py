@@ -8,12 +8,15 @@ Megatron's own slots for such kernels. The mathematics and the checkpoints do no
 
 from collections.abc import Callable
 from contextlib import ExitStack
+from functools import partial
 from typing import Any
 from weakref import WeakSet
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_pre_hook
+
+from megatron_ext.runtime import empty_groups
 
 # Optimizers that have made their first step since their state was loaded.
 _fused: WeakSet[torch.optim.Optimizer] = WeakSet()
@@ -111,6 +114,7 @@ def enable() -> Callable[[], None]:
     undo = ExitStack()
     _share_checkpoints(undo)
     _make_whole_resumable(undo)
+    empty_groups.enable(partial(_replace, undo))
     if optimizers.USING_PYTORCH_OPTIMIZER:
         undo.callback(register_optimizer_step_pre_hook(_fuse_before_step).remove)
         _make_resumable(undo)

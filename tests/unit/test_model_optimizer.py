@@ -210,7 +210,7 @@ def test_sgd_asks_a_checkpoint_for_what_it_has_saved(momentum, monkeypatch):
     monkeypatch.setattr(
         FP32Optimizer,
         "sharded_state_dict",
-        lambda self, *_: self.init_state_fn(self.optimizer, None),
+        lambda self, *_: self.init_state_fn(self.optimizer, None) or {"state": {}},
     )
     parameters = [p.requires_grad_() for p in _parameters()]
     saved, new = (torch.optim.SGD(parameters, lr=1e-2, momentum=momentum) for _ in range(2))
