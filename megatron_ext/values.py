@@ -138,6 +138,12 @@ def check_experts(args: Namespace) -> None:
         raise ConfigError(
             f"--moe-router-topk: expected 1 beside --moe-apply-probs-on-input, found {chosen}"
         )
+    chunks = getattr(args, "mlp_chunks_for_training", 1)  # no flag of the plan
+    if chunks > 1:
+        raise ConfigError(
+            f"--mlp-chunks-for-training: expected 1 beside --num-experts, found {chunks}; each chunk would "
+            "add a whole balancing loss, and count its own tokens only"
+        )
 
 
 def check_training(args: Namespace) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from megatron.core.datasets.gpt_dataset import GPTDataset
 
 from megatron_ext.data.index_cache import load_or_build
@@ -27,6 +28,8 @@ class SourcedGPTDataset(GPTDataset):
     content. Text that is tokenised again under the same prefix meets the indices of the text before, and
     with them other samples, or none.
     """
+
+    cached_loss_mask: Any
 
     def _build_document_sample_shuffle_indices(self) -> Any:
         """Name the cache by the data as well, before Megatron looks for it."""
@@ -62,6 +65,9 @@ class SourcedGPTDataset(GPTDataset):
     def __getitem__(self, idx: int | None) -> dict[str, Any]:
         """Megatron's sample; under ``dataset`` its prefix, under ``source`` also sample and documents."""
         sample: dict[str, Any] = super().__getitem__(idx)
+        if sample["loss_mask"] is self.cached_loss_mask:
+            # Megatron has masked the padding of this sample in what it keeps for all that follow.
+            self.cached_loss_mask = torch.ones_like(sample["loss_mask"])
         documents = np.unique(self._documents).tolist()
         source = f"sample {idx} of {self.dataset_path} (documents {_shorten(documents)})"
         return {**sample, "source": source, "dataset": self.dataset_path}

@@ -9,7 +9,7 @@ from megatron.core.datasets.gpt_dataset import GPTDataset
 
 from megatron_ext.data.manifest import Manifest, write_manifest
 from megatron_ext.data.sourced import SourcedGPTDataset, content_key
-from tests.helpers.gpt_datasets import dataset, documents, files
+from tests.helpers.gpt_datasets import SEQUENCE, FakeTokenizer, dataset, documents, files
 from tests.helpers.text import write_dataset
 
 
@@ -65,6 +65,19 @@ def test_a_sample_says_where_it_comes_from(tmp_path):
         named = [int(number) for number in rest.rstrip(")").split(",")]
         ids = np.concatenate([documents(1)[number] for number in named])
         assert set(tokens[index].tolist()) <= set(ids.tolist())
+
+
+@pytest.mark.parametrize("of", [GPTDataset, SourcedGPTDataset])
+def test_the_padding_of_the_first_sample_is_that_sample_s_alone(of, tmp_path):
+    """What a rank reads first must not decide which tokens count in all that it reads later."""
+    ids = [np.where(each % 7 == 0, FakeTokenizer.pad, each) for each in documents(1)]
+    made = dataset(of, write_dataset(tmp_path / "d", ids), tmp_path / "cache")
+    for index in range(5):
+        sample = made[index]
+        counted = int((sample["labels"] != 0).sum())  # where padding was Megatron puts a 0
+        assert 0 < counted < SEQUENCE
+        # Megatron alone counts ever fewer.
+        assert (int(sample["loss_mask"].sum()) == counted) == (of is SourcedGPTDataset or not index)
 
 
 def test_the_key_is_the_manifests_digest_where_there_is_one(tmp_path):

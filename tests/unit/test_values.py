@@ -103,6 +103,12 @@ EXPERTS = {
         ({"moe_layer_freq": [0, 1]}, None),
         ({"moe_layer_freq": 0, "num_experts": None}, None),
         (
+            {"mlp_chunks_for_training": 2},
+            "--mlp-chunks-for-training: expected 1 beside --num-experts, found 2; each chunk would add",
+        ),
+        ({"mlp_chunks_for_training": 1}, None),
+        ({"mlp_chunks_for_training": 2, "num_experts": None}, None),
+        (
             {"num_experts": None, "expert_model_parallel_size": 2},
             "--num-experts: expected beside --expert-model-parallel-size 2, found none",
         ),
