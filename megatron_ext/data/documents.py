@@ -18,8 +18,7 @@ from megatron_ext.exceptions import DataError
 
 TextUnit = Literal["file", "line", "paragraph"]
 
-# Raw bytes of a block: some 50 ms of a worker, against well under one for handing it over. gigatoken begins
-# each block with an empty cache of words.
+# Raw bytes of a block: some 50 ms of a worker. gigatoken begins each with an empty cache of words.
 BLOCK_BYTES = 2 << 20
 _PARQUET_ROWS = 512
 # A longer line or text is no document but a file of another format, of which memory would be full first.
