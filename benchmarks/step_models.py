@@ -104,6 +104,7 @@ def unlearn_step(shape: Shape, variant: Variant, reference: torch.nn.Module) -> 
         create_attention_mask_in_dataloader=False,
         check_for_nan_in_loss_and_grad=False,
         log_straggler=False,
+        overlap_param_gather=False,
     )
     config = UnlearnConfig(forget_data_path=["random"])
     frozen = RandomReference()

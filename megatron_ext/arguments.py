@@ -17,7 +17,7 @@ from megatron.training import get_tokenizer
 from megatron.training.argument_utils import ArgumentGroupFactory
 from megatron.training.arguments import parse_and_validate_args, parse_args
 
-from megatron_ext import first_rank, launched, refusals
+from megatron_ext import first_rank, launched, machine_refusals, refusals
 from megatron_ext.batches import check_batches, check_layout
 from megatron_ext.chat import ChatRun, chat_run, warn_of_template
 from megatron_ext.chat import check_resume as check_chat_resume
@@ -32,6 +32,7 @@ from megatron_ext.noise import warn_of_noise
 from megatron_ext.runtime import compat, console, cpu
 from megatron_ext.stages import check_pipeline
 from megatron_ext.values import (
+    check_company,
     check_experts,
     check_index,
     check_places,
@@ -107,6 +108,7 @@ def parse() -> tuple[Namespace, UnlearnConfig, ChatRun | None]:
     check_before_megatron(raw, config)
     check_values(raw)
     check_training(raw)
+    check_company(raw)
     if not raw.use_checkpoint_args:
         _check_model(raw)
     check_index(raw)
@@ -231,13 +233,13 @@ def check_before_megatron(args: Namespace, config: UnlearnConfig) -> None:
         ConfigError: names the flag, what was expected and what was found.
     """
     refusals.refuse(args, refusals.NEVER, where="is not supported")
-    for package, rows in refusals.WITHOUT_PACKAGE.items():
+    for package, rows in machine_refusals.WITHOUT_PACKAGE.items():
         if not _installed(package):
             refusals.refuse(args, rows, where="is not supported")
     if args.use_distributed_optimizer or args.optimizer.startswith("dist_"):
         refusals.refuse(args, refusals.WITH_DISTRIBUTED_OPTIMIZER, where="is not supported")
     if cpu.is_enabled():
-        refusals.refuse(args, refusals.WITHOUT_CUDA, where="is not supported")
+        refusals.refuse(args, machine_refusals.WITHOUT_CUDA, where="is not supported")
     if args.spec is None and args.transformer_impl == "local":
         refusals.refuse(args, refusals.WITH_TORCH_NATIVE_LAYERS, where="is not supported")
     if args.dataset_log_interval is not None:

@@ -1,6 +1,6 @@
 """The flags and combinations of flags that are refused, with the reason; docs/refused.md lists them.
 
-Those of chat tuning are in chat_refusals.py.
+Those of chat tuning are in chat_refusals.py, those of what a machine lacks in machine_refusals.py.
 
 A row is checked against the parsed arguments before Megatron validates them, so that nothing has started yet.
 """
@@ -124,6 +124,14 @@ NEVER: tuple[Refusal, ...] = (
     Refusal("apply_residual_connection_post_layernorm", "Megatron-Core ignores it"),
     Refusal("freeze_all_layers", "Megatron-Core would train the layers all the same"),
     Refusal("check_for_spiky_loss", "only NaN and inf are checked for here"),
+    Refusal("config_logger_dir", "Megatron-Core 0.19.2 fails to write process groups there"),
+    Refusal("use_ring_exchange_p2p", "torch has no such operation"),
+    Refusal(
+        "dist_ckpt_strictness",
+        "Megatron-Core cannot load what comes back then",
+        "assume_ok_unexpected, log_unexpected, log_all, raise_unexpected, raise_all or ignore_all",
+        lambda value: str(value).startswith("return_"),
+    ),
     Refusal("inprocess_restart", "torchrun or the cluster's job restarts a failed run"),
     Refusal("logits_save_dir", "the fused head never holds the logits of all tokens"),
     Refusal("logits_load_dir", "distillation from saved logits is not implemented here"),
@@ -142,23 +150,6 @@ NEVER: tuple[Refusal, ...] = (
     Refusal("non_persistent_ckpt_type", _ONE_KIND),
     Refusal("tensor_parallel_num_weight_shards", _SHARDED),
     Refusal("expert_tensor_parallel_num_weight_shards", _SHARDED),
-)
-_LOOKED_FOR = (
-    "Megatron-Core supports it only for Transformer Engine's layers, which are not installed"
-)
-WITHOUT_TRANSFORMER_ENGINE = (
-    Refusal(
-        "use_precision_aware_optimizer",
-        "it needs Transformer Engine's optimizer, which is not installed",
-    ),
-    Refusal(
-        "recompute_modules",
-        "Megatron-Core recomputes norms only with Transformer Engine, which is not installed",
-        "modules without layernorm",
-        lambda modules: "layernorm" in modules,
-    ),
-    Refusal("save_activations_interval", _LOOKED_FOR),
-    Refusal("save_dgrads_interval", _LOOKED_FOR),
 )
 WITH_TORCH_NATIVE_LAYERS = (
     Refusal(
@@ -186,21 +177,6 @@ WITH_DISTRIBUTED_OPTIMIZER = (
         lambda name: name != "adam",
     ),
 )
-_NO_DEVICE = "there is no CUDA device"
-WITHOUT_CUDA: tuple[Refusal, ...] = (
-    Refusal("cuda_graph_impl", _NO_DEVICE, "none", lambda kind: kind != "none"),
-    Refusal("enable_cuda_graph", _NO_DEVICE),
-    Refusal("external_cuda_graph", _NO_DEVICE),
-    Refusal("gpu_sniff_test_interval", _NO_DEVICE),
-    Refusal("record_memory_history", _NO_DEVICE),
-    Refusal("log_straggler", _NO_DEVICE),
-)
-WITHOUT_NVML: tuple[Refusal, ...] = (
-    Refusal(
-        "log_straggler",
-        "it reads GPU temperature and power with pynvml, which is not installed (pip install nvidia-ml-py)",
-    ),
-)
 WITH_DATASET_LOG: tuple[Refusal, ...] = (
     Refusal("mock_data", "random tokens are of no dataset"),
     Refusal("chat_data_path", "conversations are of no dataset"),
@@ -211,20 +187,6 @@ WITH_DATASET_LOG: tuple[Refusal, ...] = (
         lambda kind: kind == "full_iteration",
     ),
 )
-WITHOUT_EMERGING_OPTIMIZERS = (
-    Refusal(
-        "optimizer",
-        "the others come with NVIDIA's package emerging-optimizers, which is not installed",
-        "adam or sgd",
-        lambda name: name not in ("adam", "sgd"),
-    ),
-)
-# By the module that is looked for.
-WITHOUT_PACKAGE = {
-    "transformer_engine": WITHOUT_TRANSFORMER_ENGINE,
-    "pynvml": WITHOUT_NVML,
-    "emerging_optimizers": WITHOUT_EMERGING_OPTIMIZERS,
-}
 _COMPOSED = "the number of forgotten and replayed samples per batch is fixed for the whole run"
 _BY_OTHERS = "a token's experts would depend on the other tokens of its microbatch"
 WITH_UNLEARNING: tuple[Refusal, ...] = (

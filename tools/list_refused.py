@@ -14,16 +14,21 @@ console.quiet()
 from megatron_ext.chat_refusals import REQUIRED_WITH_CHAT, WITH_CHAT  # noqa: E402
 from megatron_ext.data.atomic import write_atomically  # noqa: E402
 from megatron_ext.exceptions import flag_name  # noqa: E402
+from megatron_ext.machine_refusals import (  # noqa: E402
+    WITHOUT_CUDA,
+    WITHOUT_EMERGING_OPTIMIZERS,
+    WITHOUT_NVML,
+    WITHOUT_RESILIENCY,
+    WITHOUT_STORAGE_CLIENT,
+    WITHOUT_TRANSFORMER_ENGINE,
+    WITHOUT_WANDB,
+)
 from megatron_ext.refusals import (  # noqa: E402
     NEVER,
     WITH_DATASET_LOG,
     WITH_DISTRIBUTED_OPTIMIZER,
     WITH_TORCH_NATIVE_LAYERS,
     WITH_UNLEARNING,
-    WITHOUT_CUDA,
-    WITHOUT_EMERGING_OPTIMIZERS,
-    WITHOUT_NVML,
-    WITHOUT_TRANSFORMER_ENGINE,
     WITHOUT_UNLEARNING,
 )
 from megatron_ext.runtime import cpu  # noqa: E402
@@ -47,6 +52,9 @@ def render() -> str:
         "Without a CUDA device": WITHOUT_CUDA,
         "Without the package `nvidia-ml-py`": WITHOUT_NVML,
         "Without the package `emerging-optimizers`": WITHOUT_EMERGING_OPTIMIZERS,
+        "Without the package `wandb`": WITHOUT_WANDB,
+        "Without the package `nvidia-resiliency-ext`": WITHOUT_RESILIENCY,
+        "Without the package `multi-storage-client`": WITHOUT_STORAGE_CLIENT,
         "With the torch-native layers (`--transformer-impl local`)": WITH_TORCH_NATIVE_LAYERS,
         "With `--use-distributed-optimizer`": WITH_DISTRIBUTED_OPTIMIZER,
         "With `--dataset-log-interval`": WITH_DATASET_LOG,

@@ -14,6 +14,7 @@ import io
 import os
 import pickle
 import re
+import traceback
 from collections.abc import Iterator
 from typing import IO, Any, ClassVar
 
@@ -133,8 +134,11 @@ def reason(error: BaseException) -> str:
     refused = re.search(r"GLOBAL (\S+)", text) if "eights only load failed" in text else None
     if refused:
         return f"refused to load {refused[1]}, which is no data"
-    lines = text.strip().splitlines()
-    return lines[-1] if lines else type(error).__name__
+    if lines := text.strip().splitlines():
+        return lines[-1]
+    places = traceback.extract_tb(error.__traceback__)
+    where = f" in {places[-1].filename}:{places[-1].lineno}" if places else ""
+    return f"{type(error).__name__}{where}"
 
 
 class _MetadataUnpickler(pickle._Unpickler):

@@ -8,17 +8,19 @@ from megatron.core.transformer.enums import AttnBackend
 
 from megatron_ext.chat_refusals import REQUIRED_WITH_CHAT, WITH_CHAT
 from megatron_ext.exceptions import ConfigError
+from megatron_ext.machine_refusals import (
+    WITHOUT_CUDA,
+    WITHOUT_EMERGING_OPTIMIZERS,
+    WITHOUT_NVML,
+    WITHOUT_PACKAGE,
+    WITHOUT_TRANSFORMER_ENGINE,
+)
 from megatron_ext.refusals import (
     NEVER,
     WITH_DATASET_LOG,
     WITH_DISTRIBUTED_OPTIMIZER,
     WITH_TORCH_NATIVE_LAYERS,
     WITH_UNLEARNING,
-    WITHOUT_CUDA,
-    WITHOUT_EMERGING_OPTIMIZERS,
-    WITHOUT_NVML,
-    WITHOUT_PACKAGE,
-    WITHOUT_TRANSFORMER_ENGINE,
     WITHOUT_UNLEARNING,
     refuse,
 )
