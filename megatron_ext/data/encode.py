@@ -212,9 +212,8 @@ def _parser(
     """What makes records of a block, and the tokens of those of their texts that stand for one."""
     if conversations is None:
         return functools.partial(parse_block, keys=keys), {}
-    from megatron_ext.data.conversations import (
-        ConversationParser,  # its templates cost each start 25 ms
-    )
+    # Its templates cost each start 25 ms.
+    from megatron_ext.data.conversations import ConversationParser
 
     parser = ConversationParser(conversations)
     return parser, parser.special_ids

@@ -148,9 +148,8 @@ def preprocess(config: PreprocessConfig) -> PreprocessResult:
     if config.conversations:
         # The template alone says which tokens are around a text.
         config = replace(config, tokenizer=replace(config.tokenizer, include_special_tokens=False))
-        from megatron_ext.data.conversations import (
-            find_format,  # its templates cost each start 25 ms
-        )
+        # Its templates cost each start 25 ms.
+        from megatron_ext.data.conversations import find_format
 
         conversations = find_format(
             *(paths, config.tokenizer),

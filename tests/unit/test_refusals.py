@@ -8,13 +8,7 @@ from megatron.core.transformer.enums import AttnBackend
 
 from megatron_ext.chat_refusals import REQUIRED_WITH_CHAT, WITH_CHAT
 from megatron_ext.exceptions import ConfigError
-from megatron_ext.machine_refusals import (
-    WITHOUT_CUDA,
-    WITHOUT_EMERGING_OPTIMIZERS,
-    WITHOUT_NVML,
-    WITHOUT_PACKAGE,
-    WITHOUT_TRANSFORMER_ENGINE,
-)
+from megatron_ext.machine_refusals import WITHOUT_CUDA, WITHOUT_PACKAGE
 from megatron_ext.refusals import (
     NEVER,
     WITH_DATASET_LOG,
@@ -24,12 +18,13 @@ from megatron_ext.refusals import (
     WITHOUT_UNLEARNING,
     refuse,
 )
+from megatron_ext.values import check_company
 from tests.helpers.entry import ROOT
 from tools.list_refused import render
 
 TABLES = (
-    *(NEVER, WITHOUT_TRANSFORMER_ENGINE, WITHOUT_CUDA, WITHOUT_NVML, WITH_DISTRIBUTED_OPTIMIZER),
-    *(WITHOUT_EMERGING_OPTIMIZERS, WITH_TORCH_NATIVE_LAYERS, WITH_DATASET_LOG),
+    *(NEVER, WITHOUT_CUDA, *WITHOUT_PACKAGE.values()),
+    *(WITH_DISTRIBUTED_OPTIMIZER, WITH_TORCH_NATIVE_LAYERS, WITH_DATASET_LOG),
     *(WITH_UNLEARNING, WITHOUT_UNLEARNING, WITH_CHAT),
 )
 ROWS = [row for table in TABLES for row in table]
@@ -167,3 +162,33 @@ def test_optimizers_of_a_package_that_is_not_installed_are_named_before_a_model_
         ):
             refuse(Namespace(optimizer=name), rows, where="")
     refuse(Namespace(optimizer="sgd"), rows, where="")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({}, None),
+        ({"ddp_num_buckets": 2}, None),
+        (
+            {"ddp_num_buckets": 2, "ddp_bucket_size": 1000},
+            "--ddp-num-buckets: .* --ddp-bucket-size",
+        ),
+        (
+            {"ddp_average_in_collective": True, "calculate_per_token_loss": True},
+            "--ddp-average-in-collective: .* --calculate-per-token-loss",
+        ),
+        ({"ddp_average_in_collective": True}, None),
+        ({"save_params_interval": 2, "save": "runs"}, None),
+        ({"save_params_interval": 2}, "--save-params-interval: expected --save"),
+        ({"save_wgrads_interval": 2}, "--save-wgrads-interval: expected --save"),
+    ],
+)
+def test_flags_that_need_others_or_exclude_them(changes, message):
+    names = ("ddp_num_buckets", "ddp_bucket_size", "save_params_interval", "save_wgrads_interval")
+    names += ("ddp_average_in_collective", "calculate_per_token_loss", "save")
+    args = Namespace(**dict.fromkeys(names) | changes)
+    if message is None:
+        check_company(args)
+        return
+    with pytest.raises(ConfigError, match=f"^{message}"):
+        check_company(args)

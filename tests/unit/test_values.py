@@ -6,7 +6,6 @@ import pytest
 
 from megatron_ext.exceptions import ConfigError
 from megatron_ext.values import (
-    check_company,
     check_experts,
     check_index,
     check_places,
@@ -278,28 +277,3 @@ def test_a_models_sizes_are_checked_wherever_they_come_from(from_checkpoint, mon
     with pytest.raises(ConfigError, match=r"--moe-router-topk: .* --num-experts 4, found 9"):
         module.parse()
     assert bool(validated) is from_checkpoint
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({}, None),
-        ({"ddp_num_buckets": 2}, None),
-        (
-            {"ddp_num_buckets": 2, "ddp_bucket_size": 1000},
-            "--ddp-num-buckets: .* --ddp-bucket-size",
-        ),
-        (
-            {"ddp_average_in_collective": True, "calculate_per_token_loss": True},
-            "--ddp-average-in-collective: .* --calculate-per-token-loss",
-        ),
-        ({"ddp_average_in_collective": True}, None),
-        ({"save_params_interval": 2, "save": "runs"}, None),
-        ({"save_params_interval": 2}, "--save-params-interval: expected --save"),
-        ({"save_wgrads_interval": 2}, "--save-wgrads-interval: expected --save"),
-    ],
-)
-def test_flags_that_need_others_or_exclude_them(changes, message):
-    names = ("ddp_num_buckets", "ddp_bucket_size", "save_params_interval", "save_wgrads_interval")
-    names += ("ddp_average_in_collective", "calculate_per_token_loss", "save")
-    _holds(check_company, dict.fromkeys(names) | changes, message)
