@@ -24,6 +24,7 @@ from megatron_ext.chat import check_resume as check_chat_resume
 from megatron_ext.checkpoint.kinds import check_plain, check_unlearning, tell_changes
 from megatron_ext.checkpoint.resumable import check_resumable, keep_buckets
 from megatron_ext.checkpoint.source import Start
+from megatron_ext.company import check_company, check_index, check_routing
 from megatron_ext.config import ChatConfig, RunConfig, UnlearnConfig
 from megatron_ext.data.checks import check_tokenizer_place, check_vocabulary
 from megatron_ext.data.tokenizers import TOKENIZER_TYPES, TokenizerSpec, tokenizer_digest
@@ -32,9 +33,7 @@ from megatron_ext.noise import warn_of_noise
 from megatron_ext.runtime import compat, console, cpu
 from megatron_ext.stages import check_pipeline
 from megatron_ext.values import (
-    check_company,
     check_experts,
-    check_index,
     check_places,
     check_required,
     check_schedule,
@@ -149,6 +148,7 @@ def parse() -> tuple[Namespace, UnlearnConfig, ChatRun | None]:
 def _check_model(args: Namespace) -> None:
     check_sizes(args)
     check_experts(args)
+    check_routing(args)
     check_pipeline(args)
     check_layout(args)
 

@@ -30,6 +30,8 @@ WITHOUT_CUDA: tuple[Refusal, ...] = (
     Refusal("record_memory_history", _NO_DEVICE),
     Refusal("log_straggler", _NO_DEVICE),
     Refusal("optimizer_cuda_graph", _NO_DEVICE),
+    Refusal("use_sharp", _NO_DEVICE),
+    Refusal("profile", _NO_DEVICE),
 )
 WITHOUT_NVML: tuple[Refusal, ...] = (
     Refusal(
@@ -56,6 +58,19 @@ WITHOUT_RESILIENCY = (
 WITHOUT_STORAGE_CLIENT = (
     Refusal("enable_msc", "NVIDIA's package multi-storage-client is not installed"),
 )
+_DEEP_EP = (
+    "the one of --moe-flex-dispatcher-backend {} is the package deep_ep, which is not installed"
+)
+WITHOUT_DEEP_EP = tuple(
+    Refusal(
+        "moe_token_dispatcher_type",
+        _DEEP_EP.format(backend),
+        "alltoall or allgather",
+        lambda kind: kind == "flex",
+        beside=("moe_flex_dispatcher_backend", backend),
+    )
+    for backend in ("deepep", "hybridep")
+)
 # By the module that is looked for.
 WITHOUT_PACKAGE: dict[str, tuple[Refusal, ...]] = {
     "transformer_engine": WITHOUT_TRANSFORMER_ENGINE,
@@ -64,4 +79,5 @@ WITHOUT_PACKAGE: dict[str, tuple[Refusal, ...]] = {
     "wandb": WITHOUT_WANDB,
     "nvidia_resiliency_ext": WITHOUT_RESILIENCY,
     "multistorageclient": WITHOUT_STORAGE_CLIENT,
+    "deep_ep": WITHOUT_DEEP_EP,
 }

@@ -167,48 +167,6 @@ def check_training(args: Namespace) -> None:
         raise ConfigError(f"--min-lr: expected 0 to --lr {args.lr}, found {args.min_lr}")
 
 
-def check_company(args: Namespace) -> None:
-    """Refuse flags that lack another one, or have it beside them; Megatron would end in an assertion.
-
-    Args:
-        args: what was typed.
-
-    Raises:
-        ConfigError: names the flags, what was expected and what was found.
-    """
-    if args.ddp_num_buckets is not None and args.ddp_bucket_size is not None:
-        raise ConfigError("--ddp-num-buckets: expected either it or --ddp-bucket-size, found both")
-    if args.ddp_average_in_collective and args.calculate_per_token_loss:
-        raise ConfigError(
-            "--ddp-average-in-collective: expected either it or --calculate-per-token-loss, found both"
-        )
-    for name in ("save_params_interval", "save_wgrads_interval"):
-        if getattr(args, name) is not None and not args.save:
-            raise ConfigError(f"{flag_name(name)}: expected --save beside it, found none")
-
-
-def check_index(args: Namespace) -> None:
-    """Refuse an index that is to be found ready, but in no folder or for data that are split by a ratio.
-
-    Args:
-        args: what was typed.
-
-    Raises:
-        ConfigError: names the flag and what it needs; Megatron would end in assertions, behind the model.
-    """
-    for name in ("dataloader_fast_cache_load", "dataloader_defer_npy_index_mmap"):
-        if getattr(args, name) and args.data_cache_path is None:
-            raise ConfigError(
-                f"{flag_name(name)}: expected --data-cache-path beside it, found none"
-            )
-    for name in ("data_path", "data_args_path", "forget_data_path"):
-        if args.dataloader_fast_cache_load and getattr(args, name) is not None:
-            raise ConfigError(
-                "--dataloader-fast-cache-load: expected data named for each split, as by --train-data-path, "
-                f"found {flag_name(name)}"
-            )
-
-
 def check_places(args: Namespace) -> None:
     """Refuse directories that the run could not write to, hours before it would, or not go on from.
 

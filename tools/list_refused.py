@@ -16,6 +16,7 @@ from megatron_ext.data.atomic import write_atomically  # noqa: E402
 from megatron_ext.exceptions import flag_name  # noqa: E402
 from megatron_ext.machine_refusals import (  # noqa: E402
     WITHOUT_CUDA,
+    WITHOUT_DEEP_EP,
     WITHOUT_EMERGING_OPTIMIZERS,
     WITHOUT_NVML,
     WITHOUT_RESILIENCY,
@@ -55,6 +56,7 @@ def render() -> str:
         "Without the package `wandb`": WITHOUT_WANDB,
         "Without the package `nvidia-resiliency-ext`": WITHOUT_RESILIENCY,
         "Without the package `multi-storage-client`": WITHOUT_STORAGE_CLIENT,
+        "Without the package `deep_ep`": WITHOUT_DEEP_EP,
         "With the torch-native layers (`--transformer-impl local`)": WITH_TORCH_NATIVE_LAYERS,
         "With `--use-distributed-optimizer`": WITH_DISTRIBUTED_OPTIMIZER,
         "With `--dataset-log-interval`": WITH_DATASET_LOG,

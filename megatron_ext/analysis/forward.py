@@ -5,8 +5,9 @@ Legend: N samples, s tokens of a sequence, b sequences of a microbatch, H hidden
 
 from __future__ import annotations
 
+import math
 from argparse import Namespace
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -17,6 +18,27 @@ from tqdm import tqdm
 from megatron_ext.data.batch import MicroBatch
 from megatron_ext.frozen import FrozenModel
 from megatron_ext.replicas import over_replicas
+
+# Sequences are padded to a multiple of it, in tokens: few lengths, and none that a kernel would fill up.
+_STEP = 64
+
+
+def in_order_of_length[Result](
+    samples: Sequence[np.ndarray], work: Callable[[Sequence[np.ndarray]], Iterable[Result]]
+) -> list[Result]:
+    """Each model replica's share of the samples, the longest first, so that microbatches hold little padding.
+
+    Args:
+        samples: token arrays; the same on every rank.
+        work: makes a result, which can be pickled, of each sample of a share, in order.
+
+    Returns:
+        A result for each sample, in the order of the samples; on a pipeline stage what `work` made there.
+    """
+    order = sorted(range(len(samples)), key=lambda i: -len(samples[i]))
+    results = over_replicas([samples[i] for i in order], work)
+    found = dict(zip(order, results, strict=True))
+    return [found[i] for i in range(len(samples))]
 
 
 def final_states(
@@ -39,7 +61,8 @@ def final_states(
         args: Megatron's arguments: sequence length, micro-batch size.
         eod: id of the end-of-document token.
         starts: where the text of each sample begins, of `text_starts`; by default at its first token.
-        micro_batches: microbatches that a pass through the pipeline takes at a time.
+        micro_batches: microbatches that a pass through the pipeline takes at a time, all as long as the
+            longest of their samples.
 
     Yields:
         On the last pipeline stage each microbatch with its final hidden states ``[s, b, H]``, behind the
@@ -54,11 +77,14 @@ def final_states(
         for start in range(0, len(samples), step):
             group = samples[start : start + step]
             begins = starts[start : start + step]
-            batches = list(_micro_batches(group, begins, args=args, eod=eod))
+            length = _padded_length(max(map(len, group)), args)
+            batches = list(
+                _micro_batches(group, begins, args.micro_batch_size, length=length, eod=eod)
+            )
             hidden = model.hidden_states(
                 get_forward_backward_func(),
                 [batches] * len(model.chunks),
-                seq_length=args.seq_length,
+                seq_length=length,
                 micro_batch_size=args.micro_batch_size,
             )
             yield from zip(batches, hidden, strict=bool(hidden))
@@ -113,7 +139,7 @@ def embed_samples(
         found = [_mean_states(batch, hidden) for batch, hidden in states]
         return [*torch.cat(found)[: len(mine)].numpy()] if found else [None] * len(mine)
 
-    rows = over_replicas(samples, embed)
+    rows = in_order_of_length(samples, embed)
     if not parallel_state.is_pipeline_last_stage(ignore_virtual=True):
         return None
     return np.stack([row for row in rows if row is not None])
@@ -131,11 +157,16 @@ def _mean_states(batch: MicroBatch, states: torch.Tensor) -> torch.Tensor:
     return (total / mask.sum(dim=0).clamp(min=1)[:, None]).float().cpu()
 
 
+def _padded_length(tokens: int, args: Namespace) -> int:
+    """Tokens of a sequence that holds so many, and that sequence parallelism can split."""
+    step = math.lcm(_STEP, args.tensor_model_parallel_size)
+    return min(-(-tokens // step) * step, args.seq_length)
+
+
 def _micro_batches(
-    samples: Sequence[np.ndarray], starts: Sequence[int], *, args: Namespace, eod: int
+    samples: Sequence[np.ndarray], starts: Sequence[int], size: int, *, length: int, eod: int
 ) -> Iterator[MicroBatch]:
-    """Right-padded microbatches of full size; rows beyond the samples are padding alone."""
-    size, length = args.micro_batch_size, args.seq_length
+    """Right-padded microbatches of ``size`` rows; rows beyond the samples are padding alone."""
     device = torch.cuda.current_device()
     position_ids = torch.arange(length, device=device).expand(size, length)
     for start in range(0, len(samples), size):

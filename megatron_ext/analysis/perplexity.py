@@ -14,12 +14,11 @@ import numpy as np
 import torch
 from megatron.core import parallel_state
 
-from megatron_ext.analysis.forward import final_states, text_starts
+from megatron_ext.analysis.forward import final_states, in_order_of_length, text_starts
 from megatron_ext.analysis.statistics import perplexity
 from megatron_ext.data.batch import MicroBatch
 from megatron_ext.frozen import FrozenModel
 from megatron_ext.losses import cross_entropy
-from megatron_ext.replicas import over_replicas
 
 
 @dataclass(frozen=True)
@@ -76,7 +75,7 @@ def score_samples(
         found = [_score(model, hidden, batch) for batch, hidden in states]
         return [*torch.cat(found)[: len(mine)].numpy()] if found else [None] * len(mine)
 
-    rows = over_replicas(samples, scores)
+    rows = in_order_of_length(samples, scores)
     if not parallel_state.is_pipeline_last_stage(ignore_virtual=True):
         return None
     loss, probability = np.stack([row for row in rows if row is not None]).T

@@ -67,7 +67,8 @@ def resolve_start(args: Namespace, *, required: bool) -> Start:
 
     Raises:
         CheckpointError: it is missing where the run cannot do without, unreadable, or of another model.
-        ConfigError: each restart would go back to ``--ckpt-step``.
+        ConfigError: each restart would go back to ``--ckpt-step``, or all that another run's checkpoint
+            holds would have to be read.
     """
     _check_step(args)
     older = None
@@ -90,6 +91,11 @@ def resolve_start(args: Namespace, *, required: bool) -> Start:
     else:
         return Start(None, "--load", resumed=False)
     assert start.checkpoint is not None
+    if args.dist_ckpt_strictness == "raise_all" and not start.resumed:
+        raise ConfigError(
+            "--dist-ckpt-strictness: expected another value where only weights are read of "
+            f"{start.checkpoint.path}, found raise_all, which asks for all that it holds"
+        )
     check_architecture(start.checkpoint, args, flag=start.flag)
     return start
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 from argparse import Namespace
@@ -17,6 +18,7 @@ from megatron.core.datasets.utils import Split, get_blend_from_list
 from megatron.training import get_tokenizer
 from megatron.training.utils import get_blend_and_blend_per_split
 
+from megatron_ext import launched
 from megatron_ext.config import UnlearnConfig
 from megatron_ext.data.indexed import bin_path
 from megatron_ext.data.manifest import Manifest, check_prefix, read_manifest
@@ -24,7 +26,7 @@ from megatron_ext.data.open_files import check_limit, files_of
 from megatron_ext.data.providers import Blend, forget_blends
 from megatron_ext.data.shares import check_documents, missing_share, needed_splits
 from megatron_ext.data.tokenizers import TOKENIZER_TYPES, TokenizerSpec, check_found
-from megatron_ext.exceptions import ConfigError, DataError, flag_name
+from megatron_ext.exceptions import ConfigError, DataError, first_line, flag_name
 
 logger = logging.getLogger(__name__)
 
@@ -92,6 +94,7 @@ def check_datasets(args: Namespace, config: UnlearnConfig) -> None:
     if args.mock_data:
         return
     _check_lists(args)
+    _check_sequences(args)
     sides = [_replay_named(args)]
     if config.enabled:
         names = [f"--forget-{split.name}-data-path" for split in Split]
@@ -153,6 +156,20 @@ def _check_lists(args: Namespace) -> None:
                     f"{flag_name(typed)}: expected prefixes, all with a weight or none, found "
                     f"{' '.join(getattr(args, typed)) or 'nothing'}"
                 ) from error
+
+
+def _check_sequences(args: Namespace) -> None:
+    """The numbers of sequences of each data set, which spare a look at all indices, must be there."""
+    path = args.per_dataset_sequences_path
+    if path is None or not launched.looks_at_files():
+        return
+    expected = "--per-dataset-sequences-path: expected a JSON object of numbers by prefix"
+    try:
+        found = json.loads(Path(path).read_text())
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{expected}, found at {path}: {first_line(error)}") from error
+    if not isinstance(found, dict) or not all(type(n) is int for n in found.values()):
+        raise ConfigError(f"{expected}, found something else in {path}")
 
 
 def _replay_named(args: Namespace) -> list[_NamedBlend]:

@@ -44,6 +44,7 @@ CASES: dict[str, tuple[list[str], list[str]]] = {
         ["--padded-vocab-size", "500 tokens", "384"],
     ),
     "nowhere to start from": ([], ["--forget-data-path", "--load", "--pretrained-checkpoint"]),
+    "all of a starting checkpoint": (["--dist-ckpt-strictness", "raise_all"], ["found raise_all"]),
     "missing starting checkpoint": (["--load", "{dir}/no_such"], ["--load", "{dir}/no_such"]),
     "empty starting checkpoint": (["--load", "{dir}"], ["--load", "latest_checkpointed_iteration"]),
     "missing reference": (

@@ -54,7 +54,7 @@ def check(monkeypatch, *blends):
     args = Namespace(
         mock_data=False, eval_iters=1, skip_train=False, mmap_bin_files=True, rank=0, split="90,10"
     )
-    args.tokenizer_digest = "d"
+    args.tokenizer_digest, args.per_dataset_sequences_path = "d", None
     checks.check_datasets(args, UnlearnConfig())
 
 

@@ -22,7 +22,13 @@ def directory(tmp_path):
 
 
 def arguments(directory, **changes):
-    flags = {"ckpt_step": None, "finetune": False, "load": str(directory), "rank": 0}
+    flags = {
+        "dist_ckpt_strictness": "log_all",
+        "ckpt_step": None,
+        "finetune": False,
+        "load": str(directory),
+        "rank": 0,
+    }
     flags |= {"pretrained_checkpoint": None, "unpadded_vocab_size": 500, "seq_length": 64}
     flags |= {"save": None, "skip_train": False, "ckpt_convert_format": None}
     return argparse.Namespace(**flags | changes)

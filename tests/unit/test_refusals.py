@@ -18,7 +18,6 @@ from megatron_ext.refusals import (
     WITHOUT_UNLEARNING,
     refuse,
 )
-from megatron_ext.values import check_company
 from tests.helpers.entry import ROOT
 from tools.list_refused import render
 
@@ -162,33 +161,3 @@ def test_optimizers_of_a_package_that_is_not_installed_are_named_before_a_model_
         ):
             refuse(Namespace(optimizer=name), rows, where="")
     refuse(Namespace(optimizer="sgd"), rows, where="")
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({}, None),
-        ({"ddp_num_buckets": 2}, None),
-        (
-            {"ddp_num_buckets": 2, "ddp_bucket_size": 1000},
-            "--ddp-num-buckets: .* --ddp-bucket-size",
-        ),
-        (
-            {"ddp_average_in_collective": True, "calculate_per_token_loss": True},
-            "--ddp-average-in-collective: .* --calculate-per-token-loss",
-        ),
-        ({"ddp_average_in_collective": True}, None),
-        ({"save_params_interval": 2, "save": "runs"}, None),
-        ({"save_params_interval": 2}, "--save-params-interval: expected --save"),
-        ({"save_wgrads_interval": 2}, "--save-wgrads-interval: expected --save"),
-    ],
-)
-def test_flags_that_need_others_or_exclude_them(changes, message):
-    names = ("ddp_num_buckets", "ddp_bucket_size", "save_params_interval", "save_wgrads_interval")
-    names += ("ddp_average_in_collective", "calculate_per_token_loss", "save")
-    args = Namespace(**dict.fromkeys(names) | changes)
-    if message is None:
-        check_company(args)
-        return
-    with pytest.raises(ConfigError, match=f"^{message}"):
-        check_company(args)

@@ -7,7 +7,6 @@ import pytest
 from megatron_ext.exceptions import ConfigError
 from megatron_ext.values import (
     check_experts,
-    check_index,
     check_places,
     check_schedule,
     check_sizes,
@@ -142,27 +141,6 @@ NUMERICS = {
 )
 def test_precisions_lengths_and_rates_that_no_run_can_use(changes, message):
     _holds(check_training, NUMERICS | changes, message)
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"data_cache_path": None}, "--dataloader-fast-cache-load: expected --data-cache-path"),
-        ({"data_path": ["a"]}, "--dataloader-fast-cache-load: .* each split, .* found --data-path"),
-        ({"forget_data_path": ["a"]}, "--dataloader-fast-cache-load: .* found --forget-data-path"),
-        (
-            {"dataloader_fast_cache_load": False, "data_cache_path": None},
-            "--dataloader-defer-npy-index-mmap: expected --data-cache-path",
-        ),
-    ],
-)
-def test_an_index_that_is_to_be_there_needs_a_folder_and_data_of_each_split(changes, message):
-    flags = {"dataloader_fast_cache_load": True, "dataloader_defer_npy_index_mmap": True}
-    flags |= {"data_cache_path": "cache", "data_path": None, "data_args_path": None}
-    flags |= {"forget_data_path": None}
-    check_index(Namespace(**flags))
-    with pytest.raises(ConfigError, match=message):
-        check_index(Namespace(**flags | changes))
 
 
 def places(**changes):
