@@ -48,7 +48,6 @@ def run_stage(stage: Stage, out: Path, digest: str) -> None:
             shutil.rmtree(stale, ignore_errors=True)
         started.write_text(digest)
     environment = os.environ | {"PYTHONUNBUFFERED": "1"}
-    environment.setdefault("OMP_NUM_THREADS", "1")
     with log.open("w") as sink:
         process = subprocess.Popen(
             stage.command,
@@ -113,8 +112,14 @@ def main() -> None:
     parser.add_argument(
         "--scale", type=float, default=1.0, help="share of the steps, to try it out"
     )
+    parser.add_argument(
+        "--model",
+        help="folder of a Hugging Face model to begin from, instead of training one: its import is BaseLM",
+    )
     options = parser.parse_args()
     settings = PRESETS[options.preset]
+    if options.model is not None:
+        settings = settings.of_model(str(Path(options.model).resolve()))
     if options.scale != 1:
         settings = settings.scaled(options.scale)
     choose_device(settings)

@@ -7,6 +7,7 @@ import os
 import shlex
 import shutil
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -36,6 +37,25 @@ class Settings:
     # Data-parallel ranks of one thread each: a rank's threads that wait for a busy core stall its steps.
     ranks: int = min(2, os.cpu_count() or 1)
     on_cpu: bool = True  # GPUs are hidden: two ranks would need two, and the digits would be others
+    model: str = (
+        ""  # folder of the Hugging Face model that is BaseLM; without one it is trained here
+    )
+
+    def of_model(self, folder: str) -> Settings:
+        """The same stages with a pre-trained model, of the size that 2 cores can just train."""
+        return replace(
+            self,
+            model=folder,
+            base_steps=0,
+            synth_steps=60,
+            unlearn_steps=50,
+            sequence_length=512,
+            batch=8,
+            learning_rates=(0, 1e-4, 5e-5),
+            samples=150,
+            synthetic_share=0.5,
+            ranks=1,  # another would double the memory
+        )
 
     def scaled(self, factor: float) -> Settings:
         """The same stages with a share of the steps, to try them out."""
@@ -84,7 +104,9 @@ class Stage:
 
 
 def choose_device(settings: Settings) -> None:
-    """Hide GPUs from all that this process starts, where the sizes are for CPUs."""
+    """Hide GPUs from all that this process starts, where the sizes are for CPUs, and share its cores."""
+    if settings.ranks > 1 or not settings.model:
+        os.environ.setdefault("OMP_NUM_THREADS", "1")
     if not settings.on_cpu:
         return
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
@@ -92,36 +114,40 @@ def choose_device(settings: Settings) -> None:
         print("On the CPU, with CUDA_VISIBLE_DEVICES= for all commands; --preset gpu uses a GPU.")
 
 
-def stages(out: Path, settings: Settings) -> list[Stage]:
-    """Every stage of the demo, in order."""
+def stages(out: Path, settings: Settings) -> Iterator[Stage]:
+    """Every stage of the demo, in order; the flags of an imported model are there once it is imported."""
     python = sys.executable
     text, data = out / "text", out / "data"
-    tokenizer = str(data / "tokenizer.model")
-    plan = [
-        Stage(
-            "corpus",
-            "Real text, synthetic question-answer pairs and instructions",
-            [python, "examples/demo/corpus.py", "--output-dir", str(text), "--overwrite"],
-        ),
-        Stage(
+    yield Stage(
+        "corpus",
+        "Real text, synthetic question-answer pairs and instructions",
+        [python, "examples/demo/corpus.py", "--output-dir", str(text), "--overwrite"],
+    )
+    if settings.model:
+        yield Stage(
+            "base",
+            f"BaseLM: import {settings.model}",
+            [python, "tools/convert_checkpoint.py", "import", "--source", settings.model]
+            + ["--output", str(out / "base"), "--overwrite"],
+        )
+    else:
+        yield Stage(
             "tokenizer",
             f"A SentencePiece tokenizer of {settings.vocab_size:,} pieces",
             [python, "tools/train_tokenizer.py"]
             + ["--input", str(text / "real.jsonl"), str(text / "synthetic.jsonl")]
-            + ["--vocab-size", str(settings.vocab_size), "--output", tokenizer, "--overwrite"],
-        ),
-    ]
-    for name in ("real", "synthetic", "real_heldout", "synthetic_heldout", "instruction"):
-        plan.append(
-            Stage(
-                f"data-{name}",
-                f"Tokenise {name.replace('_', ' ')} text",
-                [python, "tools/preprocess_data.py", "--input", str(text / f"{name}.jsonl")]
-                + ["--output-prefix", str(data / name), "--append-eod", "--overwrite"]
-                + ["--tokenizer-type", "SentencePieceTokenizer", "--tokenizer-model", tokenizer],
-            )
+            + ["--vocab-size", str(settings.vocab_size)]
+            + ["--output", str(data / "tokenizer.model"), "--overwrite"],
         )
-    plan += _training_stages(out, settings, tokenizer)
+    tokenizer = _tokenizer(out, settings)
+    for name in ("real", "synthetic", "real_heldout", "synthetic_heldout", "instruction"):
+        yield Stage(
+            f"data-{name}",
+            f"Tokenise {name.replace('_', ' ')} text",
+            [python, "tools/preprocess_data.py", "--input", str(text / f"{name}.jsonl")]
+            + ["--output-prefix", str(data / name), "--append-eod", "--overwrite", *tokenizer],
+        )
+    yield from _training_stages(out, settings, tokenizer)
     models = [str(out / name) for name in ("base", "synth", "unlearn", "unlearn-ga")]
     held_out = [
         f"{name}={data / source}_text_document"
@@ -131,20 +157,26 @@ def stages(out: Path, settings: Settings) -> list[Stage]:
             ("instruction", "instruction"),
         )
     ]
-    plan.append(
-        Stage(
-            "perplexity",
-            "Perplexity of held-out text under the four models",
-            [python, "tools/analyze.py", "perplexity", "--checkpoint", *models, "--data", *held_out]
-            + ["--tokenizer-model", tokenizer, "--samples", str(settings.samples)]
-            + ["--output", str(out / "perplexity.json"), "--overwrite"],
-        )
+    yield Stage(
+        "perplexity",
+        "Perplexity of held-out text under the four models",
+        [python, "tools/analyze.py", "perplexity", "--checkpoint", *models, "--data", *held_out]
+        + [*tokenizer, "--samples", str(settings.samples)]
+        + ["--length", str(settings.sequence_length)]
+        + ["--output", str(out / "perplexity.json"), "--overwrite"],
     )
-    return plan
 
 
-def _training_stages(out: Path, settings: Settings, tokenizer: str) -> list[Stage]:
-    """The four models, each through the entry point that a cluster runs."""
+def _tokenizer(out: Path, settings: Settings) -> list[str]:
+    """Flags of the tokenizer that is trained, or came with the model."""
+    kind, place = "SentencePieceTokenizer", out / "data" / "tokenizer.model"
+    if settings.model:
+        kind, place = "HuggingFaceTokenizer", out / "base" / "huggingface"
+    return ["--tokenizer-type", kind, "--tokenizer-model", str(place)]
+
+
+def _training_stages(out: Path, settings: Settings, tokenizer: list[str]) -> Iterator[Stage]:
+    """The models, each through the entry point that a cluster runs."""
     real, synthetic = (
         str(out / "data" / f"{name}_text_document") for name in ("real", "synthetic")
     )
@@ -181,44 +213,49 @@ def _training_stages(out: Path, settings: Settings, tokenizer: str) -> list[Stag
             [*forget, *from_synth, "--forget-loss", "gradient-ascent"],
         ),
     ]
+    if settings.model:
+        del recipes[0]
+    architecture = _imported(out) if settings.model else _model(settings)
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     launcher += ["--nproc-per-node", str(settings.ranks)]
-    return [
-        Stage(
+    for name, title, steps, flags in recipes:
+        yield Stage(
             name,
             title,
-            [*launcher, "pretrain_unlearn.py", *_model(settings, tokenizer)]
+            [*launcher, "pretrain_unlearn.py", *architecture, *_run(settings), *tokenizer]
             + ["--data-cache-path", str(out / "data" / "cache"), "--train-iters", str(steps)]
             + ["--load", str(out / name), "--save", str(out / name), "--save-interval", "150"]
             + ["--tensorboard-dir", str(out / "tensorboard" / name), *flags],
             steps,
         )
-        for name, title, steps, flags in recipes
+
+
+def _imported(out: Path) -> list[str]:
+    """Megatron's flags for the architecture of an imported model; none before it is imported."""
+    return (out / "base" / "ARGS.txt").read_text().split()
+
+
+def _run(settings: Settings) -> list[str]:
+    """Flags of every run."""
+    return [
+        *("--seq-length", str(settings.sequence_length)),
+        # Half of a batch is forgotten, so a microbatch of all ranks may hold half of it at most.
+        *("--micro-batch-size", str(settings.batch // 2 // settings.ranks)),
+        *("--global-batch-size", str(settings.batch)),
+        *("--split", "1,0,0", "--eval-iters", "0", "--log-interval", "1"),
+        *settings.precision,
     ]
 
 
-def _model(settings: Settings, tokenizer: str) -> list[str]:
+def _model(settings: Settings) -> list[str]:
     """Megatron's flags for the architecture of the paper, in miniature."""
     return [
         *("--num-layers", str(settings.layers), "--hidden-size", str(settings.hidden_size)),
         *("--ffn-hidden-size", str(settings.hidden_size * 8 // 3)),
         *("--num-attention-heads", str(settings.heads)),
-        *("--seq-length", str(settings.sequence_length)),
         *("--max-position-embeddings", str(settings.sequence_length)),
         *("--position-embedding-type", "rope", "--normalization", "RMSNorm", "--swiglu"),
         *("--disable-bias-linear", "--untie-embeddings-and-output-weights"),
-        *(
-            "--hidden-dropout",
-            "0",
-            "--attention-dropout",
-            "0",
-            "--make-vocab-size-divisible-by",
-            "64",
-        ),
-        # Half of a batch is forgotten, so a microbatch of all ranks may hold half of it at most.
-        *("--micro-batch-size", str(settings.batch // 2 // settings.ranks)),
-        *("--global-batch-size", str(settings.batch)),
-        *("--tokenizer-type", "SentencePieceTokenizer", "--tokenizer-model", tokenizer),
-        *("--split", "1,0,0", "--eval-iters", "0", "--log-interval", "1"),
-        *settings.precision,
+        *("--hidden-dropout", "0", "--attention-dropout", "0"),
+        *("--make-vocab-size-divisible-by", "64"),
     ]

@@ -8,8 +8,10 @@ a normalisation table, non-ASCII text differs in places. So documents of these t
 by the exact tokenizer, and models with user-defined symbols altogether.
 """
 
+import json
 import re
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import Any, Literal
 
 import numpy as np
@@ -34,7 +36,8 @@ Backend = Literal["auto", "gigatoken", "reference"]
 HOSTILE_TEXTS = (
     "", " ", "  ", "\n", "\n\n", "\t\ta", " a", "a ", "  a  b  ", "a\n  b", "a\r\nb\rc",
     "\n" * 500,
-    "\x00", "a\x00b", "\x01\x02\x7f", "\x85", "a\x85", "\u200b\ufeff", "\ufeffhi", "\u2028",
+    "\x00", "a\x00b", "\x01\x02\x7f", "a".join(map(chr, range(32))), "a\U00050000b",
+    "\x85", "a\x85", "\u200b\ufeff", "\ufeffhi", "\u2028",
     "a\u00adb",
     "é", "e\u0301", "ﬁ ﬃ ㎏ \uff21", "İ ß \u017f", "\u00a0x\u2003y\u3000z",
     "日本語テキスト", "नमस्ते", "العربية",
@@ -55,6 +58,8 @@ class FastTokenizer:
         needs_reference: Tells the texts that go to the exact tokenizer.
         prefix: Ids that the exact tokenizer puts before every text.
         suffix: Ids that it puts after every text.
+        missing: The first of the backend's ids for bytes that the exact tokenizer lacks. Texts with such
+            a byte go to the exact tokenizer as well, which may join what stands around it.
     """
 
     backend_name = "gigatoken"
@@ -67,6 +72,7 @@ class FastTokenizer:
         needs_reference: Callable[[str], bool],
         prefix: Sequence[int] = (),
         suffix: Sequence[int] = (),
+        missing: int | None = None,
     ) -> None:
         self.reference = reference
         self.vocab_size = reference.vocab_size
@@ -74,20 +80,30 @@ class FastTokenizer:
         self.needs_reference = needs_reference
         self._backend = backend
         self._prefix, self._suffix = list(prefix), list(suffix)
+        self._missing = missing
 
     def encode_batch(self, texts: Sequence[str]) -> Encoded:
         """Encodes texts one by one."""
-        slow = [i for i, text in enumerate(texts) if self.needs_reference(text)]
-        if not slow:
-            return self._encode_fast(texts)
-        held = set(slow)
+        held = {i for i, text in enumerate(texts) if self.needs_reference(text)}
         fast = [i for i in range(len(texts)) if i not in held]
-        rows: list[NDArray[Any]] = [np.empty(0, np.uint32)] * len(texts)
-        for indices, encode in ((slow, self.reference.encode_batch), (fast, self._encode_fast)):
-            ids, bounds = encode([texts[i] for i in indices])
-            for row, i in enumerate(indices):
-                rows[i] = ids[bounds[row] : bounds[row + 1]]
-        return np.concatenate(rows), bounds_of([len(row) for row in rows])
+        ids, bounds = self._encode_fast([texts[i] for i in fast] if held else texts)
+        held.update(fast[row] for row in self._rows_with_missing(ids, bounds))
+        if not held:
+            return ids, bounds
+        rows = [ids[start:end] for start, end in pairwise(bounds)]
+        of = dict(zip(fast, rows, strict=True))
+        slow = sorted(held)
+        ids, bounds = self.reference.encode_batch([texts[i] for i in slow])
+        of |= {i: ids[bounds[row] : bounds[row + 1]] for row, i in enumerate(slow)}
+        ordered = [of[i] for i in range(len(texts))]
+        return np.concatenate(ordered), bounds_of([len(row) for row in ordered])
+
+    def _rows_with_missing(self, ids: NDArray[Any], bounds: NDArray[Any]) -> list[int]:
+        """Numbers of the texts that hold a byte which the exact tokenizer lacks."""
+        if self._missing is None or not len(ids) or ids.max() < self._missing:
+            return []
+        places = np.flatnonzero(ids >= self._missing)
+        return [*np.unique(np.searchsorted(bounds, places, side="right") - 1).tolist()]
 
     def _encode_fast(self, texts: Sequence[str]) -> Encoded:
         if not texts:
@@ -131,13 +147,15 @@ def build_fast(spec: TokenizerSpec, reference: Tokenizer) -> FastTokenizer:
         if not reference.tokenizer.is_fast:
             raise _UnsupportedError("the Hugging Face tokenizer is a slow one")
         prefix, suffix = _template(reference)
-        backend = gigatoken.Tokenizer(reference.tokenizer)
+        source, missing = _with_all_bytes(reference)
+        backend = gigatoken.Tokenizer(source)
         return FastTokenizer(
             reference,
             backend,
             needs_reference=_huggingface_guard(reference),
             prefix=prefix,
             suffix=suffix,
+            missing=missing,
         )
     except (ValueError, TypeError, NotImplementedError, RuntimeError, OSError) as error:
         raise _UnsupportedError(f"gigatoken cannot load it: {error}") from error
@@ -227,6 +245,29 @@ def _huggingface_guard(reference: HuggingFaceReference) -> Callable[[str], bool]
         return contains
     in_normalized = _contains_any(sorted({normalizer.normalize_str(token) for token in tokens}))
     return lambda text: contains(text) or in_normalized(normalizer.normalize_str(text))
+
+
+def _with_all_bytes(reference: HuggingFaceReference) -> tuple[Any, int | None]:
+    """The tokenizer with a token for every byte, and the first id of those that it lacks, if any.
+
+    gigatoken takes byte-level tokenizers only whole, and trainers leave out bytes that their text has not,
+    as SmolLM2's has 235. The tokens that are added are in no merge, so they change no other text.
+    """
+    from tokenizers import Tokenizer as Whole
+    from tokenizers import pre_tokenizers
+
+    definition = json.loads(reference.tokenizer.backend_tokenizer.to_str())
+    steps = definition["pre_tokenizer"] or {}
+    kinds = [step["type"] for step in steps.get("pretokenizers", [steps]) if step]
+    if definition["model"]["type"] != "BPE" or "ByteLevel" not in kinds:
+        return reference.tokenizer, None
+    vocabulary = definition["model"]["vocab"]
+    lacking = sorted({*pre_tokenizers.ByteLevel.alphabet()} - {*vocabulary})
+    if not lacking:
+        return reference.tokenizer, None
+    first = max(reference.tokenizer.get_vocab().values()) + 1
+    vocabulary |= {character: first + i for i, character in enumerate(lacking)}
+    return Whole.from_str(json.dumps(definition)), first
 
 
 def _contains_any(needles: Sequence[str]) -> Callable[[str], bool]:

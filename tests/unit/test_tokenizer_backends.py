@@ -32,10 +32,11 @@ def models(tmp_path_factory):
         ),
         "unigram": train_sentencepiece(folder / "unigram.model", model_type="unigram"),
         "huggingface": make_huggingface(folder / "hf"),
+        "without some bytes": make_huggingface(folder / "bytes", alphabet=()),
     }
 
 
-def make_huggingface(folder):
+def make_huggingface(folder, alphabet=None):
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -45,7 +46,7 @@ def make_huggingface(folder):
     trainer = trainers.BpeTrainer(
         vocab_size=400,
         special_tokens=["<s>", "</s>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet() if alphabet is None else [*alphabet],
         show_progress=False,
     )
     tokenizer.train_from_iterator(make_texts(200, seed=1), trainer)
@@ -59,7 +60,8 @@ def make_huggingface(folder):
 
 
 def spec_of(models, name, **options):
-    kind = "HuggingFaceTokenizer" if name == "huggingface" else "SentencePieceTokenizer"
+    huggingface = name in ("huggingface", "without some bytes")
+    kind = "HuggingFaceTokenizer" if huggingface else "SentencePieceTokenizer"
     return TokenizerSpec(tokenizer_type=kind, tokenizer_model=models[name], **options)
 
 
@@ -85,7 +87,7 @@ def test_reference_is_megatrons_tokenizer(models, name, special):
     assert (ours.vocab_size, ours.eod_id) == (theirs.vocab_size, theirs.eod)
 
 
-@pytest.mark.parametrize("name", ["identity", "normalizing", "huggingface"])
+@pytest.mark.parametrize("name", ["identity", "normalizing", "huggingface", "without some bytes"])
 def test_fast_is_exact_on_texts_of_all_kinds(models, name):
     rng = np.random.default_rng(0)
     pieces = [
@@ -99,6 +101,23 @@ def test_fast_is_exact_on_texts_of_all_kinds(models, name):
     assert "gigatoken" in message
     reference = build_reference(spec_of(models, name))
     assert rows(tokenizer, texts) == rows(reference, texts)
+
+
+def test_a_byte_that_the_tokenizer_lacks_sends_its_text_alone_to_the_exact_one(models, monkeypatch):
+    tokenizer, message = choose_tokenizer(spec_of(models, "without some bytes"), "auto", [])
+    assert isinstance(tokenizer, FastTokenizer), message
+    exact, asked = tokenizer.reference.encode_batch, []
+
+    def encode(texts):
+        asked.extend(texts)
+        return exact(texts)
+
+    monkeypatch.setattr(tokenizer.reference, "encode_batch", encode)
+    texts = ["the cat", "the</s>", "th\x04e", "", "e\U00050000e", "of"]
+    assert rows(tokenizer, texts) == rows(
+        build_reference(spec_of(models, "without some bytes")), texts
+    )
+    assert asked == [texts[1], texts[2], texts[4]]
 
 
 @pytest.mark.parametrize(
