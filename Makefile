@@ -1,4 +1,5 @@
 # make demo    pre-train, continue on synthetic text, unlearn it; prints a table and draws the curves
+#              MODEL=DIR: begin from that Hugging Face model
 # make sweep   how far to unlearn: weights, lengths and losses compared from the demo's model on
 # make test    all tests
 # make check   format, lint, types and all tests (what CI runs)
@@ -13,7 +14,7 @@
 VENV   := .venv
 PYTHON := $(VENV)/bin/python
 READY  := $(VENV)/.ready
-DEMO   ?= runs/demo
+DEMO   ?= runs/demo$(if $(MODEL),-$(notdir $(abspath $(MODEL))))
 FAULTS ?= 100
 SEED   ?= 1
 MINUTES ?= 60
@@ -33,10 +34,10 @@ $(READY): requirements.txt tools/find_python.sh
 	@touch $@
 
 demo: $(READY)
-	$(PYTHON) examples/demo/run.py --output-dir $(DEMO)
+	$(PYTHON) examples/demo/run.py --output-dir $(DEMO) $(if $(MODEL),--model $(MODEL))
 
 sweep: demo
-	$(PYTHON) examples/demo/sweep.py --demo-dir $(DEMO)
+	$(PYTHON) examples/demo/sweep.py --demo-dir $(DEMO) $(if $(MODEL),--model $(MODEL) --output-dir $(DEMO)-sweep)
 
 # Each file by one of at most four processes, the long files first.
 test: $(READY)

@@ -134,9 +134,10 @@ def plot_losses(out: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    runs = {name: read_scalars(out / "tensorboard" / name) for name in MODELS}
+    trained = [name for name in MODELS if (out / "tensorboard" / name).is_dir()]  # an import is not
+    runs = {name: read_scalars(out / "tensorboard" / name) for name in trained}
     figure, axes = plt.subplots(1, 4, figsize=(15, 3.4), layout="constrained")
-    for name in ("base", "synth"):
+    for name in (name for name in ("base", "synth") if name in runs):
         axes[0].plot(*_curve(runs[name]["lm loss"]), label=MODELS[name])
     axes[0].set(title="training", ylabel="cross-entropy, nats a token")
     for axis, tag, ylabel in (

@@ -2,6 +2,7 @@
 """The whole method on a laptop: pre-train, continue on synthetic text, unlearn it, measure.
 
     python examples/demo/run.py --output-dir runs/demo
+    python examples/demo/run.py --output-dir runs/imported --model FOLDER   # of a Hugging Face model
 
 Every stage is a call of a real tool, printed before it runs; a second call goes on where the first was
 stopped. Text comes from the Python standard library, so nothing is downloaded.
@@ -25,7 +26,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 from examples.demo.report import write_report  # noqa: E402
-from examples.demo.stages import PRESETS, Stage, choose_device, stages  # noqa: E402
+from examples.demo.stages import PRESETS, Settings, Stage, choose_device, stages  # noqa: E402
 
 SCORED = re.compile(r"has \d+ of \d+ models$")  # what analyze.py says after each
 # Megatron's console line; with gradient ascent the sum of the terms is negative and stands elsewhere.
@@ -104,24 +105,40 @@ def _printable(command: list[str]) -> str:
     return shlex.join(words)
 
 
+def add_size_options(parser: argparse.ArgumentParser) -> None:
+    """The options that :func:`chosen_settings` reads."""
+    parser.add_argument(
+        "--model",
+        type=Path,
+        help="folder of a Hugging Face model that becomes BaseLM, instead of training one",
+    )
+    parser.add_argument(
+        "--scale", type=float, default=1.0, help="share of the steps, to try it out"
+    )
+
+
+def chosen_settings(
+    settings: Settings, parser: argparse.ArgumentParser, options: argparse.Namespace
+) -> Settings:
+    """A preset as the options change it; what is no model is named."""
+    if options.model is not None:
+        if not (options.model / "config.json").is_file():
+            parser.error(
+                "--model: expected the folder of a Hugging Face model, found no config.json in "
+                f"{options.model}"
+            )
+        settings = settings.of_model(str(options.model.resolve()))
+    return settings if options.scale == 1 else settings.scaled(options.scale)
+
+
 def main() -> None:
     """Run every stage and print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output-dir", type=Path, default=ROOT / "runs" / "demo")
     parser.add_argument("--preset", choices=PRESETS, default="laptop")
-    parser.add_argument(
-        "--scale", type=float, default=1.0, help="share of the steps, to try it out"
-    )
-    parser.add_argument(
-        "--model",
-        help="folder of a Hugging Face model to begin from, instead of training one: its import is BaseLM",
-    )
+    add_size_options(parser)
     options = parser.parse_args()
-    settings = PRESETS[options.preset]
-    if options.model is not None:
-        settings = settings.of_model(str(Path(options.model).resolve()))
-    if options.scale != 1:
-        settings = settings.scaled(options.scale)
+    settings = chosen_settings(PRESETS[options.preset], parser, options)
     choose_device(settings)
     out = options.output_dir.resolve()
     started = time.monotonic()

@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 from examples.demo.report import mean_probability  # noqa: E402
-from examples.demo.run import run_stage  # noqa: E402
+from examples.demo.run import add_size_options, chosen_settings, run_stage  # noqa: E402
 from examples.demo.stages import PRESETS, Stage, choose_device, stages  # noqa: E402
 from megatron_ext.analysis.scalars import read_scalars  # noqa: E402
 
@@ -67,13 +67,11 @@ def main() -> None:
     parser.add_argument(
         "--only", nargs="+", choices=[name for series in SERIES for name in series.runs()]
     )
-    parser.add_argument("--scale", type=float, default=1.0, help="that of the demo")
+    add_size_options(parser)
     options = parser.parse_args()
     demo, out = options.demo_dir.resolve(), options.output_dir.resolve()
-    settings = PRESETS["laptop"]
+    settings = chosen_settings(PRESETS["laptop"], parser, options)
     choose_device(settings)
-    if options.scale != 1:
-        settings = settings.scaled(options.scale)
     finished = demo / "finished" / "synth"
     if not finished.is_file():
         sys.exit(f"error: --demo-dir: expected a finished demo (make demo), found none in {demo}")

@@ -7,10 +7,13 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
+from tests.helpers import llama
 from tests.helpers.entry import ROOT
 
 DEMO = [sys.executable, "examples/demo/run.py", "--scale", "0.01", "--output-dir"]
+MODELS = ("BaseLM", "SynthLM", "UnlearnLM")
 
 
 def demo(directory, *, check=True):
@@ -99,3 +102,22 @@ def test_failed_stage_names_its_log(finished, tmp_path):
     assert done.returncode == 1
     assert "error: stage corpus ended with exit code" in done.stderr
     assert "logs/corpus.log" in done.stderr
+
+
+def test_begins_from_a_model_of_hugging_face(tmp_path):
+    model = llama.save(tmp_path / "model", dtype=torch.bfloat16, max_position_embeddings=1024)
+    command = [*DEMO, str(tmp_path / "demo"), "--model"]
+    refused = subprocess.run([*command, str(tmp_path)], cwd=ROOT, capture_output=True, text=True)
+    assert refused.returncode == 2
+    assert "--model: expected the folder of a Hugging Face model, found no config" in refused.stderr
+    done = subprocess.run([*command, str(model)], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    lines = done.stdout.splitlines()
+    commands = [line for line in lines if line.startswith("$ ")]
+    assert len(commands) == 11  # text, import, 5 data sets, 3 models, perplexities
+    assert sum("pretrain_unlearn.py" in command for command in commands) == 3
+    assert sum("--bf16" in command and "--seq-length 512" in command for command in commands) == 3
+    assert [line.split()[0] for line in lines if line.startswith(MODELS)] == [*MODELS, "UnlearnLM"]
+    assert (tmp_path / "demo" / "losses.png").read_bytes().startswith(b"\x89PNG")
+    again = subprocess.run([*command, str(model)], cwd=ROOT, capture_output=True, text=True)
+    assert again.stdout.count("finished before") == 11
