@@ -41,6 +41,7 @@ def write_report(out: Path, sequence_length: int) -> str:
         "",
         *verdict(models),
         "",
+        *answers(out),
         f"curves:      {out / 'losses.png'}, {out / 'perplexity.png'}",
         f"losses:      {out / 'tensorboard'} (TensorBoard)",
         f"checkpoints: {', '.join(str(out / name) for name in MODELS)}",
@@ -115,6 +116,31 @@ def verdict(models: dict[str, Any]) -> list[str]:
             "Part of the paper's pattern does not show in this run; the numbers above are as measured."
         )
     return lines
+
+
+def answers(out: Path) -> list[str]:
+    """What each model says to each prompt, a line each; nothing where no model was asked."""
+    said = {}
+    for name, title in MODELS.items():
+        path = out / "answers" / f"{name}.jsonl"
+        if not path.is_file():
+            return []
+        said[title] = [json.loads(line) for line in path.read_text().splitlines()]
+    lines = []
+    for records in zip(*said.values(), strict=True):
+        prompt = records[0].get("prompt") or f"User: {records[0]['messages'][-1]['content']}"
+        lines += [f"> {_one_line(prompt)}"]
+        lines += [
+            f"{title:15} {_one_line(record['completion'])}"
+            for title, record in zip(said, records, strict=True)
+        ]
+        lines += [""]
+    return lines
+
+
+def _one_line(text: str, width: int = 95) -> str:
+    text = " \\ ".join(line.strip() for line in text.strip().splitlines() if line.strip())
+    return text if len(text) <= width else f"{text[: width - 3]}..."
 
 
 def mean_probability(sets: dict[str, Any]) -> float:

@@ -165,6 +165,22 @@ def stages(out: Path, settings: Settings) -> Iterator[Stage]:
         + ["--length", str(settings.sequence_length)]
         + ["--output", str(out / "perplexity.json"), "--overwrite"],
     )
+    for model in models if settings.model else ():  # one that is trained here cannot speak
+        name = Path(model).name
+        yield Stage(
+            f"answers-{name}",
+            f"What {name} says",
+            [
+                python,
+                "tools/generate.py",
+                "--model",
+                model,
+                "--input",
+                "examples/demo/prompts.jsonl",
+            ]
+            + ["--output", str(out / "answers" / f"{name}.jsonl"), "--overwrite"]
+            + ["--max-new-tokens", "60", "--temperature", "0"],
+        )
 
 
 def _tokenizer(out: Path, settings: Settings) -> list[str]:

@@ -114,10 +114,12 @@ def test_begins_from_a_model_of_hugging_face(tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     lines = done.stdout.splitlines()
     commands = [line for line in lines if line.startswith("$ ")]
-    assert len(commands) == 11  # text, import, 5 data sets, 3 models, perplexities
+    assert len(commands) == 15  # text, import, 5 data sets, 3 models, perplexities, 4 to be asked
     assert sum("pretrain_unlearn.py" in command for command in commands) == 3
     assert sum("--bf16" in command and "--seq-length 512" in command for command in commands) == 3
-    assert [line.split()[0] for line in lines if line.startswith(MODELS)] == [*MODELS, "UnlearnLM"]
+    said = [line.split()[0] for line in lines if line.startswith(MODELS)]
+    assert said == [*MODELS, "UnlearnLM"] * 6  # the table, and five prompts
+    assert "> User: What is the capital of France?" in lines
     assert (tmp_path / "demo" / "losses.png").read_bytes().startswith(b"\x89PNG")
     again = subprocess.run([*command, str(model)], cwd=ROOT, capture_output=True, text=True)
-    assert again.stdout.count("finished before") == 11
+    assert again.stdout.count("finished before") == 15
