@@ -1,22 +1,22 @@
 """gigatoken in place of the exact tokenizer, where it is proved to give the same ids.
 
 gigatoken 0.10.0 was compared with sentencepiece 0.2.3 on every code point in six contexts, on
-200,000 random strings and on the standard library's source. With identity normalisation and no
-user-defined symbols the ids are the same but for one thing: a control piece written out in the
-text, such as `</s>`, which gigatoken reads as the piece and sentencepiece as plain characters. With
-a normalisation table, non-ASCII text differs in places. So documents of these two kinds are encoded
-by the exact tokenizer, and models with user-defined symbols altogether.
+200,000 random strings and on the standard library's source. With identity normalisation the ids are
+the same but for two things: a control piece written out in the text, such as `</s>`, which gigatoken
+reads as the piece and sentencepiece as plain characters, and user-defined symbols, which it splits.
+With a normalisation table, non-ASCII text differs in places. So documents of these kinds are encoded
+by the exact tokenizer, and models whose symbols cannot be looked for in the text altogether.
 """
 
-import json
 import re
 from collections.abc import Callable, Sequence
-from itertools import pairwise
+from itertools import chain, pairwise
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
+from megatron_ext.data.byte_level import adapt
 from megatron_ext.data.tokenizers import (
     Encoded,
     HuggingFaceReference,
@@ -60,6 +60,7 @@ class FastTokenizer:
         suffix: Ids that it puts after every text.
         missing: The first of the backend's ids for bytes that the exact tokenizer lacks. Texts with such
             a byte go to the exact tokenizer as well, which may join what stands around it.
+        split: Cuts a text into what the backend gets as texts of their own.
     """
 
     backend_name = "gigatoken"
@@ -73,6 +74,7 @@ class FastTokenizer:
         prefix: Sequence[int] = (),
         suffix: Sequence[int] = (),
         missing: int | None = None,
+        split: Callable[[str], Sequence[str]] | None = None,
     ) -> None:
         self.reference = reference
         self.vocab_size = reference.vocab_size
@@ -80,7 +82,7 @@ class FastTokenizer:
         self.needs_reference = needs_reference
         self._backend = backend
         self._prefix, self._suffix = list(prefix), list(suffix)
-        self._missing = missing
+        self._missing, self._split = missing, split
 
     def encode_batch(self, texts: Sequence[str]) -> Encoded:
         """Encodes texts one by one."""
@@ -108,14 +110,12 @@ class FastTokenizer:
     def _encode_fast(self, texts: Sequence[str]) -> Encoded:
         if not texts:
             return flatten([])
-        # parallel=False: the workers are processes already, and its thread pool does not survive a
-        # fork.
-        layout = self._backend.encode_batch(list(texts), parallel=False).layout
-        ids, bounds = (
-            np.asarray(layout.content.data),
-            np.asarray(layout.offsets.data, dtype=np.int64),
-        )
-        ids, bounds = ids[bounds[0] : bounds[-1]], bounds - bounds[0]
+        if self._split is not None:
+            parts = [self._split(text) for text in texts]
+            ids, bounds = self._encode_whole([*chain.from_iterable(parts)])
+            bounds = bounds[bounds_of([*map(len, parts)])]
+        else:
+            ids, bounds = self._encode_whole(texts)
         around = len(self._prefix) + len(self._suffix)
         if not around:
             return ids, bounds
@@ -126,6 +126,19 @@ class FastTokenizer:
         places = np.concatenate((before, after), axis=1).ravel()
         values = np.tile([*self._prefix, *self._suffix], len(texts))
         return np.insert(ids, places, values), bounds + around * np.arange(len(bounds))
+
+    def _encode_whole(self, texts: Sequence[str]) -> Encoded:
+        """What the backend makes of texts."""
+        if not texts:
+            return flatten([])
+        # parallel=False: the workers are processes already, and its thread pool does not survive a
+        # fork.
+        layout = self._backend.encode_batch(list(texts), parallel=False).layout
+        ids, bounds = (
+            np.asarray(layout.content.data),
+            np.asarray(layout.offsets.data, dtype=np.int64),
+        )
+        return ids[bounds[0] : bounds[-1]], bounds - bounds[0]
 
 
 def build_fast(spec: TokenizerSpec, reference: Tokenizer) -> FastTokenizer:
@@ -147,15 +160,16 @@ def build_fast(spec: TokenizerSpec, reference: Tokenizer) -> FastTokenizer:
         if not reference.tokenizer.is_fast:
             raise _UnsupportedError("the Hugging Face tokenizer is a slow one")
         prefix, suffix = _template(reference)
-        source, missing = _with_all_bytes(reference)
-        backend = gigatoken.Tokenizer(source)
+        adapted = adapt(reference.tokenizer)
+        backend = gigatoken.Tokenizer(adapted.tokenizer)
         return FastTokenizer(
             reference,
             backend,
             needs_reference=_huggingface_guard(reference),
             prefix=prefix,
             suffix=suffix,
-            missing=missing,
+            missing=adapted.missing,
+            split=adapted.split,
         )
     except (ValueError, TypeError, NotImplementedError, RuntimeError, OSError) as error:
         raise _UnsupportedError(f"gigatoken cannot load it: {error}") from error
@@ -223,16 +237,19 @@ def _sentencepiece_guard(reference: SentencePieceReference) -> Callable[[str], b
     proto: Any = sentencepiece_model_pb2
     model = proto.ModelProto.FromString(reference.processor.serialized_model_proto())
     kinds = model.SentencePiece
-    if any(piece.type == kinds.USER_DEFINED for piece in model.pieces):
+    symbols = [piece.piece for piece in model.pieces if piece.type == kinds.USER_DEFINED]
+    normalizes = bool(model.normalizer_spec.precompiled_charsmap)
+    if symbols and (normalizes or any(re.search(r"[\s▁]", symbol) for symbol in symbols)):
         raise _UnsupportedError(
-            "gigatoken splits user-defined symbols in other ways than SentencePiece"
+            "gigatoken splits user-defined symbols in other ways than SentencePiece, and a text need not "
+            "hold them as they are written, since they hold blanks or texts are normalised"
         )
-    has_control = _contains_any(
-        [piece.piece for piece in model.pieces if piece.type == kinds.CONTROL]
+    has_piece = _contains_any(
+        [*symbols, *(piece.piece for piece in model.pieces if piece.type == kinds.CONTROL)]
     )
-    if not model.normalizer_spec.precompiled_charsmap:
-        return has_control
-    return lambda text: not text.isascii() or has_control(text)
+    if not normalizes:
+        return has_piece
+    return lambda text: not text.isascii() or has_piece(text)
 
 
 def _huggingface_guard(reference: HuggingFaceReference) -> Callable[[str], bool]:
@@ -245,29 +262,6 @@ def _huggingface_guard(reference: HuggingFaceReference) -> Callable[[str], bool]
         return contains
     in_normalized = _contains_any(sorted({normalizer.normalize_str(token) for token in tokens}))
     return lambda text: contains(text) or in_normalized(normalizer.normalize_str(text))
-
-
-def _with_all_bytes(reference: HuggingFaceReference) -> tuple[Any, int | None]:
-    """The tokenizer with a token for every byte, and the first id of those that it lacks, if any.
-
-    gigatoken takes byte-level tokenizers only whole, and trainers leave out bytes that their text has not,
-    as SmolLM2's has 235. The tokens that are added are in no merge, so they change no other text.
-    """
-    from tokenizers import Tokenizer as Whole
-    from tokenizers import pre_tokenizers
-
-    definition = json.loads(reference.tokenizer.backend_tokenizer.to_str())
-    steps = definition["pre_tokenizer"] or {}
-    kinds = [step["type"] for step in steps.get("pretokenizers", [steps]) if step]
-    if definition["model"]["type"] != "BPE" or "ByteLevel" not in kinds:
-        return reference.tokenizer, None
-    vocabulary = definition["model"]["vocab"]
-    lacking = sorted({*pre_tokenizers.ByteLevel.alphabet()} - {*vocabulary})
-    if not lacking:
-        return reference.tokenizer, None
-    first = max(reference.tokenizer.get_vocab().values()) + 1
-    vocabulary |= {character: first + i for i, character in enumerate(lacking)}
-    return Whole.from_str(json.dumps(definition)), first
 
 
 def _contains_any(needles: Sequence[str]) -> Callable[[str], bool]:

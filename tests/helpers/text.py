@@ -49,6 +49,33 @@ def train_sentencepiece(path, **options):
     return str(path)
 
 
+def train_byte_level(folder, *, every_byte=True, digits=None):
+    """Saves a byte-level BPE of transformers; with `digits` they are split off, each or together."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    steps = [pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    if digits is not None:
+        steps.insert(0, pre_tokenizers.Digits(individual_digits=digits == "each"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(steps) if digits else steps[0]
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400,
+        special_tokens=["<s>", "</s>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet() if every_byte else [],
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(make_texts(200, seed=1), trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 1)]
+    )
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>"
+    ).save_pretrained(folder)
+    return str(folder)
+
+
 def write_jsonl(path, records):
     path.write_text("".join(json.dumps(record) + "\n" for record in records))
     return str(path)

@@ -12,7 +12,7 @@ from megatron_ext.data.fast_tokenizer import HOSTILE_TEXTS, FastTokenizer, choos
 from megatron_ext.data.tokenizers import TokenizerSpec, build_reference, tokenizer_digest
 from megatron_ext.data.train_tokenizer import TrainTokenizerConfig, train_tokenizer
 from megatron_ext.exceptions import ConfigError, DataError
-from tests.helpers.text import make_texts, train_sentencepiece, write_jsonl
+from tests.helpers.text import make_texts, train_byte_level, train_sentencepiece, write_jsonl
 
 NORMALIZING = {
     "normalization_rule_name": "nmt_nfkc",
@@ -30,38 +30,16 @@ def models(tmp_path_factory):
         "symbols": train_sentencepiece(
             folder / "symbols.model", user_defined_symbols=["<|x|>", "\n\n"], **NORMALIZING
         ),
+        "plain symbols": train_sentencepiece(
+            folder / "plain.model", user_defined_symbols=["<|x|>", "[REF]"]
+        ),
         "unigram": train_sentencepiece(folder / "unigram.model", model_type="unigram"),
-        "huggingface": make_huggingface(folder / "hf"),
-        "without some bytes": make_huggingface(folder / "bytes", alphabet=()),
+        "huggingface": train_byte_level(folder / "hf"),
     }
 
 
-def make_huggingface(folder, alphabet=None):
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-    from transformers import PreTrainedTokenizerFast
-
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=400,
-        special_tokens=["<s>", "</s>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet() if alphabet is None else [*alphabet],
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(make_texts(200, seed=1), trainer)
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single="<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 1)]
-    )
-    PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>"
-    ).save_pretrained(folder)
-    return str(folder)
-
-
 def spec_of(models, name, **options):
-    huggingface = name in ("huggingface", "without some bytes")
-    kind = "HuggingFaceTokenizer" if huggingface else "SentencePieceTokenizer"
+    kind = "HuggingFaceTokenizer" if name == "huggingface" else "SentencePieceTokenizer"
     return TokenizerSpec(tokenizer_type=kind, tokenizer_model=models[name], **options)
 
 
@@ -87,13 +65,13 @@ def test_reference_is_megatrons_tokenizer(models, name, special):
     assert (ours.vocab_size, ours.eod_id) == (theirs.vocab_size, theirs.eod)
 
 
-@pytest.mark.parametrize("name", ["identity", "normalizing", "huggingface", "without some bytes"])
+@pytest.mark.parametrize("name", ["identity", "normalizing", "plain symbols", "huggingface"])
 def test_fast_is_exact_on_texts_of_all_kinds(models, name):
     rng = np.random.default_rng(0)
     pieces = [
         *map(chr, range(0x250)),
         *"▁\u2028\u3000東ﬁ🙂\u0301",
-        *["</s>", "<s>", "the", " "] * 20,
+        *["</s>", "<s>", "<|x|>", "[REF]", "the", " "] * 20,
     ]
     texts = ["".join(rng.choice(pieces, size=n)) for n in rng.integers(1, 40, size=2000)]
     tokenizer, message = choose_tokenizer(spec_of(models, name), "auto", texts[:100])
@@ -101,23 +79,6 @@ def test_fast_is_exact_on_texts_of_all_kinds(models, name):
     assert "gigatoken" in message
     reference = build_reference(spec_of(models, name))
     assert rows(tokenizer, texts) == rows(reference, texts)
-
-
-def test_a_byte_that_the_tokenizer_lacks_sends_its_text_alone_to_the_exact_one(models, monkeypatch):
-    tokenizer, message = choose_tokenizer(spec_of(models, "without some bytes"), "auto", [])
-    assert isinstance(tokenizer, FastTokenizer), message
-    exact, asked = tokenizer.reference.encode_batch, []
-
-    def encode(texts):
-        asked.extend(texts)
-        return exact(texts)
-
-    monkeypatch.setattr(tokenizer.reference, "encode_batch", encode)
-    texts = ["the cat", "the</s>", "th\x04e", "", "e\U00050000e", "of"]
-    assert rows(tokenizer, texts) == rows(
-        build_reference(spec_of(models, "without some bytes")), texts
-    )
-    assert asked == [texts[1], texts[2], texts[4]]
 
 
 @pytest.mark.parametrize(
