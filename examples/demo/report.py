@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from examples.demo.stages import Settings
 from megatron_ext.analysis.scalars import read_scalars
 
 MODELS = {
@@ -19,12 +20,12 @@ MODELS = {
 SETS = ("real", "synthetic", "instruction")
 
 
-def write_report(out: Path, sequence_length: int) -> str:
+def write_report(out: Path, settings: Settings) -> str:
     """Draw the losses and say what was measured; perplexity.png is the analysis tool's.
 
     Args:
         out: the demo's folder, all stages finished.
-        sequence_length: tokens that were scored of each sample.
+        settings: what it ran with.
 
     Returns:
         The text to print.
@@ -34,12 +35,12 @@ def write_report(out: Path, sequence_length: int) -> str:
     plot_losses(out)
     lines = [
         "",
-        f"Perplexity of held-out samples, first {sequence_length} tokens of each: over all tokens, and",
-        "mean ± standard deviation of the samples' log-perplexity; mean p: of the synthetic tokens.",
+        f"Perplexity of held-out samples, first {settings.sequence_length} tokens of each: over all tokens,",
+        "and mean ± standard deviation of the samples' log-perplexity; mean p: of the synthetic tokens.",
         "",
         *table(models),
         "",
-        *verdict(models),
+        *verdict(models, factor=1.5 if settings.model else 3),
         "",
         *answers(out),
         f"curves:      {out / 'losses.png'}, {out / 'perplexity.png'}",
@@ -71,8 +72,14 @@ def table(models: dict[str, Any]) -> list[str]:
     return rows
 
 
-def verdict(models: dict[str, Any]) -> list[str]:
-    """Whether each part of the pattern shows in these measurements."""
+def verdict(models: dict[str, Any], *, factor: float) -> list[str]:
+    """Whether each part of the pattern shows in these measurements.
+
+    Args:
+        models: scores of each model by set.
+        factor: by which the perplexity of the pairs must fall and rise again. One who has read the web finds
+            them likely before, so that it can fall by less than in a model that is trained here.
+    """
 
     def perplexity(model: str, text_set: str) -> float:
         return float(models[model][text_set]["corpus_perplexity"])
@@ -83,12 +90,12 @@ def verdict(models: dict[str, Any]) -> list[str]:
     checks = [
         (
             "training on the pairs makes them predictable",
-            perplexity(synth, "synthetic") < perplexity(base, "synthetic") / 3,
+            perplexity(synth, "synthetic") < perplexity(base, "synthetic") / factor,
             f"{_short(perplexity(base, 'synthetic'))} -> {_short(perplexity(synth, 'synthetic'))}",
         ),
         (
             "unlearning takes that back",
-            perplexity(unlearn, "synthetic") > 3 * perplexity(synth, "synthetic"),
+            perplexity(unlearn, "synthetic") > factor * perplexity(synth, "synthetic"),
             f"{_short(perplexity(synth, 'synthetic'))} -> {_short(perplexity(unlearn, 'synthetic'))}",
         ),
         (

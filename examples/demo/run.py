@@ -146,7 +146,7 @@ def main() -> None:
     for stage in stages(out, settings):
         digest = stage.digest(digest)
         run_stage(stage, out, digest)
-    print(write_report(out, settings.sequence_length))
+    print(write_report(out, settings))
     print(
         f"\n{time.monotonic() - started:.0f} s. To look at the losses: tensorboard --logdir {out}/tensorboard"
     )
