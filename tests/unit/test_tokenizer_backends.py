@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import sentencepiece
 
-from megatron_ext.data import fast_tokenizer, tokenizers
+from megatron_ext.data import tokenizers
 from megatron_ext.data.fast_tokenizer import HOSTILE_TEXTS, FastTokenizer, choose_tokenizer
 from megatron_ext.data.tokenizers import TokenizerSpec, build_reference, tokenizer_digest
 from megatron_ext.data.train_tokenizer import TrainTokenizerConfig, train_tokenizer
@@ -139,20 +139,6 @@ def test_added_tokens_are_also_found_in_normalised_text(models, tmp_path):
     texts = ["a <\u00e9> b", "a <e\u0301> b", "e\u0301"]
     assert rows(tokenizer, texts) == rows(tokenizer.reference, texts)
     assert [*map(tokenizer.needs_reference, texts)] == [True, True, False]
-
-
-def test_many_special_tokens_use_one_search():
-    search = fast_tokenizer._contains_any([f"<extra_{i}>" for i in range(100)])
-    assert search("a <extra_42> b")
-    assert not search("a <extra_ 42> b")
-
-
-@pytest.mark.parametrize("needles", [["<s>", "</s>", "<unk>"], ["<s>", "[PAD]"], ["x"], []])
-def test_few_special_tokens_are_found_each(needles):
-    search = fast_tokenizer._contains_any(needles)
-    for needle in needles:
-        assert search(f"a < b {needle} c")
-    assert not search("a < b > <s </ s> [PAD")
 
 
 def test_digest_depends_on_the_model(models):
