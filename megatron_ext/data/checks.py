@@ -18,7 +18,6 @@ from megatron.core.datasets.utils import Split, get_blend_from_list
 from megatron.training import get_tokenizer
 from megatron.training.utils import get_blend_and_blend_per_split
 
-from megatron_ext import launched
 from megatron_ext.config import UnlearnConfig
 from megatron_ext.data.indexed import bin_path
 from megatron_ext.data.manifest import Manifest, check_prefix, read_manifest
@@ -161,7 +160,7 @@ def _check_lists(args: Namespace) -> None:
 def _check_sequences(args: Namespace) -> None:
     """The numbers of sequences of each data set, which spare a look at all indices, must be there."""
     path = args.per_dataset_sequences_path
-    if path is None or not launched.looks_at_files():
+    if path is None:
         return
     expected = "--per-dataset-sequences-path: expected a JSON object of numbers by prefix"
     try:
