@@ -17,7 +17,7 @@ class Settings:
     """Sizes of the demo; the defaults are for 2 cores.
 
     The unlearning weight is 0.1 instead of the paper's 0.01: a model of 3.3 M parameters is unlearned in
-    tens of steps rather than the 1 B tokens of the paper.
+    tens of steps rather than the 1 B tokens of the paper. A pre-trained one is by the paper's own weight.
     """
 
     base_steps: int = 400
@@ -54,6 +54,7 @@ class Settings:
             learning_rates=(0, 1e-4, 5e-5),
             samples=150,
             synthetic_share=0.5,
+            forget_weight=0.01,
             ranks=1,  # another would double the memory
         )
 
