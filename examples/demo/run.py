@@ -15,6 +15,7 @@ import os
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -153,6 +154,8 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    # A stage that runs must not go on alone.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         main()
     except KeyboardInterrupt:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import signal
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -183,6 +184,8 @@ def _plot(series: list[Series], sets: dict[str, Any], path: Path) -> None:
 
 
 if __name__ == "__main__":
+    # A stage that runs must not go on alone.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         main()
     except KeyboardInterrupt:

@@ -5,7 +5,9 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 
+import psutil
 import pytest
 import torch
 
@@ -102,6 +104,22 @@ def test_failed_stage_names_its_log(finished, tmp_path):
     assert done.returncode == 1
     assert "error: stage corpus ended with exit code" in done.stderr
     assert "logs/corpus.log" in done.stderr
+
+
+def test_a_stage_ends_with_the_demo(tmp_path):
+    with subprocess.Popen(
+        [*DEMO, str(tmp_path)], cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL
+    ) as process:
+        stages: list[psutil.Process] = []
+        while not stages:
+            assert process.poll() is None
+            time.sleep(0.05)
+            stages = psutil.Process(process.pid).children()
+        process.terminate()
+        assert b"interrupted; the same command goes on from here" in process.stderr.read()
+    assert process.returncode == 1
+    psutil.wait_procs(stages, timeout=30)
+    assert not any(stage.is_running() for stage in stages)
 
 
 def test_begins_from_a_model_of_hugging_face(tmp_path):
