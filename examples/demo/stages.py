@@ -37,12 +37,11 @@ class Settings:
     # Data-parallel ranks of one thread each: a rank's threads that wait for a busy core stall its steps.
     ranks: int = min(2, os.cpu_count() or 1)
     on_cpu: bool = True  # GPUs are hidden: two ranks would need two, and the digits would be others
-    model: str = (
-        ""  # folder of the Hugging Face model that is BaseLM; without one it is trained here
-    )
+    # Folder of the Hugging Face model that is BaseLM; without one it is trained here.
+    model: str = ""
 
     def of_model(self, folder: str) -> Settings:
-        """The same stages with a pre-trained model, of the size that 2 cores can just train."""
+        """The same stages with a pre-trained model, for as many steps as 2 cores take 135 M parameters through in an hour."""
         return replace(
             self,
             model=folder,
