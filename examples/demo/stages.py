@@ -41,7 +41,7 @@ class Settings:
     model: str = ""
 
     def of_model(self, folder: str) -> Settings:
-        """The same stages with a pre-trained model, for as many steps as 2 cores take 135 M parameters through in an hour."""
+        """The same stages with a pre-trained model: with 135 M parameters an hour on 2 cores."""
         return replace(
             self,
             model=folder,
