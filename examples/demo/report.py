@@ -145,7 +145,7 @@ def answers(out: Path) -> list[str]:
     return lines
 
 
-def _one_line(text: str, width: int = 95) -> str:
+def _one_line(text: str, width: int = 92) -> str:
     text = " \\ ".join(line.strip() for line in text.strip().splitlines() if line.strip())
     return text if len(text) <= width else f"{text[: width - 3]}..."
 
