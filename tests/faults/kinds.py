@@ -121,6 +121,8 @@ def truncate(scene: Scene) -> bool:
     if not _reach(scene, 2 * INTERVAL):
         return False
     file = _any_file(scene)
+    if file is None:
+        return False
     size = file.stat().st_size
     with file.open("r+b") as stream:
         stream.truncate(scene.chance.choice((0, size // 2, size - 1)))
@@ -131,7 +133,10 @@ def delete(scene: Scene) -> bool:
     """A file of the latest checkpoint is gone."""
     if not _reach(scene, 2 * INTERVAL):
         return False
-    _any_file(scene).unlink()
+    file = _any_file(scene)
+    if file is None:
+        return False
+    file.unlink()
     return _expect_recovery(scene)
 
 
@@ -183,8 +188,10 @@ def _expect_recovery(scene: Scene) -> bool:
     return True
 
 
-def _any_file(scene: Scene) -> Path:
-    return scene.chance.choice(sorted(scene.place.folder(scene.place.latest()).iterdir()))
+def _any_file(scene: Scene) -> Path | None:
+    """One of the latest checkpoint, if an earlier fault has not named an empty folder so."""
+    files = sorted(scene.place.folder(scene.place.latest()).iterdir())
+    return scene.chance.choice(files) if files else None
 
 
 def _reach(scene: Scene, iteration: int) -> bool:
