@@ -125,10 +125,13 @@ def test_a_stage_ends_with_the_demo(tmp_path):
 def test_begins_from_a_model_of_hugging_face(tmp_path):
     model = llama.save(tmp_path / "model", dtype=torch.bfloat16, max_position_embeddings=1024)
     command = [*DEMO, str(tmp_path / "demo"), "--model"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
     refused = subprocess.run([*command, str(tmp_path)], cwd=ROOT, capture_output=True, text=True)
     assert refused.returncode == 2
     assert "--model: expected the folder of a Hugging Face model, found no config" in refused.stderr
-    done = subprocess.run([*command, str(model)], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(
+        [*command, str(model)], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     lines = done.stdout.splitlines()
     commands = [line for line in lines if line.startswith("$ ")]
