@@ -170,14 +170,8 @@ def stages(out: Path, settings: Settings) -> Iterator[Stage]:
         yield Stage(
             f"answers-{name}",
             f"What {name} says",
-            [
-                python,
-                "tools/generate.py",
-                "--model",
-                model,
-                "--input",
-                "examples/demo/prompts.jsonl",
-            ]
+            [python, "tools/generate.py", "--model", model]
+            + ["--input", "examples/demo/prompts.jsonl"]
             + ["--output", str(out / "answers" / f"{name}.jsonl"), "--overwrite"]
             + ["--max-new-tokens", "60", "--temperature", "0"],
         )
