@@ -31,7 +31,11 @@ WITHOUT_CUDA: tuple[Refusal, ...] = (
     Refusal("log_straggler", _NO_DEVICE),
     Refusal("optimizer_cuda_graph", _NO_DEVICE),
     Refusal("use_sharp", _NO_DEVICE),
-    Refusal("profile", _NO_DEVICE),
+    Refusal(
+        "profile",
+        "without a CUDA device there is torch's profiler alone, --use-pytorch-profiler",
+        beside=("use_pytorch_profiler", False),
+    ),
 )
 WITHOUT_NVML: tuple[Refusal, ...] = (
     Refusal(

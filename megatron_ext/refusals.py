@@ -25,14 +25,15 @@ class Refusal:
         reason: why not.
         expected: what it must be; where it may not be used at all, nothing.
         is_refused: whether a value is.
-        beside: another argument, and its value with which this one cannot be used; by default any.
+        beside: another argument, and its value with which this one cannot be used (False: where that flag
+            is left out); by default any.
     """
 
     name: str
     reason: str
     expected: str = ""
     is_refused: Callable[[Any], Any] = bool
-    beside: tuple[str, str] | None = None
+    beside: tuple[str, str | bool] | None = None
 
     @property
     def flag(self) -> str:

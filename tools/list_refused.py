@@ -69,7 +69,8 @@ def render() -> str:
         for row in rows:
             what = f"unless {row.expected}" if row.expected else "always"
             if row.beside is not None:
-                what = f"beside {flag_name(row.beside[0])} {row.beside[1]}"
+                other, value = flag_name(row.beside[0]), row.beside[1]
+                what = f"without {other}" if value is False else f"beside {other} {value}"
             lines.append(f"| `{row.flag}` | {what} | {row.reason} |")
     required = ", ".join(f"`{flag_name(name)}`" for name in REQUIRED_WITH_CHAT)
     lines += ["", f"Chat tuning needs {required}."]

@@ -161,3 +161,13 @@ def test_optimizers_of_a_package_that_is_not_installed_are_named_before_a_model_
         ):
             refuse(Namespace(optimizer=name), rows, where="")
     refuse(Namespace(optimizer="sgd"), rows, where="")
+
+
+def test_torchs_profiler_needs_no_device():
+    with pytest.raises(ConfigError, match=r"^--profile is not supported: .*--use-pytorch-profiler"):
+        refuse(
+            Namespace(profile=True, use_pytorch_profiler=False),
+            WITHOUT_CUDA,
+            where="is not supported",
+        )
+    refuse(Namespace(profile=True, use_pytorch_profiler=True), WITHOUT_CUDA, where="")
