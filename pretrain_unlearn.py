@@ -50,6 +50,7 @@ def main() -> None:
 
         console.quiet()
         console.show_times()
+        console.write_whole_lines()
         compat.ask_for_one_queue()
         cpu.enable()  # before anything of Megatron is imported; does nothing where a CUDA device exists
 

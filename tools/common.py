@@ -106,6 +106,7 @@ def run_tool(main: Callable[[], None]) -> NoReturn:
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     logging.getLogger("megatron").setLevel(logging.WARNING)
     console.quiet()
+    console.write_whole_lines()
     signal.signal(signal.SIGTERM, _interrupt)
     name = sys.argv[0].rpartition("/")[2]
     try:

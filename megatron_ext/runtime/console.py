@@ -7,6 +7,7 @@ import difflib
 import io
 import logging
 import re
+import sys
 import warnings
 from argparse import ArgumentParser
 from collections.abc import Collection, Mapping
@@ -59,6 +60,19 @@ def quiet() -> None:
     for message in _WARNINGS:
         warnings.filterwarnings("ignore", message=message)
     leave_out(_LOGS)
+
+
+def write_whole_lines() -> None:
+    """Write a line in one piece, which those of other ranks cannot come into.
+
+    With ``PYTHONUNBUFFERED``, which containers are often built with, ``print`` writes the end of a line by
+    itself, and lines of ranks that share an output run together.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(
+            stream, io.TextIOWrapper
+        ):  # a test or a notebook may have put something else there
+            stream.reconfigure(write_through=False, line_buffering=True)
 
 
 def show_times() -> None:

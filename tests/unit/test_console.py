@@ -2,6 +2,9 @@
 
 import argparse
 import logging
+import os
+import subprocess
+import sys
 import warnings
 from types import SimpleNamespace
 
@@ -10,6 +13,7 @@ import pytest
 
 from megatron_ext.arguments import add_arguments
 from megatron_ext.runtime import console
+from tests.helpers.entry import ROOT
 
 
 @pytest.fixture
@@ -77,6 +81,29 @@ def test_known_remarks_of_libraries_are_left_out_and_others_are_not(caplog):
         extensions.warning("No CUDA runtime is found, using CUDA_HOME='%s'", "/usr/local/cuda")
     assert [str(warning.message) for warning in seen] == ["news of torch.distributed"]
     assert caplog.messages == ["news of the model"]
+
+
+@pytest.mark.skipif(not hasattr(os, "O_DIRECT"), reason="needs pipes that keep writes apart")
+@pytest.mark.parametrize("file", ["stdout", "stderr"])
+def test_a_line_is_one_write_where_python_is_told_to_buffer_nothing(file):
+    """So ranks that share an output cannot write into each other's lines."""
+    write = f"print('reference:', 1, file=sys.{file}); print('|', end='\\r', file=sys.{file})"
+    enable = "from megatron_ext.runtime import console; console.write_whole_lines()"
+    code = "\n".join(("import sys", write, enable, write))
+    reading, writing = os.pipe2(os.O_DIRECT)
+    subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONUNBUFFERED": "1"},
+        **{file: writing},
+        check=True,
+    )
+    os.close(writing)
+    writes = list(iter(lambda: os.read(reading, 4096), b""))
+    os.close(reading)
+    # A pipe of this kind gives what was written at once, and nothing else, to one reader's call.
+    assert writes[-2:] == [b"reference: 1\n", b"|\r"]
+    assert len(writes) > 4, "whole lines without it: the test sees nothing"
 
 
 def test_times_and_changes_of_the_schedule_are_shown_where_warnings_are(monkeypatch):
