@@ -242,6 +242,14 @@ def check_before_megatron(args: Namespace, config: UnlearnConfig) -> None:
         refusals.refuse(args, machine_refusals.WITHOUT_CUDA, where="is not supported")
     if args.spec is None and args.transformer_impl == "local":
         refusals.refuse(args, refusals.WITH_TORCH_NATIVE_LAYERS, where="is not supported")
+    else:
+        refusals.refuse(args, refusals.WITHOUT_TORCH_NATIVE_LAYERS, where="is not supported")
+    if args.dataloader_inter_document_masking:
+        refusals.refuse(
+            args,
+            refusals.WITH_DOCUMENTS,
+            where="cannot be combined with --dataloader-inter-document-masking",
+        )
     if args.dataset_log_interval is not None:
         refusals.refuse(
             args,

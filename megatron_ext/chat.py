@@ -97,11 +97,11 @@ class ChatRun:
         args.tuned_chat_template = self.template.source
         args.chat_digest = self.digest
 
-    def provider(self) -> Callable[..., Datasets]:
+    def provider(self, args: Namespace) -> Callable[..., Datasets]:
         """The provider that Megatron's ``pretrain`` calls for its datasets."""
 
         def provide(num_samples: Sequence[int], vp_stage: int | None = None) -> Datasets:
-            if not reads_data(vp_stage):
+            if not reads_data(args, vp_stage):
                 return None, None, None
             splits = zip(
                 num_samples, (self.train, self.valid), (Split.train, Split.valid), strict=False
@@ -109,7 +109,13 @@ class ChatRun:
             train, valid = (
                 None
                 if packing is None or not count
-                else ChatDataset(packing, samples=count, eod=self.template.eod_id, split=split)
+                else ChatDataset(
+                    packing,
+                    samples=count,
+                    eod=self.template.eod_id,
+                    split=split,
+                    apart=args.dataloader_inter_document_masking,
+                )
                 for count, packing, split in splits
             )
             return train, valid, None

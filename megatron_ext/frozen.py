@@ -232,7 +232,11 @@ class FrozenModel:
         def forward_step(iterator: Iterator[MicroBatch], model: MegatronModule) -> tuple[Any, Any]:
             batch = next(iterator)
             output = model(
-                batch.tokens, batch.position_ids, batch.attention_mask, output_processor=keep
+                batch.tokens,
+                batch.position_ids,
+                batch.attention_mask,
+                packed_seq_params=batch.documents,
+                output_processor=keep,
             )
             return output, lambda output_tensor, non_loss_data: None
 

@@ -14,7 +14,7 @@ from megatron.core.utils import get_attr_wrapped_model
 from megatron.training import get_timers
 
 from megatron_ext import balancing
-from megatron_ext.data.batch import MicroBatch, read_micro_batch
+from megatron_ext.data.batch import MicroBatch, count_pairs, read_micro_batch
 from megatron_ext.dataset_losses import DatasetLosses
 from megatron_ext.finite import FiniteGuard
 from megatron_ext.head import head_loss, sequence_major
@@ -49,21 +49,25 @@ class PlainStep:
         """Forward pass of one microbatch; the last stage's output is the sum of its losses."""
         timer = get_timers()("batch-generator", log_level=2)
         timer.start()
+        vp_stage = get_attr_wrapped_model(model, "vp_stage")
         with straggler.watched(self.args, reading=True):
             batch = read_micro_batch(
                 data_iterator,
                 args=self.args,
-                vp_stage=get_attr_wrapped_model(model, "vp_stage"),
+                vp_stage=vp_stage,
                 # Validation may use another size; the schedule sees it in the tensors.
                 micro_batch_size=self._micro_batch_size(model),
             )
         timer.stop()
+        if model.training and not vp_stage:
+            count_pairs(batch)
         index = self.guard.begin(model, batch)
         with straggler.watched(self.args):
             output = model(
                 batch.tokens,
                 batch.position_ids,
                 batch.attention_mask,
+                packed_seq_params=batch.documents,
                 labels=batch.labels,
                 loss_mask=batch.loss_mask,
                 output_processor=self._head(batch, training=model.training),

@@ -65,7 +65,6 @@ _NO_FSDP = (
 )
 _AT_RANDOM = "tokens would be routed at random (it is a benchmark setting)"
 _SHARDED = "weights are sharded by tensor parallelism only"
-_WHOLE_SAMPLE = "attention always covers the whole sample, across documents"
 _ONE_KIND = (
     "a run resumes only from ordinary checkpoints; to keep fewer of them use --save-retain-interval"
 )
@@ -80,8 +79,10 @@ NEVER: tuple[Refusal, ...] = (
         "mtp_num_layers",
         "the fused head has no loss for multi-token prediction, with --forget-data-path or without",
     ),
-    Refusal("reset_attention_mask", _WHOLE_SAMPLE),
-    Refusal("dataloader_inter_document_masking", _WHOLE_SAMPLE),
+    Refusal(
+        "reset_attention_mask",
+        "no mask is built; --dataloader-inter-document-masking keeps attention within documents",
+    ),
     Refusal(
         "overlap_moe_expert_parallel_comm",
         "it replaces the pipeline schedule that this program wraps",
@@ -169,6 +170,18 @@ WITH_TORCH_NATIVE_LAYERS = (
         "hierarchical_context_parallel_sizes",
         "the torch-native layers always all-gather keys and values over context-parallel ranks",
     ),
+)
+WITHOUT_TORCH_NATIVE_LAYERS = (
+    Refusal(
+        "dataloader_inter_document_masking",
+        "attention within documents is that of the torch-native layers (--transformer-impl local)",
+    ),
+)
+_LENGTHS_DIFFER = "a graph is of fixed lengths, and those of documents differ"
+WITH_DOCUMENTS = (
+    Refusal("cuda_graph_impl", _LENGTHS_DIFFER, "none", lambda kind: kind != "none"),
+    Refusal("enable_cuda_graph", _LENGTHS_DIFFER),
+    Refusal("external_cuda_graph", _LENGTHS_DIFFER),
 )
 WITH_DISTRIBUTED_OPTIMIZER = (
     Refusal(

@@ -64,7 +64,7 @@ def run(*, program_start: float) -> None:
     model_config = model_config_from_args(args)
     container = pretrain_cfg_container_from_args(args, model_config)
     step, references = _build_step(args, config, model_config, source)
-    provider = datasets_provider(args, config) if chat is None else chat.provider()
+    provider = datasets_provider(args, config) if chat is None else chat.provider(args)
     try:
         pretrain(container, provider, ModelType.encoder_or_decoder, step.forward_step)
     # With 0 after --exit-interval, --exit-duration-in-mins or a signal.

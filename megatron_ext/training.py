@@ -20,7 +20,7 @@ from megatron.core.utils import get_attr_wrapped_model
 from megatron.training import get_timers
 
 from megatron_ext.config import UnlearnConfig
-from megatron_ext.data.batch import MicroBatch, StepContext, read_micro_batch
+from megatron_ext.data.batch import MicroBatch, StepContext, count_pairs, read_micro_batch
 from megatron_ext.data.providers import forget_blends
 from megatron_ext.dataset_losses import DatasetLosses
 from megatron_ext.finite import FiniteGuard
@@ -104,6 +104,9 @@ class UnlearnStep:
         """
         forget_count = self._forget_microbatches(num_microbatches, micro_batch_size)
         batches = self._read(data_iterator, model, num_microbatches, forget_count, micro_batch_size)
+        if not forward_only:
+            for batch in batches[0]:
+                count_pairs(batch)
         reference = self._reference()
         hidden: list[torch.Tensor] = []
         if reference is not None:
@@ -151,6 +154,7 @@ class UnlearnStep:
                 batch.tokens,
                 batch.position_ids,
                 batch.attention_mask,
+                packed_seq_params=batch.documents,
                 output_processor=partial(self._head, batch),
             )
         return output, partial(self.loss, batch, index, training=model.training)

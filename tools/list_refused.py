@@ -28,8 +28,10 @@ from megatron_ext.refusals import (  # noqa: E402
     NEVER,
     WITH_DATASET_LOG,
     WITH_DISTRIBUTED_OPTIMIZER,
+    WITH_DOCUMENTS,
     WITH_TORCH_NATIVE_LAYERS,
     WITH_UNLEARNING,
+    WITHOUT_TORCH_NATIVE_LAYERS,
     WITHOUT_UNLEARNING,
 )
 from megatron_ext.runtime import cpu  # noqa: E402
@@ -58,6 +60,8 @@ def render() -> str:
         "Without the package `multi-storage-client`": WITHOUT_STORAGE_CLIENT,
         "Without the package `deep_ep`": WITHOUT_DEEP_EP,
         "With the torch-native layers (`--transformer-impl local`)": WITH_TORCH_NATIVE_LAYERS,
+        "With Transformer Engine's layers, or those of `--spec`": WITHOUT_TORCH_NATIVE_LAYERS,
+        "With `--dataloader-inter-document-masking`": WITH_DOCUMENTS,
         "With `--use-distributed-optimizer`": WITH_DISTRIBUTED_OPTIMIZER,
         "With `--dataset-log-interval`": WITH_DATASET_LOG,
         "With `--forget-data-path` (unlearning)": WITH_UNLEARNING,

@@ -13,6 +13,7 @@ from megatron.core.utils import get_batch_on_this_cp_rank, get_batch_on_this_tp_
 from megatron.training.utils import is_first_or_last_pipeline_stage
 
 from megatron_ext.exceptions import DataError
+from megatron_ext.model.documents import Documents
 
 _KEYS = ("tokens", "labels", "loss_mask", "position_ids", "attention_mask")
 
@@ -50,6 +51,7 @@ class MicroBatch:
             another.
         datasets: prefixes of the datasets that the ``b`` samples are from; ``None`` where ``sources`` is.
         forget: the role of the samples, where it was asked for.
+        documents: of the samples, where attention is within documents; on every stage.
         context: what the step attaches for the head of the last stage.
     """
 
@@ -61,6 +63,7 @@ class MicroBatch:
     sources: list[str] | None = None
     datasets: list[str] | None = None
     forget: bool | None = None
+    documents: Documents | None = None
     context: StepContext | None = field(default=None, repr=False)
 
 
@@ -84,15 +87,17 @@ def read_micro_batch(
     Raises:
         DataError: the samples have another role than the composition of the batch says.
     """
-    if not is_first_or_last_pipeline_stage(vp_stage):
+    uses_tokens = is_first_or_last_pipeline_stage(vp_stage)
+    if not uses_tokens and not args.dataloader_inter_document_masking:
         return MicroBatch()
     tp_rank = parallel_state.get_tensor_model_parallel_rank()
     batch: dict[str, Any] = {}
     sources: list[str] | None = None
     datasets: list[str] | None = None
+    sample: dict[str, Any] = {}
     if tp_rank == 0:
         assert data_iterator is not None
-        sample: dict[str, Any] = next(data_iterator)
+        sample = next(data_iterator)
         sources, datasets = sample.get("source"), sample.get("dataset")
         if forget is not None:
             _check_role(sample["loss_mask"], forget)
@@ -100,6 +105,13 @@ def read_micro_batch(
             key: sample[key].cuda(non_blocking=True) if sample.get(key) is not None else None
             for key in _KEYS
         }
+    documents = None
+    if args.dataloader_inter_document_masking:
+        documents = _share_documents(sample.get("cu_seqlens"), micro_batch_size, args.seq_length)
+        if not uses_tokens:
+            return MicroBatch(
+                sources=sources, datasets=datasets, forget=forget, documents=documents
+            )
     ignore_virtual = vp_stage is None
     batch = get_batch_on_this_tp_rank(
         batch,
@@ -125,7 +137,42 @@ def read_micro_batch(
         batch, is_hybrid_cp=False, cp_group=parallel_state.get_context_parallel_group()
     )
     tensors = {key: batch.get(key) for key in _KEYS}
-    return MicroBatch(**tensors, sources=sources, datasets=datasets, forget=forget)
+    return MicroBatch(
+        **tensors, sources=sources, datasets=datasets, forget=forget, documents=documents
+    )
+
+
+def count_pairs(batch: MicroBatch) -> None:
+    """Have Megatron's TFLOP/s of this step count attention within documents, where it is that.
+
+    Every rank counts each microbatch that it trains on, once.
+    """
+    if batch.documents is not None:
+        from megatron.training.training import update_seqlen_stats_from_cu_seqlens
+
+        update_seqlen_stats_from_cu_seqlens(batch.documents.joined())
+
+
+def _share_documents(cu_seqlens: torch.Tensor | None, samples: int, length: int) -> Documents:
+    """Documents on every tensor-parallel rank; each launches kernels by them, so the host waits for them.
+
+    Args:
+        cu_seqlens: int32 ``[samples, length + 1]`` on the host of the first rank.
+        samples: of the microbatch.
+        length: tokens of a sample.
+    """
+    group = parallel_state.get_tensor_model_parallel_group()
+    if group.size() > 1:
+        shape = samples, length + 1
+        device = torch.cuda.current_device()
+        shared = torch.empty(shape, dtype=torch.int32, device=device)
+        if cu_seqlens is not None:
+            shared.copy_(cu_seqlens)
+        source = parallel_state.get_tensor_model_parallel_src_rank()
+        torch.distributed.broadcast(shared, source, group=group)
+        cu_seqlens = shared.cpu() if cu_seqlens is None else cu_seqlens
+    assert cu_seqlens is not None
+    return Documents.from_lengths(cu_seqlens)
 
 
 def _check_role(loss_mask: torch.Tensor, forget: bool) -> None:

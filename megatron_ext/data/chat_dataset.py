@@ -96,6 +96,10 @@ class Packing:
             np.concatenate([self.tokens.mask[part] for part in parts]),
         )
 
+    def ends(self, index: int) -> torch.Tensor:
+        """Where the conversations of a sequence end in it, int64."""
+        return torch.from_numpy(self.tokens.lengths[self.conversations(index)].cumsum())
+
     @cached_property
     def fill(self) -> float:
         """Part of the first epoch's places that hold tokens."""
@@ -119,13 +123,17 @@ class ChatDataset(Dataset):
         samples: number of samples that the run asks for; epochs follow one another as needed.
         eod: token that fills a sequence up; it is never a label that counts.
         split: Megatron's split; its loader chooses batch sizes by it.
+        apart: whether attention is within conversations, so that samples say where each begins.
     """
 
-    def __init__(self, packing: Packing, *, samples: int, eod: int, split: Any) -> None:
+    def __init__(
+        self, packing: Packing, *, samples: int, eod: int, split: Any, apart: bool = False
+    ) -> None:
         self.packing = packing
         self.samples = samples
         self.eod = eod
         self.split = split
+        self.apart = apart
 
     def __len__(self) -> int:
         return self.samples
@@ -135,7 +143,8 @@ class ChatDataset(Dataset):
 
         Returns:
             ``tokens``, ``labels`` and ``position_ids``, int64 ``[s]``, and ``loss_mask``, fp32 ``[s]``, 1
-            where the label is one that the assistant writes; and ``source``, what the sample holds.
+            where the label is one that the assistant writes; and ``source``, what the sample holds. With
+            conversations apart also ``cu_seqlens``, int32 ``[s + 1]``, and positions that begin with each.
         """
         ids, mask = self.packing.sequence(int(index))
         length = self.packing.seq_length
@@ -143,10 +152,20 @@ class ChatDataset(Dataset):
         counts = torch.zeros(length + 1, dtype=torch.float32)
         tokens[: len(ids)] = torch.from_numpy(ids.astype(np.int64))
         counts[: len(mask)] = torch.from_numpy(mask.astype(np.float32))
-        return {
+        sample: dict[str, Any] = {
             "tokens": tokens[:-1].contiguous(),
             "labels": tokens[1:].contiguous(),
             "loss_mask": counts[1:].contiguous(),
             "position_ids": torch.arange(length, dtype=torch.int64),
             "source": f"sequence {index} (conversations {self.packing.conversations(int(index))})",
         }
+        if self.apart:
+            # What fills the sequence up is attended to by itself.
+            ends = self.packing.ends(int(index)).clip(max=length).unique()
+            begins = torch.zeros(length, dtype=torch.int64)
+            begins[ends[ends < length]] = ends[ends < length]
+            sample["position_ids"] -= begins.cummax(dim=0).values
+            lengths = torch.full((length + 1,), length, dtype=torch.int32)
+            lengths[0], lengths[1 : len(ends) + 1] = 0, ends
+            sample["cu_seqlens"] = lengths
+        return sample

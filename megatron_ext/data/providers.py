@@ -181,10 +181,14 @@ def _build(
         fast_cache_load=args.dataloader_fast_cache_load,
         defer_npy_index_mmap=args.dataloader_defer_npy_index_mmap,
         sequences_per_dataset=sequences,
+        inter_document_masking=args.dataloader_inter_document_masking,
     )
     dataset_type = MockGPTDataset if args.mock_data else SourcedGPTDataset
     builder = DatasetBuilder(
-        dataset_type, list(num_samples), partial(reads_data, vp_stage=vp_stage), dataset_config
+        dataset_type,
+        list(num_samples),
+        partial(reads_data, args, vp_stage=vp_stage),
+        dataset_config,
     )
     train, valid, test = builder.build()
     _check_lengths(args, flag, (train, valid, test), num_samples)
@@ -211,9 +215,10 @@ def _check_lengths(
             )
 
 
-def reads_data(vp_stage: int | None = None) -> bool:
-    """Whether this rank reads samples: those of the first and last stage do, one of each tensor group."""
-    return (
-        is_first_or_last_pipeline_stage(vp_stage)
-        and parallel_state.get_tensor_model_parallel_rank() == 0
-    )
+def reads_data(args: Namespace, vp_stage: int | None = None) -> bool:
+    """Whether this rank reads samples: those of the first and last stage do, one of each tensor group.
+
+    For attention within documents the other stages do as well.
+    """
+    stage_does = args.dataloader_inter_document_masking or is_first_or_last_pipeline_stage(vp_stage)
+    return stage_does and parallel_state.get_tensor_model_parallel_rank() == 0

@@ -24,6 +24,7 @@ from torch.nn import functional
 from torch.nn.attention import SDPBackend
 
 from megatron_ext.model.context_parallel import attend_over_ranks
+from megatron_ext.model.documents import Documents, attend_within
 from megatron_ext.model.kernel_choice import only
 from megatron_ext.model.rope import cos_sin, rotate, split_rotate
 
@@ -114,9 +115,9 @@ class SdpaCoreAttention(MegatronModule):
         attention_mask: Tensor | None = None,
         attn_mask_type: AttnMaskType | None = None,
         attention_bias: Tensor | None = None,
-        packed_seq_params: Any = None,
+        packed_seq_params: Documents | None = None,
     ) -> Tensor:
-        """Attend causally.
+        """Attend causally, and within documents.
 
         Args:
             query: `[s, b, h, d]`, any strides; or `[1, b, h, d]`, the last position of the keys. Under
@@ -126,14 +127,14 @@ class SdpaCoreAttention(MegatronModule):
             attention_mask: Not read.
             attn_mask_type: `causal` or None.
             attention_bias: Must be None.
-            packed_seq_params: Must be None.
+            packed_seq_params: `Documents` of the samples; None where each of them is one.
 
         Returns:
             Context `[s, b, h * d]`, of as many positions as `query`.
         """
         assert attn_mask_type in (None, AttnMaskType.causal), f"not causal: {attn_mask_type}"
         assert attention_bias is None, "attention bias is not supported"
-        assert packed_seq_params is None, "packed sequences are not supported"
+        assert packed_seq_params is None or isinstance(packed_seq_params, Documents)
         assert query.shape[0] in (1, key.shape[0]), "expected one query, or as many as keys"
         dropout = self.dropout if self.training else 0.0
         # Under sequence parallelism the whole block already runs in the forked random state.
@@ -142,12 +143,30 @@ class SdpaCoreAttention(MegatronModule):
         if query.is_cuda:
             kernels = only(_gpu_backends(query.device, self.config.attention_backend))
         attend = partial(self._attend, dropout=dropout)
+        if packed_seq_params is not None:
+            attend = partial(
+                attend_within,
+                documents=packed_seq_params,
+                attend=attend,
+                flash=self._is_flash(query, dropout=dropout),
+                scale=self.softmax_scale,
+            )
         with get_cuda_rng_tracker().fork() if forked else nullcontext(), kernels:
             if self.cp_group is None:
                 context = attend(query, key, value)
             else:
                 context = attend_over_ranks(query, key, value, attend, group=self.cp_group)
         return context.flatten(2)
+
+    def _is_flash(self, query: Tensor, *, dropout: float) -> bool:
+        """Whether the flash kernel computes such attention, and may."""
+        return (
+            query.is_cuda
+            and query.dtype in (torch.float16, torch.bfloat16)
+            and query.shape[3] <= _FLASH_HEAD
+            and dropout == 0
+            and self.config.attention_backend is not AttnBackend.unfused
+        )
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, *, dropout: float) -> Tensor:
         """Causal context `[n, b, h, d]` of queries of that shape, the last n positions of the keys."""

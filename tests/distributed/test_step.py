@@ -62,6 +62,11 @@ LAYOUTS: dict[str, tuple[int, tuple[object, ...]]] = {
     ),
 }
 GRADIENT_ASCENT = "gradient ascent, TP 2"
+# Attention within documents: stages in the middle read where they lie, and tensor-parallel ranks receive it.
+WITHIN = (
+    *("one rank", "micro-batch 4", "recompute", "TP 2, sequence parallel", "interleaved PP 2"),
+    *("CP 2, attention recomputed", "CP 2 x PP 2, interleaved", "DP 2"),
+)
 
 
 @pytest.fixture(scope="module")
@@ -74,10 +79,14 @@ def runs(tiny, server, runs_directory):
     launches[GRADIENT_ASCENT] = Launch(
         tiny.unlearn(*STILL, "--forget-loss", "gradient-ascent", *LAYOUTS["TP 2"][1]), ranks=2
     )
+    for name in WITHIN:
+        ranks, flags = LAYOUTS[name]
+        within = (*STILL, "--dataloader-inter-document-masking", *flags)
+        launches[f"within, {name}"] = Launch(tiny.unlearn(*within), ranks=ranks)
     return server.run_all(launches, runs_directory / "step")
 
 
-def naive(tiny, forget_loss):
+def naive(tiny, forget_loss, *, documents=False):
     """What the same steps give by the definitions, in a process of its own."""
     spec = {
         "checkpoint": str(tiny.base),
@@ -97,6 +106,7 @@ def naive(tiny, forget_loss):
         "vocab": VOCAB,
         "weights": [0.5, 0.7, 1.3],
         "forget_loss": forget_loss,
+        "documents": documents,
     }
     command = [sys.executable, "-m", "tests.helpers.naive_gpt", json.dumps(spec)]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
@@ -107,6 +117,11 @@ def naive(tiny, forget_loss):
 @pytest.fixture(scope="module")
 def bounded(tiny):
     return naive(tiny, "bounded")
+
+
+@pytest.fixture(scope="module")
+def within(tiny):
+    return naive(tiny, "bounded", documents=True)
 
 
 def check(run, expected):
@@ -127,11 +142,27 @@ def test_training_steps_agree_with_the_naive_computation(runs, bounded, layout):
     check(runs[layout], bounded["steps"])
 
 
+def check_validation(run, expected):
+    for tag, value in expected.items():
+        found = run.scalars[f"{tag} validation"][STEPS]
+        assert found == pytest.approx(value, rel=TOLERANCE), tag
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_validation_agrees_with_the_naive_computation(runs, bounded, layout):
-    for tag, value in bounded["validation"].items():
-        found = runs[layout].scalars[f"{tag} validation"][STEPS]
-        assert found == pytest.approx(value, rel=TOLERANCE), tag
+    check_validation(runs[layout], bounded["validation"])
+
+
+@pytest.mark.parametrize("layout", WITHIN)
+def test_attention_within_documents_agrees_with_the_naive_computation(runs, within, layout):
+    check(runs[f"within, {layout}"], within["steps"])
+    check_validation(runs[f"within, {layout}"], within["validation"])
+
+
+def test_attention_across_documents_is_found_out(bounded, within):
+    for one, other in zip(bounded["steps"], within["steps"], strict=True):
+        for tag in (*LOSSES, "grad-norm"):
+            assert abs(one[tag] / other[tag] - 1) > 100 * TOLERANCE, tag
 
 
 def test_gradient_ascent_agrees_with_the_naive_computation(runs, tiny):

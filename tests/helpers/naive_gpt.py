@@ -47,18 +47,25 @@ def rms_norm(x: Tensor, weight: Tensor) -> Tensor:
     return x / torch.sqrt(x.pow(2).mean(-1, keepdim=True) + EPSILON) * weight
 
 
-def rotate(x: Tensor) -> Tensor:
-    """Rotary position embedding of `[b, s, heads, d]`: pairs are `d / 2` apart."""
-    length, size = x.shape[1], x.shape[-1]
+def rotate(x: Tensor, positions: Tensor) -> Tensor:
+    """Rotary position embedding of `[b, s, heads, d]` at positions `[b, s]`: pairs are `d / 2` apart."""
+    size = x.shape[-1]
     frequencies = BASE ** (-torch.arange(0, size, 2).double() / size)
-    angles = torch.arange(length).double()[:, None] * frequencies
-    cosine, sine = angles.cos()[:, None], angles.sin()[:, None]
+    angles = positions.double()[..., None] * frequencies
+    cosine, sine = angles.cos()[:, :, None], angles.sin()[:, :, None]
     left, right = x.chunk(2, dim=-1)
     return torch.cat((left * cosine - right * sine, right * cosine + left * sine), dim=-1)
 
 
-def logits(weights: dict[str, Tensor], tokens: Tensor, *, heads: int, groups: int) -> Tensor:
-    """`[b, s, V]` of tokens `[b, s]`."""
+def logits(
+    weights: dict[str, Tensor],
+    tokens: Tensor,
+    *,
+    heads: int,
+    groups: int,
+    separator: int | None = None,
+) -> Tensor:
+    """`[b, s, V]` of tokens `[b, s]`; with a separator each document behind one is by itself."""
     layer = {
         key.removeprefix("decoder.layers."): tensor
         for key, tensor in weights.items()
@@ -67,15 +74,21 @@ def logits(weights: dict[str, Tensor], tokens: Tensor, *, heads: int, groups: in
     x = weights["embedding.word_embeddings.weight"][tokens]
     batch, length, hidden = x.shape
     size = hidden // heads
-    causal = torch.ones(length, length, dtype=torch.bool).tril()
+    causal = torch.ones(length, length, dtype=torch.bool).tril().expand(batch, 1, -1, -1)
+    positions = torch.arange(length).expand(batch, -1)
+    if separator is not None:
+        ends = tokens == separator
+        document = ends.cumsum(dim=1) - ends.long()
+        causal = causal & (document[:, None, :, None] == document[:, None, None])
+        positions = (causal.sum(dim=-1) - 1)[:, 0]
     for i in range(layer["mlp.linear_fc2.weight"].shape[0]):
         y = rms_norm(x, layer["self_attention.linear_qkv.layer_norm_weight"][i])
         # For each group its query heads, then its key head, then its value head.
         qkv = (y @ layer["self_attention.linear_qkv.weight"][i].T).view(
             batch, length, groups, heads // groups + 2, size
         )
-        query = rotate(qkv[..., :-2, :].reshape(batch, length, heads, size))
-        key = rotate(qkv[..., -2, :]).repeat_interleave(heads // groups, dim=2)
+        query = rotate(qkv[..., :-2, :].reshape(batch, length, heads, size), positions)
+        key = rotate(qkv[..., -2, :], positions).repeat_interleave(heads // groups, dim=2)
         value = qkv[..., -1, :].repeat_interleave(heads // groups, dim=2)
         scores = torch.einsum("bqhd,bkhd->bhqk", query, key) / size**0.5
         attention = scores.masked_fill(~causal, -torch.inf).softmax(dim=-1)
@@ -125,6 +138,7 @@ def token_terms(
 ) -> dict[str, Tensor]:
     """Every loss of every token, `[b, s]`, by its definition over probabilities."""
     size = {"heads": spec.heads, "groups": spec.groups}
+    size["separator"] = spec.eod if getattr(spec, "documents", False) else None
     # Columns from the tokenizer's size on are padding and take no part.
     log_p = logits(weights, batch["tokens"], **size)[..., : spec.vocab].log_softmax(dim=-1)
     with torch.no_grad():

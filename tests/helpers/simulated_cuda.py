@@ -29,7 +29,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_ext.runtime.cpu_streams import Event, Stream
-from tests.helpers import forked
+from tests.helpers import flash, forked
 
 NAME, MEMORY = "NVIDIA H200", 141 * 2**30
 CUDA, LAZY, CPU = torch.device("cuda", 0), torch.device("lazy", 0), torch.device("cpu")
@@ -181,6 +181,7 @@ def install() -> None:
     _patch_tensors()
     _patch_distributed()
     _patch_triton()
+    flash.install()
     thread: Any = threading.Thread
     run = thread.run
 
@@ -190,8 +191,7 @@ def install() -> None:
             run(self)
 
     thread.run = run_with_device
-    # Or torch.tensor(..., device="cuda") would place its data without the mode seeing it.
-    torch._C._set_only_lift_cpu_tensors(True)
+    torch._C._set_only_lift_cpu_tensors(True)  # or torch.tensor(..., device="cuda") is not seen
     Device().__enter__()
 
 

@@ -145,6 +145,10 @@ CASES: dict[str, tuple[list[str], list[str]]] = {
         ["--cp-comm-type", "a2a"],
         ["--cp-comm-type: expected all_gather", "found ['a2a']"],
     ),
+    "attention within documents in layers of one's own": (
+        ["--dataloader-inter-document-masking", "--spec", "module", "name"],
+        ["--dataloader-inter-document-masking is not supported", "torch-native layers"],
+    ),
     "experts that the checkpoint lacks": (
         ["--num-experts", "4"],
         ["--load: expected --num-experts 4", "found None"],

@@ -40,6 +40,8 @@ def runs(tiny, server, data, runs_directory):
     for name, (ranks, layout) in LAYOUTS.items():
         flags = chat_flags(tiny, data, *start, "--train-iters", 4, *layout)
         launches[name] = Launch(flags, ranks=ranks)
+        apart = (*flags, "--dataloader-inter-document-masking")
+        launches[f"apart, {name}"] = Launch(apart, ranks=ranks)
     wrong = ROOT / "tests" / "helpers" / "mean_of_means.py"
     for name in ("micro-batch 1", "micro-batch 4"):
         right = launches[name]
@@ -65,6 +67,15 @@ def test_loss_and_gradient_do_not_depend_on_the_layout(runs, layout):
     assert len(expected["lm loss"]) == 4
     for tag, difference in compare(expected, runs[layout].scalars, tags=TAGS).items():
         assert difference <= TOLERANCE, tag
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_conversations_apart_are_another_loss_in_every_layout_the_same(runs, layout):
+    expected = runs["apart, micro-batch 1"].scalars
+    for tag, difference in compare(expected, runs[f"apart, {layout}"].scalars, tags=TAGS).items():
+        assert difference <= TOLERANCE, tag
+    together = runs["micro-batch 1"].scalars
+    assert compare(expected, together, tags=TAGS)["lm loss"] > 100 * TOLERANCE
 
 
 def test_a_mean_of_means_depends_on_the_layout(runs):

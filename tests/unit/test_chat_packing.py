@@ -1,5 +1,6 @@
 """Packed conversations: nothing is lost, nothing is twice, and an index has one content."""
 
+import itertools
 import re
 from argparse import Namespace
 from types import SimpleNamespace
@@ -7,12 +8,14 @@ from typing import ClassVar
 
 import numpy as np
 import pytest
+import torch
 
 from megatron_ext import chat
 from megatron_ext.config import ChatConfig
 from megatron_ext.data.chat_dataset import ChatDataset, Packing, pack
 from megatron_ext.data.chat_tokens import ChatTokens, load_tokens
 from megatron_ext.exceptions import DataError
+from megatron_ext.model.documents import Documents
 from tests.helpers.conversations import conversations, write_jsonl
 from tests.helpers.entry import ROOT
 
@@ -90,6 +93,32 @@ def test_the_order_of_a_seed_is_written_down(seed, order):
     """A resumed run must see the samples that were left, also after an upgrade."""
     packing = Packing(tokens([5, 9, 3, 12, 7, 20, 4]), seq_length=LENGTH, seed=seed)
     assert [packing.conversations(i) for i in range(packing.sequences(1))] == order
+
+
+def test_a_sample_says_where_its_conversations_lie(packing):
+    together = ChatDataset(packing, samples=1000, eod=EOD, split="train")
+    apart = ChatDataset(packing, samples=1000, eod=EOD, split="train", apart=True)
+    counts, whole = set(), 0
+    for index in range(packing.sequences(1)):
+        sample = apart[index]
+        lengths, positions = sample.pop("cu_seqlens"), sample.pop("position_ids")
+        assert lengths.dtype == torch.int32
+        (bounds,) = Documents.from_lengths(lengths[None]).bounds
+        assert len(lengths) == LENGTH + 1
+        own = packing.tokens.lengths[packing.conversations(index)]
+        ends = [0, *own.cumsum().clip(max=LENGTH).tolist()]
+        # The last label is no token; what fills the sequence up belongs to no conversation.
+        assert bounds == (*ends, LENGTH) if ends[-1] < LENGTH else tuple(ends)
+        expected = [place for a, b in itertools.pairwise(bounds) for place in range(b - a)]
+        assert positions.tolist() == expected
+        rest = together[index]
+        del rest["position_ids"]
+        assert sample["source"] == rest.pop("source")
+        assert all(torch.equal(sample[key], value) for key, value in rest.items())
+        counts.add(len(own))
+        whole += ends[-1] == LENGTH
+    assert max(counts) > 1
+    assert 0 < whole < packing.sequences(1), "some of the sequences are full, others not"
 
 
 def test_first_fit_takes_the_first_sequence_with_room():
@@ -246,10 +275,14 @@ def test_a_run_packs_to_the_context_and_one_more_for_the_last_label(tmp_path, mo
 
 
 def test_each_split_has_its_own_conversations(packing, monkeypatch):
-    monkeypatch.setattr(chat, "reads_data", lambda stage: stage != 1)
+    monkeypatch.setattr(chat, "reads_data", lambda args, stage: stage != 1)
     valid = Packing(tokens([3, 4]), seq_length=LENGTH, seed=5)
     config, template = ChatConfig(chat_data_path=["a"]), SimpleNamespace(eod_id=EOD)
-    provide = chat.ChatRun(config, template, packing, valid, None).provider()
+    args = Namespace(dataloader_inter_document_masking=False)
+    provide = chat.ChatRun(config, template, packing, valid, None).provider(args)
+    assert not provide((10, 4, 0))[0].apart
+    args.dataloader_inter_document_masking = True
+    assert all(dataset.apart for dataset in provide((10, 4, 0))[:2])
     found, nothing = provide((10, 4, 0)), provide((10, 0, 0))[1:]
     assert [(d.packing, len(d), d.eod, d.split.name) for d in found[:2]] == [
         *((packing, 10, EOD, "train"), (valid, 4, EOD, "valid"))

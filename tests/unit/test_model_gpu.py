@@ -1,10 +1,13 @@
 """The torch-native layers on a GPU: kernels, chosen attention, bf16 against an fp64 reference."""
 
+import itertools
+
 import pytest
 import torch
 from torch.nn import functional
 from torch.profiler import ProfilerActivity, profile
 
+from megatron_ext.model.documents import Documents
 from megatron_ext.model.rope import cos_sin, split_rotate
 from megatron_ext.runtime import optimizer as kernels
 from tests.helpers.attention import core_attention
@@ -116,3 +119,39 @@ def test_fused_adam_runs_on_the_device():
         ours.step()
         plain.step()
     torch.testing.assert_close(parameter, twin, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(("query_heads", "groups", "size"), [(8, 8, 64), (8, 2, 64), (4, 4, 128)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_attention_within_documents_is_that_of_each_by_itself(query_heads, groups, size, dtype):
+    """In bf16 by the flash kernel for many lengths, in fp32 document by document."""
+    torch.manual_seed(0)
+    attention, buffer, parts = _attention(query_heads, groups, size, dtype)
+    ends = [[1, 70, 256], [256]]
+    lengths = torch.full((2, 257), 256, dtype=torch.int32)
+    lengths[:, 0] = 0
+    lengths[0, 1:4] = torch.tensor(ends[0])
+    weight = torch.randn(256, 2, query_heads * size, device="cuda").to(dtype)
+    found = attention(*parts, packed_seq_params=Documents.from_lengths(lengths))
+    (found * weight).sum().backward()
+    gradient, buffer.grad = buffer.grad, None
+    exact = buffer.detach().double().requires_grad_()
+    heads = query_heads // groups
+    whole = [part.flatten(2, 3) for part in exact.split((heads, 1, 1), dim=3)]
+    samples = []
+    for sample, own in enumerate(ends):
+        alone = slice(sample, sample + 1)
+        documents = [
+            functional.scaled_dot_product_attention(
+                *(part[start:end, alone].permute(1, 2, 0, 3) for part in whole),
+                is_causal=True,
+                enable_gqa=query_heads != groups,
+            ).permute(2, 0, 1, 3)
+            for start, end in itertools.pairwise((0, *own))
+        ]
+        samples.append(torch.cat(documents).flatten(2))
+    want = torch.cat(samples, dim=1)
+    (want * weight.double()).sum().backward()
+    bounds = (1e-2, 2e-2) if dtype == torch.bfloat16 else (1e-5, 1e-5)
+    assert _error(found, want) < bounds[0]
+    assert _error(gradient, exact.grad) < bounds[1]

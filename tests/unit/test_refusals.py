@@ -13,8 +13,10 @@ from megatron_ext.refusals import (
     NEVER,
     WITH_DATASET_LOG,
     WITH_DISTRIBUTED_OPTIMIZER,
+    WITH_DOCUMENTS,
     WITH_TORCH_NATIVE_LAYERS,
     WITH_UNLEARNING,
+    WITHOUT_TORCH_NATIVE_LAYERS,
     WITHOUT_UNLEARNING,
     refuse,
 )
@@ -24,6 +26,7 @@ from tools.list_refused import render
 TABLES = (
     *(NEVER, WITHOUT_CUDA, *WITHOUT_PACKAGE.values()),
     *(WITH_DISTRIBUTED_OPTIMIZER, WITH_TORCH_NATIVE_LAYERS, WITH_DATASET_LOG),
+    *(WITH_DOCUMENTS, WITHOUT_TORCH_NATIVE_LAYERS),
     *(WITH_UNLEARNING, WITHOUT_UNLEARNING, WITH_CHAT),
 )
 ROWS = [row for table in TABLES for row in table]
@@ -119,6 +122,20 @@ def test_the_first_row_that_applies_is_named():
     with pytest.raises(ConfigError, match=r"^--attention-backend: expected auto, .* found local; "):
         refuse(backend, WITH_TORCH_NATIVE_LAYERS, where="")
     refuse(Namespace(use_mup=None, dataloader_type="single"), ROWS, where="")
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "fine"),
+    [
+        ("cuda_graph_impl", "local", "none"),
+        ("enable_cuda_graph", True, False),
+        ("external_cuda_graph", True, False),
+    ],
+)
+def test_lengths_of_documents_are_not_those_of_a_graph(name, value, fine):
+    refuse(Namespace(**{name: fine}), WITH_DOCUMENTS, where="")
+    with pytest.raises(ConfigError, match="a graph is of fixed lengths"):
+        refuse(Namespace(**{name: value}), WITH_DOCUMENTS, where="")
 
 
 @pytest.mark.parametrize("name", ["openai_gelu", "apply_residual_connection_post_layernorm"])

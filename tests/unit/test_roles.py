@@ -31,6 +31,7 @@ def alone(monkeypatch):
 def read(mask, forget):
     args = Namespace(
         create_attention_mask_in_dataloader=False,
+        dataloader_inter_document_masking=False,
         **{"context_parallel_size": 1, "pipeline_model_parallel_size": 1, "seq_length": 3},
     )
     sample = {"loss_mask": torch.tensor([mask])}
