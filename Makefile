@@ -68,6 +68,7 @@ bench: $(READY)
 	$(PYTHON) -m benchmarks.head
 	$(PYTHON) -m benchmarks.step
 	$(PYTHON) -m benchmarks.layers
+	$(PYTHON) -m benchmarks.documents
 	$(PYTHON) -m benchmarks.experts
 	$(PYTHON) -m benchmarks.launch
 	$(PYTHON) -m benchmarks.preprocess $(if $(MEGATRON_LM),--peer-path $(MEGATRON_LM))

@@ -92,6 +92,7 @@ def parts(out: Path) -> list[Part]:
         Part("unlearn", "the whole method on a model of 100 M parameters", demo, 600),
         Part("tune", "phases of the head", ("-m", "benchmarks.head_phases", "--tune", *to), 300),
         Part("layers", "parts of a layer", ("-m", "benchmarks.layers", *to), 120),
+        Part("documents", "attention within documents", ("-m", "benchmarks.documents", *to), 120),
         Part("experts", "a rank's experts", ("-m", "benchmarks.experts", *to), 120),
         Part("launch", "launch to first step", ("-m", "benchmarks.launch", *to), 240),
     ]

@@ -189,11 +189,11 @@ def check_checkpoints(args: Namespace, config: UnlearnConfig) -> Start:
         warn_of_noise(args, config)
         args.unlearn_composition = _composition(args, config)
         check_unlearning(start, args.unlearn_composition)
-        tell_changes(start, args)
         # A part of the run without the mitigation term hands the record on.
         args.unlearn_reference = start.recorded("unlearn_reference")
     elif args.chat_digest is None:
         check_plain(start, args)
+    tell_changes(start, args, config)
     args.consumed_data = start.recorded("consumed_data")  # to be gone on with when there are data
     if args.ckpt_convert_format is not None:  # without a step there is no other
         args.unlearn_watch = start.recorded("unlearn_watch")
@@ -232,7 +232,8 @@ def check_before_megatron(args: Namespace, config: UnlearnConfig) -> None:
     Raises:
         ConfigError: names the flag, what was expected and what was found.
     """
-    refusals.refuse(args, refusals.NEVER, where="is not supported")
+    always = *refusals.NEVER, *refusals.WITH_DOCUMENTS
+    refusals.refuse(args, always, where="is not supported")
     for package, rows in machine_refusals.WITHOUT_PACKAGE.items():
         if not _installed(package):
             refusals.refuse(args, rows, where="is not supported")
@@ -240,16 +241,9 @@ def check_before_megatron(args: Namespace, config: UnlearnConfig) -> None:
         refusals.refuse(args, refusals.WITH_DISTRIBUTED_OPTIMIZER, where="is not supported")
     if cpu.is_enabled():
         refusals.refuse(args, machine_refusals.WITHOUT_CUDA, where="is not supported")
-    if args.spec is None and args.transformer_impl == "local":
-        refusals.refuse(args, refusals.WITH_TORCH_NATIVE_LAYERS, where="is not supported")
-    else:
-        refusals.refuse(args, refusals.WITHOUT_TORCH_NATIVE_LAYERS, where="is not supported")
-    if args.dataloader_inter_document_masking:
-        refusals.refuse(
-            args,
-            refusals.WITH_DOCUMENTS,
-            where="cannot be combined with --dataloader-inter-document-masking",
-        )
+    native = args.spec is None and args.transformer_impl == "local"
+    of_layers = refusals.WITH_TORCH_NATIVE_LAYERS if native else refusals.WITH_OTHER_LAYERS
+    refusals.refuse(args, of_layers, where="is not supported")
     if args.dataset_log_interval is not None:
         refusals.refuse(
             args,

@@ -171,17 +171,22 @@ WITH_TORCH_NATIVE_LAYERS = (
         "the torch-native layers always all-gather keys and values over context-parallel ranks",
     ),
 )
-WITHOUT_TORCH_NATIVE_LAYERS = (
+WITH_OTHER_LAYERS = (
     Refusal(
         "dataloader_inter_document_masking",
         "attention within documents is that of the torch-native layers (--transformer-impl local)",
     ),
 )
-_LENGTHS_DIFFER = "a graph is of fixed lengths, and those of documents differ"
+_LENGTHS_DIFFER = (
+    "a graph is of fixed lengths, documents (--dataloader-inter-document-masking) are not"
+)
+_WITHIN = ("dataloader_inter_document_masking", True)
 WITH_DOCUMENTS = (
-    Refusal("cuda_graph_impl", _LENGTHS_DIFFER, "none", lambda kind: kind != "none"),
-    Refusal("enable_cuda_graph", _LENGTHS_DIFFER),
-    Refusal("external_cuda_graph", _LENGTHS_DIFFER),
+    Refusal(
+        "cuda_graph_impl", _LENGTHS_DIFFER, "none", lambda kind: kind != "none", beside=_WITHIN
+    ),
+    Refusal("enable_cuda_graph", _LENGTHS_DIFFER, beside=_WITHIN),
+    Refusal("external_cuda_graph", _LENGTHS_DIFFER, beside=_WITHIN),
 )
 WITH_DISTRIBUTED_OPTIMIZER = (
     Refusal(

@@ -43,12 +43,11 @@ def _start(start: Start) -> str:
 
 
 def _objective(args: Namespace, config: UnlearnConfig, source: ReferenceSource | None) -> str:
+    what = "documents" if args.chat_digest is None else "conversations"
+    within = f"; attention within {what}" if args.dataloader_inter_document_masking else ""
     if not config.enabled:
-        return (
-            "cross-entropy"
-            if args.chat_digest is None
-            else "cross-entropy on the assistant's tokens"
-        )
+        of = "" if args.chat_digest is None else " on the assistant's tokens"
+        return f"cross-entropy{of}{within}"
     batch = args.global_batch_size
     forgotten = config.forget_samples(batch, train_global_batch_size=batch)
     terms = [
@@ -58,7 +57,7 @@ def _objective(args: Namespace, config: UnlearnConfig, source: ReferenceSource |
     if source is not None:
         reference = f"{source.checkpoint.directory}, iteration {source.checkpoint.iteration:,}"
         terms.append(f"{config.mitigation_weight:g} x KL to {reference}")
-    return f"{' + '.join(terms)}; {forgotten} of {batch} samples a step are forgotten"
+    return f"{' + '.join(terms)}; {forgotten} of {batch} samples a step are forgotten{within}"
 
 
 def _steps(args: Namespace, start: Start) -> str:

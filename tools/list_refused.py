@@ -29,9 +29,9 @@ from megatron_ext.refusals import (  # noqa: E402
     WITH_DATASET_LOG,
     WITH_DISTRIBUTED_OPTIMIZER,
     WITH_DOCUMENTS,
+    WITH_OTHER_LAYERS,
     WITH_TORCH_NATIVE_LAYERS,
     WITH_UNLEARNING,
-    WITHOUT_TORCH_NATIVE_LAYERS,
     WITHOUT_UNLEARNING,
 )
 from megatron_ext.runtime import cpu  # noqa: E402
@@ -60,7 +60,7 @@ def render() -> str:
         "Without the package `multi-storage-client`": WITHOUT_STORAGE_CLIENT,
         "Without the package `deep_ep`": WITHOUT_DEEP_EP,
         "With the torch-native layers (`--transformer-impl local`)": WITH_TORCH_NATIVE_LAYERS,
-        "With Transformer Engine's layers, or those of `--spec`": WITHOUT_TORCH_NATIVE_LAYERS,
+        "With Transformer Engine's layers, or those of `--spec`": WITH_OTHER_LAYERS,
         "With `--dataloader-inter-document-masking`": WITH_DOCUMENTS,
         "With `--use-distributed-optimizer`": WITH_DISTRIBUTED_OPTIMIZER,
         "With `--dataset-log-interval`": WITH_DATASET_LOG,
@@ -74,7 +74,8 @@ def render() -> str:
             what = f"unless {row.expected}" if row.expected else "always"
             if row.beside is not None:
                 other, value = flag_name(row.beside[0]), row.beside[1]
-                what = f"without {other}" if value is False else f"beside {other} {value}"
+                told = "" if value is True else f" {value}"
+                what = f"without {other}" if value is False else f"beside {other}{told}"
             lines.append(f"| `{row.flag}` | {what} | {row.reason} |")
     required = ", ".join(f"`{flag_name(name)}`" for name in REQUIRED_WITH_CHAT)
     lines += ["", f"Chat tuning needs {required}."]

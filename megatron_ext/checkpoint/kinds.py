@@ -6,12 +6,15 @@ import logging
 from argparse import Namespace
 
 from megatron_ext.checkpoint.source import Start
+from megatron_ext.config import UnlearnConfig
 from megatron_ext.exceptions import ConfigError
 
 logger = logging.getLogger(__name__)
 
 # What the objective is made of; each may change in a run, but not unseen.
 _OBJECTIVE = ("forget_loss", "forget_weight", "replay_weight", "mitigation_weight", "fp32_logits")
+# Whether attention ends with a document; in every kind of run.
+_WITHIN = "dataloader_inter_document_masking"
 
 
 def check_unlearning(start: Start, composition: dict[str, int]) -> None:
@@ -67,20 +70,26 @@ def check_plain(start: Start, args: Namespace) -> None:
             )
 
 
-def tell_changes(start: Start, args: Namespace) -> None:
+def tell_changes(start: Start, args: Namespace, config: UnlearnConfig) -> None:
     """Say which part of the objective is another one from here on.
 
     Args:
         start: where the run begins.
-        args: Megatron's validated arguments, of an unlearning run.
+        args: Megatron's validated arguments.
+        config: the settings of unlearning.
     """
-    if start.before is None or args.rank != 0:
+    if start.checkpoint is None or args.rank != 0:
         return
-    for name in _OBJECTIVE:
+    names = _OBJECTIVE if config.enabled and start.resumed else ()
+    # Of an imported model, which has iteration 0, this is not known; and conversations are often kept apart
+    # where documents were not.
+    if start.resumed or (args.chat_digest is None and start.checkpoint.iteration):
+        names = *names, _WITHIN
+    for name in names:
         found = getattr(args, name)
-        before = getattr(start.before.args, name, found)
+        before = getattr(start.checkpoint.args, name, found)
         if before != found:
             logger.warning(
                 "--%s: %s until iteration %d, %s from here on",
-                *(name.replace("_", "-"), before, start.before.iteration, found),
+                *(name.replace("_", "-"), before, start.checkpoint.iteration, found),
             )

@@ -14,9 +14,9 @@ from megatron_ext.refusals import (
     WITH_DATASET_LOG,
     WITH_DISTRIBUTED_OPTIMIZER,
     WITH_DOCUMENTS,
+    WITH_OTHER_LAYERS,
     WITH_TORCH_NATIVE_LAYERS,
     WITH_UNLEARNING,
-    WITHOUT_TORCH_NATIVE_LAYERS,
     WITHOUT_UNLEARNING,
     refuse,
 )
@@ -26,7 +26,7 @@ from tools.list_refused import render
 TABLES = (
     *(NEVER, WITHOUT_CUDA, *WITHOUT_PACKAGE.values()),
     *(WITH_DISTRIBUTED_OPTIMIZER, WITH_TORCH_NATIVE_LAYERS, WITH_DATASET_LOG),
-    *(WITH_DOCUMENTS, WITHOUT_TORCH_NATIVE_LAYERS),
+    *(WITH_DOCUMENTS, WITH_OTHER_LAYERS),
     *(WITH_UNLEARNING, WITHOUT_UNLEARNING, WITH_CHAT),
 )
 ROWS = [row for table in TABLES for row in table]
@@ -133,9 +133,13 @@ def test_the_first_row_that_applies_is_named():
     ],
 )
 def test_lengths_of_documents_are_not_those_of_a_graph(name, value, fine):
-    refuse(Namespace(**{name: fine}), WITH_DOCUMENTS, where="")
-    with pytest.raises(ConfigError, match="a graph is of fixed lengths"):
-        refuse(Namespace(**{name: value}), WITH_DOCUMENTS, where="")
+    within = {"dataloader_inter_document_masking": True}
+    for args in (Namespace(**{name: fine}, **within), Namespace(**{name: value})):
+        refuse(args, WITH_DOCUMENTS, where="")
+    with pytest.raises(
+        ConfigError, match=r"a graph is of fixed lengths, .* \(--dataloader-inter-document"
+    ):
+        refuse(Namespace(**{name: value}, **within), WITH_DOCUMENTS, where="")
 
 
 @pytest.mark.parametrize("name", ["openai_gelu", "apply_residual_connection_post_layernorm"])

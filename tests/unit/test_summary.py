@@ -23,6 +23,7 @@ def args(**changes) -> Namespace:
         **{"lr_wsd_decay_iters": None, "lr_wsd_decay_samples": None, "no_load_optim": False},
         **{"start_weight_decay": 0.1, "end_weight_decay": 0.1, "rank": 0},
         **{"weight_decay_incr_style": "constant"},
+        "dataloader_inter_document_masking": False,
         **{"override_opt_param_scheduler": False, "use_checkpoint_opt_param_scheduler": False},
     }
     return Namespace(**usual | changes)
@@ -64,6 +65,20 @@ def test_an_unlearning_run_names_its_terms_and_its_reference():
         "0.01 x bounded forgetting + 1 x cross-entropy + 1 x KL to ckpt/synth, iteration 9,000; "
         "4 of 16 samples a step are forgotten"
     )
+
+
+@pytest.mark.parametrize(
+    ("config", "chat", "ends"),
+    [
+        (UnlearnConfig(), None, "cross-entropy; attention within documents"),
+        (UnlearnConfig(), "a1", "on the assistant's tokens; attention within conversations"),
+        (UNLEARNING, None, "a step are forgotten; attention within documents"),
+    ],
+)
+def test_attention_within_documents_is_part_of_the_objective(config, chat, ends):
+    given = args(dataloader_inter_document_masking=True, chat_digest=chat)
+    found = lines(given, config, Start(checkpoint("synth", 1), "--load", resumed=False), None)
+    assert found["objective"].endswith(ends)
 
 
 def test_a_resumed_run_counts_what_is_left():
