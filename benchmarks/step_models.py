@@ -102,6 +102,7 @@ def unlearn_step(shape: Shape, variant: Variant, reference: torch.nn.Module) -> 
         seq_length=shape.sequence,
         unpadded_vocab_size=shape.vocab,
         create_attention_mask_in_dataloader=False,
+        dataloader_inter_document_masking=False,
         check_for_nan_in_loss_and_grad=False,
         log_straggler=False,
         overlap_param_gather=False,

@@ -13,11 +13,10 @@ the last of m keys.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cache
 from inspect import signature
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
@@ -28,22 +27,26 @@ from megatron_ext.model.context_parallel import Attend
 
 
 @dataclass(frozen=True)
-class Lengths:
-    """The documents of a sample that have queries, as the flash kernel takes them.
+class Spans:
+    """The documents of a sample that have some of its tokens as queries.
 
     Attributes:
-        begin: position of the first of them in the sample.
-        queries: int32 `[documents + 1]`, where each one's queries begin and the last one's end.
-        keys: the same of the keys, from `begin` on.
-        longest_query: queries of the document that has most.
-        longest_key: keys of the document that has most.
+        begin: position in the sample where the first of them begins.
+        queries: number of each one's queries, which are its last tokens.
+        keys: number of each one's keys.
     """
 
     begin: int
-    queries: Tensor
-    keys: Tensor
-    longest_query: int
-    longest_key: int
+    queries: tuple[int, ...]
+    keys: tuple[int, ...]
+
+    def ends(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """int32 `[documents + 1]` of queries and of keys: 0 and where those of each document end."""
+        rows = [[0, *accumulate(counts)] for counts in (self.queries, self.keys)]
+        found = torch.tensor(rows, dtype=torch.int32)
+        if device.type == "cuda":
+            found = found.pin_memory().to(device, non_blocking=True)
+        return found[0], found[1]
 
 
 @dataclass
@@ -55,7 +58,8 @@ class Documents(PackedSeqParams):
     """
 
     bounds: tuple[tuple[int, ...], ...] = ()
-    _lengths: dict[tuple[int, int, int], Lengths] = field(default_factory=dict, repr=False)
+    _spans: dict[tuple[int, int, int], Spans] = field(default_factory=dict, repr=False)
+    _ends: dict[Spans, tuple[Tensor, Tensor]] = field(default_factory=dict, repr=False)
 
     @classmethod
     def from_lengths(cls, cu_seqlens: Tensor) -> Documents:
@@ -80,27 +84,28 @@ class Documents(PackedSeqParams):
             before = ends[-1]
         return torch.tensor(ends, dtype=torch.int32)
 
-    def parts(self, sample: int, first: int, end: int) -> Iterator[tuple[int, int]]:
-        """Where the documents begin and end that have tokens from `first` to `end`, up to there."""
-        row = self.bounds[sample]
-        for start, stop in pairwise(row):
-            if first < stop and start < end:
-                yield start, min(stop, end)
-
-    def lengths(self, sample: int, first: int, end: int, device: torch.device) -> Lengths:
-        """Those documents, for queries that are the positions from `first` on; made once for all layers."""
+    def spans(self, sample: int, first: int, end: int) -> Spans:
+        """The documents of a sample with queries from `first` to `end`; made once for all layers."""
         place = sample, first, end
-        if place not in self._lengths:
-            parts = list(self.parts(*place))
-            begin = parts[0][0]
-            queries = [0, *(stop - first for _, stop in parts)]
-            keys = [0, *(stop - begin for _, stop in parts)]
-            ends = torch.tensor([queries, keys], dtype=torch.int32)
-            if device.type == "cuda":
-                ends = ends.pin_memory().to(device, non_blocking=True)
-            longest = (max(b - a for a, b in pairwise(row)) for row in (queries, keys))
-            self._lengths[place] = Lengths(begin, ends[0], ends[1], *longest)
-        return self._lengths[place]
+        if place not in self._spans:
+            row = self.bounds[sample]
+            own = [
+                (start, min(stop, end))
+                for start, stop in pairwise(row)
+                if first < stop and start < end
+            ]
+            self._spans[place] = Spans(
+                begin=own[0][0],
+                queries=tuple(stop - max(start, first) for start, stop in own),
+                keys=tuple(stop - start for start, stop in own),
+            )
+        return self._spans[place]
+
+    def ends(self, spans: Spans, device: torch.device) -> tuple[Tensor, Tensor]:
+        """See there; copied to the device once for all layers."""
+        if spans not in self._ends:
+            self._ends[spans] = spans.ends(device)
+        return self._ends[spans]
 
 
 def attend_within(
@@ -131,31 +136,34 @@ def attend_within(
     assert len(documents.bounds) == query.shape[1], "expected documents of as many samples"
     end, first = len(key), len(key) - len(query)
     contexts = []
-    for sample in range(query.shape[1]):
-        own = slice(sample, sample + 1)
+    # Split, not sliced: the gradient of a slice is as large as all that it was cut from.
+    samples = zip(query.unbind(1), key.unbind(1), value.unbind(1), strict=True)
+    for sample, (queries, keys, values) in enumerate(samples):
+        spans = documents.spans(sample, first, end)
+        if spans.begin:
+            keys, values = keys[spans.begin :], values[spans.begin :]
         if flash:
-            lengths = documents.lengths(sample, first, end, query.device)
-            keys = slice(lengths.begin, end)
-            context = _flash(
-                query[:, sample], key[keys, sample], value[keys, sample], lengths, scale
-            )
-            contexts.append(context[:, None])
+            ends = documents.ends(spans, query.device)
+            contexts.append(_flash(queries, keys, values, spans, ends, scale))
             continue
-        within = []
-        for start, stop in documents.parts(sample, first, end):
-            queries = slice(max(start - first, 0), stop - first)
-            within.append(attend(query[queries, own], key[start:stop, own], value[start:stop, own]))
-        contexts.append(_joined(within, dim=0))
-    return _joined(contexts, dim=1)
-
-
-def _joined(parts: list[Tensor], *, dim: int) -> Tensor:
-    """The only one as it is, without a copy."""
-    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=dim)
+        parts = zip(
+            queries.split(spans.queries),
+            keys.split(spans.keys),
+            values.split(spans.keys),
+            strict=True,
+        )
+        within = [attend(*(part[:, None] for part in own)) for own in parts]
+        contexts.append(torch.cat(within)[:, 0])
+    return torch.stack(contexts, dim=1)
 
 
 def _flash(
-    query: Tensor, key: Tensor, value: Tensor, lengths: Lengths, scale: float | None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    spans: Spans,
+    ends: tuple[Tensor, Tensor],
+    scale: float | None,
 ) -> Tensor:
     """Context `[n, h, d]` of the queries of one sample."""
     from torch.nn.attention.varlen import varlen_attn  # brings torch's compiler
@@ -166,10 +174,9 @@ def _flash(
         query,
         key,
         value,
-        lengths.queries,
-        lengths.keys,
-        lengths.longest_query,
-        lengths.longest_key,
+        *ends,
+        max(spans.queries),
+        max(spans.keys),
         scale=scale,
         window_size=(-1, 0),
         **_grouped(attend),

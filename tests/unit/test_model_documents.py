@@ -9,7 +9,7 @@ from megatron.core.transformer.enums import AttnBackend
 from torch.nn import functional
 
 from megatron_ext.data.batch import MicroBatch, count_pairs
-from megatron_ext.model.documents import Documents, attend_within
+from megatron_ext.model.documents import Documents, Spans, attend_within
 from tests.helpers import flash
 from tests.helpers.attention import core_attention
 
@@ -116,16 +116,15 @@ def test_documents_are_those_of_the_samples():
         24,
         "sbhd",
     )
-    assert list(documents.parts(0, 2, 12)) == [(2, 9), (9, 12)]
-    assert list(documents.parts(0, 1, 2)) == [(1, 2)]
-    lengths = documents.lengths(0, 4, 12, torch.device("cpu"))
-    assert (lengths.begin, lengths.queries.tolist(), lengths.keys.tolist()) == (
-        2,
-        [0, 5, 8],
-        [0, 7, 10],
-    )
-    assert (lengths.longest_query, lengths.longest_key) == (5, 7)
-    assert documents.lengths(0, 4, 12, torch.device("cpu")) is lengths
+    assert documents.spans(0, 2, 12) == Spans(2, (7, 3), (7, 3))
+    assert documents.spans(0, 1, 2) == Spans(1, (1,), (1,))
+    spans = documents.spans(0, 4, 12)
+    assert spans == Spans(2, (5, 3), (7, 3))
+    assert documents.spans(0, 4, 12) is spans
+    ends = documents.ends(spans, torch.device("cpu"))
+    assert [row.tolist() for row in ends] == [[0, 5, 8], [0, 7, 10]]
+    assert all(row.dtype == torch.int32 for row in ends)
+    assert documents.ends(spans, torch.device("cpu")) is ends
 
 
 @pytest.mark.parametrize("row", [[0, 3, 9], [1, 5, LENGTH]])
