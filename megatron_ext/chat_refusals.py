@@ -7,7 +7,10 @@ from megatron_ext.refusals import Refusal, is_no_single
 _ONE_OF_TWO = "a run either unlearns or tunes; unlearn first, then tune the result in a second run"
 _OTHER_DATA = "chat tuning reads only the files of --chat-data-path"
 _EVERY_TOKEN = "the chat template decides which tokens are in the loss"
-_PACKED = "positions and attention run through a packed sequence"
+_PACKED = (
+    "positions run through a packed sequence, or with --dataloader-inter-document-masking through each "
+    "conversation"
+)
 _FIXED = "the number of iterations is computed from a fixed global batch size"
 WITH_CHAT: tuple[Refusal, ...] = (
     Refusal("forget_data_path", _ONE_OF_TWO),
