@@ -54,6 +54,17 @@ def check(now, saved=None, folder="iter_0000005"):
     check_resumable(checkpoint, Namespace(**RUN | now))
 
 
+def test_random_numbers_of_each_replica_stay_so():
+    flag, apart = "--data-parallel-random-init", {"data_parallel_random_init": True}
+    check(apart, apart)
+    check({"no_load_rng": True}, apart)
+    with pytest.raises(ConfigError, match=f"^{flag}: expected it, .* found neither$"):
+        check({}, apart)
+    for now in (apart, apart | {"no_load_rng": True}):
+        with pytest.raises(ConfigError, match=f"^{flag}: expected a run without it, .* found it$"):
+            check(now)
+
+
 @pytest.mark.parametrize(
     ("now", "saved"),
     [
