@@ -1,4 +1,4 @@
-"""The architectures of `transformers` that are a Llama but for biases, norms of the attention and experts."""
+"""The architectures of `transformers` that are a Llama but for biases, norms, rotation and experts."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from transformers import (
     Qwen2Config,
     Qwen3Config,
     Qwen3MoeConfig,
+    SmolLM3Config,
 )
 
 Bias = Literal["none", "qkv", "all"]
@@ -48,6 +49,7 @@ class Family:
         biases: which linear layers can have a bias: none, queries, keys and values, or all.
         qk_norm: whether each head's query and key are normed.
         output_bias: whether a bias of queries, keys and values brings one of the attention's output along.
+        unrotated: whether there may be layers whose queries and keys are not rotated.
         mixture: of its layers, if they are mixtures of experts.
     """
 
@@ -57,19 +59,25 @@ class Family:
     biases: tuple[Bias, ...]
     qk_norm: bool = False
     output_bias: bool = True
+    unrotated: bool = False
     mixture: Mixture | None = None
 
-    def holds(self, *, bias: Bias, qk_norm: bool, renormalised: bool | None) -> bool:
+    def holds(
+        self, *, bias: Bias, qk_norm: bool, unrotated: bool, renormalised: bool | None
+    ) -> bool:
         """Whether a model with these biases and norms is one of the family.
 
         Args:
             bias: which linear layers have one.
             qk_norm: whether each head's query and key are normed.
+            unrotated: whether there are layers whose queries and keys are not rotated.
             renormalised: of a mixture, whether the weights of a token's experts sum to 1; `None` if dense.
         """
         if (renormalised is None) != (self.mixture is None):
             return False
         if self.mixture is not None and self.mixture.renormalises and not renormalised:
+            return False
+        if unrotated and not self.unrotated:
             return False
         return bias in self.biases and qk_norm == self.qk_norm
 
@@ -98,6 +106,13 @@ FAMILIES = {
         Family("qwen3", Qwen3Config, "Qwen3ForCausalLM", ("none", "qkv"), qk_norm=True),
         Family("qwen2", Qwen2Config, "Qwen2ForCausalLM", ("qkv",), output_bias=False),
         Family("mistral", MistralConfig, "MistralForCausalLM", ("none",)),
+        Family(
+            "smollm3",
+            SmolLM3Config,
+            "SmolLM3ForCausalLM",
+            ("none", "qkv", "all"),
+            unrotated=True,
+        ),
         Family(
             "qwen3_moe",
             Qwen3MoeConfig,

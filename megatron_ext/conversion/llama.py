@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 from argparse import Namespace
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,13 +14,14 @@ from megatron_ext.checkpoint.inspect import flag_of
 from megatron_ext.conversion.experts import Experts
 from megatron_ext.conversion.families import FAMILIES, Bias, Family
 from megatron_ext.conversion.fields import refuse
-
-# Megatron's llama3 rotary scaling has these built in; only the factor is a flag.
-LLAMA3_ROPE = {
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 8192,
-}
+from megatron_ext.conversion.rotation import (
+    LLAMA3_ROPE,
+    rope_freq_flag,
+    rotary_base_of,
+    scaling_factor_of,
+    unrotated_of_arguments,
+    unrotated_of_config,
+)
 
 # Fields of a Hugging Face config that must be as here (or missing).
 _CONFIG = {
@@ -35,7 +35,6 @@ _ARGUMENTS: dict[str, object] = {
     "rotary_percent": 1.0,
     "rotary_interleaved": False,
     "rotary_seq_len_interpolation_factor": None,
-    "no_rope_freq": None,
     "normalization": "RMSNorm",
     "layernorm_zero_centered_gamma": False,
     "apply_residual_connection_post_layernorm": False,
@@ -63,6 +62,7 @@ class LlamaLike:
         rope_scaling_factor: of llama3's rotary scaling, `None` without it.
         bias: linear layers with a bias: none, only queries, keys and values, or all.
         tied: whether the output layer is the embedding.
+        unrotated: of each layer, whether its queries and keys are not rotated; nothing if all are.
         experts: of the feed-forward parts, if they are mixtures; `ffn_hidden_size` is then of no tensor.
     """
 
@@ -80,6 +80,7 @@ class LlamaLike:
     rope_scaling_factor: float | None
     bias: Bias
     tied: bool
+    unrotated: tuple[bool, ...] = ()
     experts: Experts | None = None
 
     @classmethod
@@ -118,10 +119,11 @@ class LlamaLike:
             or config.hidden_size // config.num_attention_heads,
             max_position_embeddings=config.max_position_embeddings,
             norm_epsilon=config.rms_norm_eps,
-            rotary_base=_rotary_base(config.rope_parameters),
-            rope_scaling_factor=_rope_scaling_factor(config.rope_parameters),
+            rotary_base=rotary_base_of(config.rope_parameters),
+            rope_scaling_factor=scaling_factor_of(config.rope_parameters),
             bias=family.bias(config),
             tied=config.tie_word_embeddings,
+            unrotated=unrotated_of_config(config) if family.unrotated else (),
             experts=Experts.from_config(config, family),
         )
 
@@ -149,7 +151,10 @@ class LlamaLike:
         bias: Bias = "all" if args.add_bias_linear else "qkv" if qkv_bias else "none"
         experts = Experts.from_arguments(args)
         qk_norm = getattr(args, "qk_layernorm", False)
-        family = _family(family, bias=bias, qk_norm=qk_norm, experts=experts)
+        unrotated = unrotated_of_arguments(args)
+        family = _family(
+            family, bias=bias, qk_norm=qk_norm, unrotated=bool(unrotated), experts=experts
+        )
         ffn_hidden_size = args.ffn_hidden_size
         if experts is not None and family.mixture and family.mixture.width == "intermediate_size":
             ffn_hidden_size = experts.ffn_hidden_size  # of which the config has only one
@@ -168,6 +173,7 @@ class LlamaLike:
             rope_scaling_factor=args.rope_scaling_factor if scaled else None,
             bias=bias,
             tied=not args.untie_embeddings_and_output_weights,
+            unrotated=unrotated,
             experts=experts,
         )
 
@@ -196,6 +202,7 @@ class LlamaLike:
             "use_sliding_window": False,
             "sliding_window": None,
             "layer_types": ["full_attention"] * self.num_layers,
+            "no_rope_layers": [int(not skip) for skip in self.unrotated] or [1] * self.num_layers,
         }
         if self.experts is not None:
             switches |= self.experts.to_config()
@@ -220,6 +227,8 @@ class LlamaLike:
             flags += [["--group-query-attention"], ["--num-query-groups", self.num_query_groups]]
         if self.rope_scaling_factor is not None:
             flags += [["--use-rope-scaling"], ["--rope-scaling-factor", self.rope_scaling_factor]]
+        if self.unrotated:
+            flags += [["--no-rope-freq", rope_freq_flag(self.unrotated)]]
         if self.bias != "all":
             flags += [["--disable-bias-linear"]]
         if self.bias != "none":
@@ -234,15 +243,23 @@ class LlamaLike:
 
 
 def _family(
-    preferred: Family | None, *, bias: Bias, qk_norm: bool, experts: Experts | None
+    preferred: Family | None,
+    *,
+    bias: Bias,
+    qk_norm: bool,
+    unrotated: bool,
+    experts: Experts | None,
 ) -> Family:
     candidates = [*([preferred] if preferred else []), *FAMILIES.values()]
     facts: dict[str, Any] = {
         "bias": bias,
         "qk_norm": qk_norm,
+        "unrotated": unrotated,
         "renormalised": None if experts is None else experts.renormalised,
     }
     fitting = [family for family in candidates if family.holds(**facts)]
+    if not fitting and unrotated:
+        refuse("--no-rope-freq", "neither --qk-layernorm nor experts beside it", "one of them")
     if not fitting and experts is not None:
         refuse(
             "--num-experts",
@@ -265,24 +282,3 @@ def _check_windows(config: Any, family: Family) -> None:
     elif (fields.get("sliding_window") or math.inf) < config.max_position_embeddings:
         longest = f"null, or at least max_position_embeddings {config.max_position_embeddings}"
         refuse("sliding_window", longest, fields["sliding_window"])
-
-
-def _rotary_base(rope: Mapping[str, Any]) -> int:
-    theta = rope["rope_theta"]
-    if theta != int(theta):
-        refuse("rope_theta", "a whole number, as --rotary-base is", theta)
-    if rope.get("partial_rotary_factor", 1.0) != 1.0:
-        refuse("partial_rotary_factor", 1.0, rope["partial_rotary_factor"])
-    return int(theta)
-
-
-def _rope_scaling_factor(rope: Mapping[str, Any]) -> float | None:
-    kind = rope.get("rope_type", "default")
-    if kind == "default":
-        return None
-    if kind != "llama3":
-        refuse("rope_parameters.rope_type", "default or llama3", kind)
-    for field, expected in LLAMA3_ROPE.items():
-        if rope[field] != expected:
-            refuse(f"rope_parameters.{field}", f"{expected}, as Megatron has built in", rope[field])
-    return float(rope["factor"])

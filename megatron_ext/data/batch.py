@@ -103,7 +103,7 @@ def read_micro_batch(
             _check_role(sample["loss_mask"], forget)
         batch = {
             key: sample[key].cuda(non_blocking=True) if sample.get(key) is not None else None
-            for key in _KEYS
+            for key in (_KEYS if uses_tokens else ())
         }
     documents = None
     if args.dataloader_inter_document_masking:

@@ -154,7 +154,8 @@ def attend_within(
         )
         within = [attend(*(part[:, None] for part in own)) for own in parts]
         contexts.append(torch.cat(within)[:, 0])
-    return torch.stack(contexts, dim=1)
+    # A copy beside what the kernels keep, where there are several.
+    return torch.stack(contexts, dim=1) if len(contexts) > 1 else contexts[0][:, None]
 
 
 def _flash(

@@ -69,9 +69,8 @@ def write_whole_lines() -> None:
     itself, and lines of ranks that share an output run together.
     """
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(
-            stream, io.TextIOWrapper
-        ):  # a test or a notebook may have put something else there
+        # A test or a notebook may have put something else there.
+        if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(write_through=False, line_buffering=True)
 
 

@@ -7,7 +7,8 @@ import torch
 from transformers import AutoConfig
 
 from megatron_ext.conversion.from_huggingface import import_model
-from megatron_ext.conversion.llama import LLAMA3_ROPE, LlamaLike
+from megatron_ext.conversion.llama import LlamaLike
+from megatron_ext.conversion.rotation import LLAMA3_ROPE
 from megatron_ext.conversion.to_huggingface import export_model
 from tests.helpers import llama
 

@@ -7,11 +7,13 @@ from unittest import mock
 
 import pytest
 import torch
+from megatron.training.arguments import no_rope_freq_type
 from safetensors.torch import load_file, save_file
 
 from megatron_ext.conversion import from_huggingface, huggingface
 from megatron_ext.conversion.families import FAMILIES
-from megatron_ext.conversion.llama import LLAMA3_ROPE, LlamaLike
+from megatron_ext.conversion.llama import LlamaLike
+from megatron_ext.conversion.rotation import LLAMA3_ROPE
 from megatron_ext.conversion.safetensors import SafetensorsReader
 from megatron_ext.conversion.to_huggingface import export_model
 from megatron_ext.exceptions import CheckpointError, ConfigError
@@ -188,6 +190,9 @@ def test_rows_are_those_of_an_imported_model_and_not_of_a_tokenizer_from_another
         ({"add_qkv_bias": True}, "qwen2", "qwen2"),
         ({"qk_layernorm": True}, "llama", "qwen3"),
         ({"num_experts": 8}, "llama", "mixtral"),
+        ({"no_rope_freq": 2}, "llama", "smollm3"),
+        ({"no_rope_freq": [0, 0, 0, 0]}, "smollm3", "smollm3"),
+        ({"no_rope_freq": [0, 0, 0, 0]}, None, "llama"),
         ({"num_experts": 8, "qk_layernorm": True}, None, "qwen3_moe"),
     ],
 )
@@ -202,6 +207,37 @@ def test_norms_of_queries_beside_biases_everywhere_are_in_no_architecture():
     args = arguments(model, qk_layernorm=True)
     with pytest.raises(CheckpointError, match="--qk-layernorm: expected --disable-bias-linear"):
         LlamaLike.from_arguments(args, vocab_size=500)
+
+
+@pytest.mark.parametrize(
+    ("rotated", "flag", "argument"),
+    [
+        ([1, 0, 1, 0], "2", 2),
+        ([0, 0, 0, 0], "1", 1),
+        ([1, 1, 1, 0], "4", "[0]*3+[1]"),
+        ([1, 1, 0, 1], "[0,0,1,0]", "[0]*2+[1,0]"),
+        ([0, 1, 1, 0, 7], "[1,0,0,1]", None),  # of a longer model
+        ([1, 1, 1, 1], None, None),
+    ],
+)
+def test_layers_without_rotation_are_the_same_on_both_sides(rotated, flag, argument):
+    model = LlamaLike.from_config(llama.config("smollm3", no_rope_layers=rotated))
+    flags = {name: values for name, *values in model.to_flags()}
+    assert flags.get("--no-rope-freq") == (None if flag is None else [flag])
+    values = [value for value in (flag, argument) if value is not None]
+    for parsed in map(no_rope_freq_type, values):
+        args = arguments(model, no_rope_freq=parsed)
+        assert LlamaLike.from_arguments(args, vocab_size=model.vocab_size) == model
+    assert model.to_config()["no_rope_layers"] == [min(one, 1) for one in rotated[:4]]
+
+
+def test_layers_without_rotation_that_no_architecture_has_are_refused():
+    full = ["full_attention"] * 4
+    with pytest.raises(CheckpointError, match=r"no_rope_layers: expected one for each of 4 .* 3"):
+        LlamaLike.from_config(llama.config("smollm3", no_rope_layers=[1, 0, 1], layer_types=full))
+    model = LlamaLike.from_config(llama.config("qwen3", head_dim=16))
+    with pytest.raises(CheckpointError, match="--no-rope-freq: expected neither --qk-layernorm"):
+        LlamaLike.from_arguments(arguments(model, no_rope_freq=2), vocab_size=500)
 
 
 def test_another_architecture_is_refused_before_it_is_read(tmp_path):
