@@ -28,6 +28,7 @@ LLAMA3 = {
     "original_max_position_embeddings": 8192,
 }
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
+SMOLLM3 = {"model_type": "smollm3", "pad_token_id": None}  # its default is beyond this vocabulary
 # What is peculiar to a model; some have more rows than the tokenizer has tokens, as many models do.
 CASES: dict[str, dict[str, Any]] = {
     "MHA": {"num_key_value_heads": 4},
@@ -47,8 +48,8 @@ CASES: dict[str, dict[str, Any]] = {
     "qwen2_wide_heads": {"model_type": "qwen2", "head_dim": 16},
     "qwen3": {"model_type": "qwen3", "head_dim": 16, "vocab_size": 650, "rms_norm_eps": 1e-2},
     "qwen3_attention_bias": {"model_type": "qwen3", "head_dim": 8, "attention_bias": True},
-    "smollm3": {"model_type": "smollm3", "no_rope_layer_interval": 2, "tie_word_embeddings": True},
-    "smollm3_some": {"model_type": "smollm3", "no_rope_layers": [0, 1, 1, 0], "head_dim": 16},
+    "smollm3": {**SMOLLM3, "no_rope_layer_interval": 2, "tie_word_embeddings": True},
+    "smollm3_some": {**SMOLLM3, "no_rope_layers": [0, 1, 1, 0], "head_dim": 16},
     "qwen3_moe": {"model_type": "qwen3_moe", "head_dim": 16, "norm_topk_prob": True, **EXPERTS},
     "qwen3_moe_shares": {"model_type": "qwen3_moe", "head_dim": 8, **EXPERTS},
     "mixtral": {"model_type": "mixtral", "num_local_experts": 4, "sliding_window": None},
