@@ -254,9 +254,22 @@ def _architecture(args: Namespace) -> dict[str, object]:
         # Megatron fills num_query_groups in during a run; the flag alone says nothing without the switch.
         grouped = getattr(args, "group_query_attention", False)
         values["num_query_groups"] = args.num_query_groups if grouped else args.num_attention_heads
+    if "no_rope_freq" in values:
+        values["no_rope_freq"] = [*map(int, unrotated_layers(args))] or None
     if getattr(args, "num_experts", None) and hasattr(args, "moe_router_load_balancing_type"):
         values["moe_router_load_balancing_type"] = routing_rule(args)
     return values
+
+
+def unrotated_layers(args: Namespace) -> tuple[bool, ...]:
+    """Of each layer whether its queries and keys are not rotated; nothing if all are.
+
+    ``--no-rope-freq`` is a list of 1 for no rotation, or N: every N-th layer has none.
+    """
+    found = getattr(args, "no_rope_freq", None) or []
+    if isinstance(found, int):
+        return tuple((layer + 1) % found == 0 for layer in range(args.num_layers))
+    return tuple(map(bool, found)) if any(found) else ()
 
 
 def routing_rule(args: Namespace) -> str:

@@ -64,6 +64,12 @@ def check_resumable(checkpoint: Checkpoint, args: Namespace) -> None:
         ConfigError: names the flag and the ways out.
     """
     saved = checkpoint.args
+    # Each data-parallel rank has random numbers of its own then, or all have the same.
+    apart, own = (getattr(a, "data_parallel_random_init", False) for a in (saved, args))
+    if own and not apart:
+        raise ConfigError(
+            f"--data-parallel-random-init: expected a run without it, as that of {checkpoint.path}, found it"
+        )
     if checkpoint.path.name == "release":
         return
     lacking = [
@@ -78,12 +84,6 @@ def check_resumable(checkpoint: Checkpoint, args: Namespace) -> None:
         raise ConfigError(
             f"--load: expected{loads} beside it, for {checkpoint.path} was saved with{saves}, found a run "
             f"without; {_ANEW}; --finetune starts a new run from the weights"
-        )
-    # Each data-parallel rank has random numbers of its own then, or all have the same.
-    apart, own = (getattr(a, "data_parallel_random_init", False) for a in (saved, args))
-    if own and not apart:
-        raise ConfigError(
-            f"--data-parallel-random-init: expected a run without it, as that of {checkpoint.path}, found it"
         )
     if apart and not own and not args.no_load_rng:
         raise ConfigError(

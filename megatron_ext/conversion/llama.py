@@ -10,7 +10,7 @@ from argparse import Namespace
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_ext.checkpoint.inspect import flag_of
+from megatron_ext.checkpoint.inspect import flag_of, unrotated_layers
 from megatron_ext.conversion.experts import Experts
 from megatron_ext.conversion.families import FAMILIES, Bias, Family
 from megatron_ext.conversion.fields import refuse
@@ -19,7 +19,6 @@ from megatron_ext.conversion.rotation import (
     rope_freq_flag,
     rotary_base_of,
     scaling_factor_of,
-    unrotated_of_arguments,
     unrotated_of_config,
 )
 
@@ -151,7 +150,7 @@ class LlamaLike:
         bias: Bias = "all" if args.add_bias_linear else "qkv" if qkv_bias else "none"
         experts = Experts.from_arguments(args)
         qk_norm = getattr(args, "qk_layernorm", False)
-        unrotated = unrotated_of_arguments(args)
+        unrotated = unrotated_layers(args)
         family = _family(
             family, bias=bias, qk_norm=qk_norm, unrotated=bool(unrotated), experts=experts
         )

@@ -5,7 +5,6 @@ What only one side can say ends in a `CheckpointError` that names the field.
 
 from __future__ import annotations
 
-from argparse import Namespace
 from collections.abc import Mapping
 from typing import Any
 
@@ -25,14 +24,6 @@ def unrotated_of_config(config: Any) -> tuple[bool, ...]:
     if len(rotated) < config.num_hidden_layers:
         refuse("no_rope_layers", f"one for each of {config.num_hidden_layers} layers", len(rotated))
     return () if all(rotated) else tuple(not rotates for rotates in rotated)
-
-
-def unrotated_of_arguments(args: Namespace) -> tuple[bool, ...]:
-    """The same of Megatron's flag, a list of 1 for no rotation, or N: every N-th layer has none."""
-    found = getattr(args, "no_rope_freq", None) or []
-    if isinstance(found, int):
-        return tuple((layer + 1) % found == 0 for layer in range(args.num_layers))
-    return tuple(map(bool, found)) if any(found) else ()
 
 
 def rope_freq_flag(unrotated: tuple[bool, ...]) -> int | str:

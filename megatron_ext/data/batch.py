@@ -150,7 +150,10 @@ def count_pairs(batch: MicroBatch) -> None:
     if batch.documents is not None:
         from megatron.training.training import update_seqlen_stats_from_cu_seqlens
 
-        update_seqlen_stats_from_cu_seqlens(batch.documents.joined())
+        ends = batch.documents.joined()
+        if torch.cuda.is_available():  # or the host waits for the device to take it
+            ends = ends.pin_memory().cuda(non_blocking=True)
+        update_seqlen_stats_from_cu_seqlens(ends)
 
 
 def _share_documents(cu_seqlens: torch.Tensor | None, samples: int, length: int) -> Documents:
@@ -167,7 +170,7 @@ def _share_documents(cu_seqlens: torch.Tensor | None, samples: int, length: int)
         device = torch.cuda.current_device()
         shared = torch.empty(shape, dtype=torch.int32, device=device)
         if cu_seqlens is not None:
-            shared.copy_(cu_seqlens)
+            shared.copy_(cu_seqlens, non_blocking=True)  # the loader pins it
         source = parallel_state.get_tensor_model_parallel_src_rank()
         torch.distributed.broadcast(shared, source, group=group)
         cu_seqlens = shared.cpu() if cu_seqlens is None else cu_seqlens

@@ -2,8 +2,8 @@
 
 What a sample holds is a function of its index, the tokens and the seed alone: a resumed run, on any
 number of ranks, goes on where it stopped. In a sequence the positions run on from one conversation to
-the next and attention is causal over all of it, as in pre-training on packed documents: the torch-native
-layers have no mask between documents.
+the next and attention is causal over all of it, as in pre-training on packed documents, unless samples say
+where each conversation begins.
 """
 
 from __future__ import annotations

@@ -22,7 +22,7 @@ from megatron_ext.config import UnlearnConfig
 from megatron_ext.data.indexed import bin_path
 from megatron_ext.data.manifest import Manifest, check_prefix, read_manifest
 from megatron_ext.data.open_files import check_limit, files_of
-from megatron_ext.data.providers import Blend, forget_blends
+from megatron_ext.data.providers import Blend, forget_blends, reading_chunks
 from megatron_ext.data.shares import check_documents, missing_share, needed_splits
 from megatron_ext.data.tokenizers import TOKENIZER_TYPES, TokenizerSpec, check_found
 from megatron_ext.exceptions import ConfigError, DataError, first_line, flag_name
@@ -250,7 +250,7 @@ def _check_open_files(args: Namespace, every: Sequence[_NamedBlend]) -> None:
             count, splits = len(named.blend[0]), sum(map(bool, named.shares.values()))
             files += files_of(count, splits=splits, mmap=args.mmap_bin_files)
             data_sets += count
-    check_limit(files, data_sets)
+    check_limit(files * reading_chunks(args), data_sets)
 
 
 def _check_files(args: Namespace, named: _NamedBlend) -> None:

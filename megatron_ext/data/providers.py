@@ -83,8 +83,11 @@ def _make_room(args: Namespace, *sides: tuple[Blend, list[Blend] | None]) -> Non
     whole = sum(len(blend[0]) for blend, _ in sides if blend)
     single = sum(len(blend[0]) for _, parts in sides for blend in parts or () if blend)
     make_room(
-        files_of(whole, splits=len(Split), mmap=args.mmap_bin_files)
-        + files_of(single, splits=1, mmap=args.mmap_bin_files)
+        reading_chunks(args)
+        * (
+            files_of(whole, splits=len(Split), mmap=args.mmap_bin_files)
+            + files_of(single, splits=1, mmap=args.mmap_bin_files)
+        )
     )
 
 
@@ -213,6 +216,12 @@ def _check_lengths(
             check_enough(
                 len(dataset), wanted, flag=flag, sequence=args.seq_length, split=split.name
             )
+
+
+def reading_chunks(args: Namespace) -> int:
+    """Model chunks of a rank that open the data sets, each for itself; see ``reads_data``."""
+    every = args.dataloader_inter_document_masking and args.virtual_pipeline_model_parallel_size
+    return int(every or 1)
 
 
 def reads_data(args: Namespace, vp_stage: int | None = None) -> bool:

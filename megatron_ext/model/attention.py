@@ -24,7 +24,7 @@ from torch.nn import functional
 from torch.nn.attention import SDPBackend
 
 from megatron_ext.model.context_parallel import attend_over_ranks
-from megatron_ext.model.documents import Documents, attend_within
+from megatron_ext.model.documents import Documents, attend_within, has_flash
 from megatron_ext.model.kernel_choice import only
 from megatron_ext.model.rope import cos_sin, rotate, split_rotate
 
@@ -141,14 +141,17 @@ class SdpaCoreAttention(MegatronModule):
         forked = dropout > 0 and not self.config.sequence_parallel
         kernels: AbstractContextManager[None] = nullcontext()
         if query.is_cuda:
-            kernels = only(_gpu_backends(query.device, self.config.attention_backend))
+            chosen = self.config.attention_backend
+            if packed_seq_params is not None and chosen is not AttnBackend.unfused:
+                chosen = AttnBackend.flash  # cuDNN plans each length anew
+            kernels = only(_gpu_backends(query.device, chosen))
         attend = partial(self._attend, dropout=dropout)
         if packed_seq_params is not None:
             attend = partial(
                 attend_within,
                 documents=packed_seq_params,
                 attend=attend,
-                flash=self._is_flash(query, dropout=dropout),
+                flash=has_flash(query, dropout=dropout, backend=self.config.attention_backend),
                 scale=self.softmax_scale,
             )
         with get_cuda_rng_tracker().fork() if forked else nullcontext(), kernels:
@@ -157,16 +160,6 @@ class SdpaCoreAttention(MegatronModule):
             else:
                 context = attend_over_ranks(query, key, value, attend, group=self.cp_group)
         return context.flatten(2)
-
-    def _is_flash(self, query: Tensor, *, dropout: float) -> bool:
-        """Whether the flash kernel computes such attention, and may."""
-        return (
-            query.is_cuda
-            and query.dtype in (torch.float16, torch.bfloat16)
-            and query.shape[3] <= _FLASH_HEAD
-            and dropout == 0
-            and self.config.attention_backend is not AttnBackend.unfused
-        )
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, *, dropout: float) -> Tensor:
         """Causal context `[n, b, h, d]` of queries of that shape, the last n positions of the keys."""

@@ -21,9 +21,12 @@ from typing import Any
 
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.transformer.enums import AttnBackend
 from torch import Tensor
 
 from megatron_ext.model.context_parallel import Attend
+
+_FLASH_HEAD = 256  # the largest that the kernel knows
 
 
 @dataclass(frozen=True)
@@ -106,6 +109,26 @@ class Documents(PackedSeqParams):
         if spans not in self._ends:
             self._ends[spans] = spans.ends(device)
         return self._ends[spans]
+
+
+def has_flash(query: Tensor, *, dropout: float, backend: AttnBackend) -> bool:
+    """Whether a flash kernel for documents of many lengths computes this, and may.
+
+    Args:
+        query: `[n, b, h, d]`.
+        dropout: Probability, of the attention's weights.
+        backend: What the run asks for.
+    """
+    size = query.shape[3]
+    return (
+        query.is_cuda
+        and query.dtype in (torch.float16, torch.bfloat16)
+        and size <= _FLASH_HEAD
+        and size % 8 == 0  # for a single length torch pads it
+        and dropout == 0
+        and backend is not AttnBackend.unfused
+        and torch.cuda.get_device_capability(query.device) >= (8, 0)
+    )
 
 
 def attend_within(

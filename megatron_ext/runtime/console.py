@@ -63,7 +63,7 @@ def quiet() -> None:
 
 
 def write_whole_lines() -> None:
-    """Write a line in one piece, which those of other ranks cannot come into.
+    """Write a line that is printed by itself in one piece, which those of other ranks cannot come into.
 
     With ``PYTHONUNBUFFERED``, which containers are often built with, ``print`` writes the end of a line by
     itself, and lines of ranks that share an output run together.

@@ -59,6 +59,7 @@ def _check(tensors: tuple[Tensor, ...], ends: tuple[Tensor, ...], longest: tuple
         assert t.dtype in (torch.bfloat16, torch.float16)
         assert t.dim() == 3
         assert t.stride(-1) == 1
+        assert t.shape[-1] % 8 == 0
     for row, most in zip(ends, longest, strict=True):
         assert row.dtype == torch.int32
         assert row.is_contiguous()

@@ -48,6 +48,16 @@ def test_the_same_model_passes(tmp_path):
     check(tmp_path, {"unpadded_vocab_size": None, "tokenizer_digest": None}, {})
 
 
+def test_layers_without_rotation_are_compared_however_they_are_written(tmp_path):
+    for saved, now in ((4, [0, 0, 0, 1]), ([0, 1, 0, 1], 2), (None, [0] * 4), ([1, 0, 1, 1],) * 2):
+        check(tmp_path, {"no_rope_freq": saved}, {"no_rope_freq": now})
+    with pytest.raises(
+        CheckpointError,
+        match=r"^--load: expected --no-rope-freq None, .* found \[0, 1, 0, 1\] in",
+    ):
+        check(tmp_path, {"no_rope_freq": 2}, {"no_rope_freq": None})
+
+
 def test_a_model_that_is_not_computed_here_is_refused(tmp_path):
     with pytest.raises(
         CheckpointError, match=r"^--load: .*iter_0000005 was trained with --use-mup"

@@ -1,5 +1,6 @@
 """Attention within documents, against the same with a mask over all pairs of tokens."""
 
+from contextlib import nullcontext
 from functools import partial
 
 import megatron.training.training as loop
@@ -9,7 +10,8 @@ from megatron.core.transformer.enums import AttnBackend
 from torch.nn import functional
 
 from megatron_ext.data.batch import MicroBatch, count_pairs
-from megatron_ext.model.documents import Documents, Spans, attend_within
+from megatron_ext.model import attention as module
+from megatron_ext.model.documents import Documents, Spans, attend_within, has_flash
 from tests.helpers import flash
 from tests.helpers.attention import core_attention
 
@@ -87,6 +89,7 @@ def test_the_flash_kernel_gets_documents_that_give_the_same(first):
     ("dtype", "size", "dropout", "backend", "takes"),
     [
         (torch.bfloat16, 64, 0.0, AttnBackend.auto, True),
+        (torch.bfloat16, 100, 0.0, AttnBackend.auto, False),
         (torch.float16, 256, 0.0, AttnBackend.fused, True),
         (torch.float32, 64, 0.0, AttnBackend.auto, False),
         (torch.bfloat16, 288, 0.0, AttnBackend.auto, False),
@@ -94,15 +97,42 @@ def test_the_flash_kernel_gets_documents_that_give_the_same(first):
         (torch.bfloat16, 64, 0.0, AttnBackend.unfused, False),
     ],
 )
-def test_a_gpu_uses_the_flash_kernel_where_it_has_one(dtype, size, dropout, backend, takes):
-    attention = core_attention(backend)
+def test_a_gpu_uses_the_flash_kernel_where_it_has_one(
+    dtype, size, dropout, backend, takes, monkeypatch
+):
     query = torch.empty(1, 1, 1, size, dtype=dtype)
-    assert not attention._is_flash(query, dropout=dropout)  # no GPU
+    assert not has_flash(query, dropout=dropout, backend=backend)  # no GPU
 
     class OnGpu(torch.Tensor):
         is_cuda = True
 
-    assert attention._is_flash(query.as_subclass(OnGpu), dropout=dropout) == takes
+    for capability in ((7, 5), (8, 0), (9, 0)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, c=capability: c)
+        found = has_flash(query.as_subclass(OnGpu), dropout=dropout, backend=backend)
+        assert found == (takes and capability >= (8, 0))
+
+
+@pytest.mark.parametrize(
+    ("backend", "within", "across"),
+    [
+        (AttnBackend.auto, AttnBackend.flash, AttnBackend.auto),
+        (AttnBackend.fused, AttnBackend.flash, AttnBackend.fused),
+        (AttnBackend.unfused, AttnBackend.unfused, AttnBackend.unfused),
+    ],
+)
+def test_documents_one_by_one_are_not_for_cudnn(backend, within, across, monkeypatch):
+    """It plans each length anew, forward and backward."""
+
+    class OnGpu(torch.Tensor):
+        is_cuda = True
+
+    asked = []
+    monkeypatch.setattr(module, "_gpu_backends", lambda device, chosen: asked.append(chosen) or ())
+    monkeypatch.setattr(module, "only", lambda _: nullcontext())
+    tensors = [t.as_subclass(OnGpu) for t in _tensors(torch.float32)[:3]]
+    for documents in (Documents.from_lengths(_lengths()), None):
+        core_attention(backend)(*tensors, packed_seq_params=documents)
+    assert asked == [within, across]
 
 
 def test_documents_are_those_of_the_samples():

@@ -70,7 +70,7 @@ def test_a_rank_raises_its_limit_before_it_opens_data(low_limit, monkeypatch):
     names = [f"s{i}" for i in range(300)]
     blends = (None, [(names, None), (["valid"], None), None])
     monkeypatch.setattr(providers, "get_blend_and_blend_per_split", lambda _: blends)
-    args = Namespace(mock_data=False, mmap_bin_files=True)
+    args = Namespace(mock_data=False, mmap_bin_files=True, dataloader_inter_document_masking=False)
     providers.build_datasets(args, UnlearnConfig(), [1, 1, 1])
     assert found[0] >= min(low_limit, files_of(301, splits=1, mmap=True)) > 512
 
@@ -78,7 +78,7 @@ def test_a_rank_raises_its_limit_before_it_opens_data(low_limit, monkeypatch):
 def test_more_files_than_may_be_open_are_refused(monkeypatch):
     monkeypatch.setattr(open_files, "_limits", lambda: (1024, 4096))
     shares = {Split.train: (0, 0.9), Split.valid: (0.9, 1), Split.test: None}
-    args = Namespace(mmap_bin_files=True)
+    args = Namespace(mmap_bin_files=True, dataloader_inter_document_masking=False)
 
     def check(*counts):
         blends = [
@@ -94,3 +94,11 @@ def test_more_files_than_may_be_open_are_refused(monkeypatch):
     )
     with pytest.raises(ConfigError, match=message):
         check(400, 27)
+    # For attention within documents each chunk of an interleaved pipeline opens them.
+    args.dataloader_inter_document_masking = True
+    args.virtual_pipeline_model_parallel_size = None
+    check(400, 26)
+    args.virtual_pipeline_model_parallel_size = 2
+    with pytest.raises(ConfigError, match=r"at least 4108 open files, 3852 of them for 214 data s"):
+        check(213, 1)
+    check(212, 1)

@@ -63,6 +63,8 @@ def test_random_numbers_of_each_replica_stay_so():
     for now in (apart, apart | {"no_load_rng": True}):
         with pytest.raises(ConfigError, match=f"^{flag}: expected a run without it, .* found it$"):
             check(now)
+        with pytest.raises(ConfigError, match=f"^{flag}: expected a run without it, .* found it$"):
+            check(now, folder="release")
 
 
 @pytest.mark.parametrize(
