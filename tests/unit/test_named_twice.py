@@ -52,7 +52,8 @@ def check(monkeypatch, *blends):
         checks, "get_tokenizer", lambda: Namespace(vocab_size=10, eod=2, unique_identifiers={})
     )
     args = Namespace(
-        mock_data=False, eval_iters=1, skip_train=False, mmap_bin_files=True, rank=0, split="90,10"
+        **{"mock_data": False, "eval_iters": 1, "skip_train": False, "rank": 0, "split": "90,10"},
+        **{"mmap_bin_files": True, "dataloader_inter_document_masking": False},
     )
     args.tokenizer_digest, args.per_dataset_sequences_path = "d", None
     checks.check_datasets(args, UnlearnConfig())
