@@ -60,7 +60,7 @@ class PlainStep:
             )
         timer.stop()
         if model.training and not vp_stage:
-            count_pairs(batch)
+            count_pairs([batch])
         index = self.guard.begin(model, batch)
         with straggler.watched(self.args):
             output = model(

@@ -105,8 +105,7 @@ class UnlearnStep:
         forget_count = self._forget_microbatches(num_microbatches, micro_batch_size)
         batches = self._read(data_iterator, model, num_microbatches, forget_count, micro_batch_size)
         if not forward_only:
-            for batch in batches[0]:
-                count_pairs(batch)
+            count_pairs(batches[0])
         reference = self._reference()
         hidden: list[torch.Tensor] = []
         if reference is not None:
@@ -120,7 +119,7 @@ class UnlearnStep:
                 decoder_seq_length=schedule_arguments.get("decoder_seq_length"),
                 offload=self.config.reference_hidden_offload,
             )
-        last = self._is_last_stage()
+        last = parallel_state.is_pipeline_last_stage(ignore_virtual=True)
         if last:
             self._attach_context(batches[-1], forget_count, hidden)
         iterators = [iter(chunk) for chunk in batches]
@@ -293,10 +292,6 @@ class UnlearnStep:
         # evaluate() sums what it is given over the data-parallel ranks, and then over batches.
         fractions = self.objective.fractions(sums, tokens)
         return {name: fraction / group.size() for name, fraction in fractions.items()}
-
-    @staticmethod
-    def _is_last_stage() -> bool:
-        return parallel_state.is_pipeline_last_stage(ignore_virtual=True)
 
     @staticmethod
     def _data_group() -> torch.distributed.ProcessGroup:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from argparse import Namespace
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -142,15 +142,17 @@ def read_micro_batch(
     )
 
 
-def count_pairs(batch: MicroBatch) -> None:
+def count_pairs(batches: Sequence[MicroBatch]) -> None:
     """Have Megatron's TFLOP/s of this step count attention within documents, where it is that.
 
     Every rank counts each microbatch that it trains on, once.
     """
-    if batch.documents is not None:
-        from megatron.training.training import update_seqlen_stats_from_cu_seqlens
+    from megatron.training.training import update_seqlen_stats_from_cu_seqlens
 
-        ends = batch.documents.joined()
+    for documents in (batch.documents for batch in batches):
+        if documents is None:
+            return
+        ends = documents.joined()
         if torch.cuda.is_available():  # or the host waits for the device to take it
             ends = ends.pin_memory().cuda(non_blocking=True)
         update_seqlen_stats_from_cu_seqlens(ends)

@@ -24,15 +24,13 @@ from torch.nn import functional
 from torch.nn.attention import SDPBackend
 
 from megatron_ext.model.context_parallel import attend_over_ranks
-from megatron_ext.model.documents import Documents, attend_within, has_flash
+from megatron_ext.model.documents import FLASH_HEAD, Documents, attend_within, has_flash
 from megatron_ext.model.kernel_choice import only
 from megatron_ext.model.rope import cos_sin, rotate, split_rotate
 
 # cuDNN up to this version may read beyond sequences whose length is no multiple of 128; 9.15.1 mended it.
 # torch's own order does not prefer such a one either.
 _UNSOUND_CUDNN = 91500
-# Largest head of flash and of cuDNN.
-_FLASH_HEAD = 256
 
 
 @cache
@@ -165,7 +163,7 @@ class SdpaCoreAttention(MegatronModule):
         """Causal context `[n, b, h, d]` of queries of that shape, the last n positions of the keys."""
         grouped = query.shape[2] != key.shape[2]
         # torch's one kernel for these without [s, s] refuses grouped heads, and none is left then.
-        alone = query.dtype == torch.float32 or query.shape[3] > _FLASH_HEAD
+        alone = query.dtype == torch.float32 or query.shape[3] > FLASH_HEAD
         if grouped and query.is_cuda and alone:
             repeats = query.shape[2] // key.shape[2]
             key, value = (t.repeat_interleave(repeats, dim=2) for t in (key, value))

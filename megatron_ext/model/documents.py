@@ -26,7 +26,7 @@ from torch import Tensor
 
 from megatron_ext.model.context_parallel import Attend
 
-_FLASH_HEAD = 256  # the largest that the kernel knows
+FLASH_HEAD = 256  # the largest that flash's kernels know, and cuDNN's
 
 
 @dataclass(frozen=True)
@@ -123,7 +123,7 @@ def has_flash(query: Tensor, *, dropout: float, backend: AttnBackend) -> bool:
     return (
         query.is_cuda
         and query.dtype in (torch.float16, torch.bfloat16)
-        and size <= _FLASH_HEAD
+        and size <= FLASH_HEAD
         and size % 8 == 0  # for a single length torch pads it
         and dropout == 0
         and backend is not AttnBackend.unfused

@@ -8,13 +8,7 @@ import pytest
 from megatron_ext.data.manifest import manifest_path
 from tests.helpers import bad_data
 from tests.helpers.entry import Launch, run
-from tests.helpers.tiny import (
-    ITERATIONS,
-    REFERENCE_ITERATION,
-    preprocess,
-    tool,
-    write_tokens,
-)
+from tests.helpers.tiny import ITERATIONS, REFERENCE_ITERATION, preprocess, tool, write_tokens
 from tests.integration.conftest import TRAIN
 
 # Name: what is added to a good command line (a later flag wins), and what the error must name. The first

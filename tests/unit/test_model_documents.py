@@ -166,10 +166,9 @@ def test_documents_that_are_not_whole_samples_are_no_documents(row):
 def test_operations_are_counted_by_pairs_of_tokens_within_documents(monkeypatch):
     monkeypatch.setattr(loop, "_seqlen_stats_active", False)
     monkeypatch.setattr(loop, "_seqlen_stats_in_iteration", None)
-    count_pairs(MicroBatch())
+    count_pairs([MicroBatch()])
     assert loop.consume_seqlen_stats_in_iteration() == (None, None)
-    for _ in range(2):
-        count_pairs(MicroBatch(documents=Documents.from_lengths(_lengths())))
+    count_pairs(2 * [MicroBatch(documents=Documents.from_lengths(_lengths()))])
     squares = 1 + 1 + 49 + 225 + 576 + 49 + 256 + 1
     assert loop.consume_seqlen_stats_in_iteration() == (2 * 72, 2 * squares)
 
