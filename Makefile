@@ -18,17 +18,21 @@ DEMO   ?= runs/demo$(if $(MODEL),-$(notdir $(abspath $(MODEL))))
 FAULTS ?= 100
 SEED   ?= 1
 MINUTES ?= 60
+TE     := --no-deps --target $(VENV)/transformer-engine --requirement tests/transformer_engine.txt
 
 .PHONY: setup demo sweep test test-gpu gpu-check check lint faults slurm-test bench study-mini clean-demo
 
 setup: $(READY)
 
-$(READY): requirements.txt tools/find_python.sh
+$(READY): requirements.txt tests/transformer_engine.txt tools/find_python.sh
 	@python=$$(PYTHON_3_12="$(PYTHON_3_12)" sh tools/find_python.sh) && { test -x $(PYTHON) || "$$python" -m venv $(VENV); }
 	@# uv, where there is one, takes a third of pip's time.
 	@uv pip install --quiet --python $(PYTHON) --requirement requirements.txt 2>/dev/null || { \
 		$(PYTHON) -m pip install --quiet --upgrade pip && \
 		$(PYTHON) -m pip install --quiet --no-compile --requirement requirements.txt; }
+	@# 1 MB of Python, where only its test finds it.
+	@uv pip install --quiet --python $(PYTHON) $(TE) 2>/dev/null || \
+		$(PYTHON) -m pip install --quiet --upgrade $(TE) || echo "its test will be skipped"
 	@# On all cores, which pip does not; no tests, and none of the models of transformers: a third of all.
 	@$(PYTHON) -W ignore -m compileall -qq -j 0 -x '/tests/|/transformers/models/' $(VENV)/lib || true  # some are not Python 3's
 	@touch $@

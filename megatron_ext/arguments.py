@@ -241,9 +241,13 @@ def check_before_megatron(args: Namespace, config: UnlearnConfig) -> None:
         refusals.refuse(args, refusals.WITH_DISTRIBUTED_OPTIMIZER, where="is not supported")
     if cpu.is_enabled():
         refusals.refuse(args, machine_refusals.WITHOUT_CUDA, where="is not supported")
-    native = args.spec is None and args.transformer_impl == "local"
-    of_layers = refusals.WITH_TORCH_NATIVE_LAYERS if native else refusals.WITH_OTHER_LAYERS
-    refusals.refuse(args, of_layers, where="is not supported")
+    if args.spec is not None:
+        refusals.refuse(args, refusals.WITH_LAYERS_OF_SPEC, where="is not supported")
+    elif args.transformer_impl == "local":
+        refusals.refuse(args, refusals.WITH_TORCH_NATIVE_LAYERS, where="is not supported")
+    elif args.dataloader_inter_document_masking and args.context_parallel_size > 1:
+        beside = "--dataloader-inter-document-masking and --context-parallel-size"
+        refusals.refuse(args, refusals.WITH_DOCUMENTS_OVER_RANKS, where=f"beside {beside}")
     if args.dataset_log_interval is not None:
         refusals.refuse(
             args,

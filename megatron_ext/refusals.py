@@ -153,6 +153,7 @@ NEVER: tuple[Refusal, ...] = (
     Refusal("tensor_parallel_num_weight_shards", _SHARDED),
     Refusal("expert_tensor_parallel_num_weight_shards", _SHARDED),
 )
+_GATHERED = "torch-native attention always all-gathers keys and values over context-parallel ranks"
 WITH_TORCH_NATIVE_LAYERS = (
     Refusal(
         "attention_backend",
@@ -162,19 +163,16 @@ WITH_TORCH_NATIVE_LAYERS = (
     ),
     Refusal(
         "cp_comm_type",
-        "the torch-native layers always all-gather keys and values over context-parallel ranks",
+        _GATHERED,
         "all_gather (or p2p, Megatron's default, which is then ignored)",
         lambda kinds: not {*kinds} <= {"p2p", "all_gather"},
     ),
-    Refusal(
-        "hierarchical_context_parallel_sizes",
-        "the torch-native layers always all-gather keys and values over context-parallel ranks",
-    ),
+    Refusal("hierarchical_context_parallel_sizes", _GATHERED),
 )
-WITH_OTHER_LAYERS = (
+WITH_LAYERS_OF_SPEC = (
     Refusal(
         "dataloader_inter_document_masking",
-        "attention within documents is that of the torch-native layers (--transformer-impl local)",
+        "whether the layers of --spec attend within documents is not known",
     ),
 )
 _LENGTHS_DIFFER = (
@@ -183,10 +181,29 @@ _LENGTHS_DIFFER = (
 _WITHIN = ("dataloader_inter_document_masking", True)
 WITH_DOCUMENTS = (
     Refusal(
+        "attention_backend",
+        "Megatron-Core's own attention is across documents (--dataloader-inter-document-masking)",
+        "auto, flash, fused or unfused",
+        lambda backend: backend.name == "local",
+        beside=_WITHIN,
+    ),
+    Refusal(
         "cuda_graph_impl", _LENGTHS_DIFFER, "none", lambda kind: kind != "none", beside=_WITHIN
     ),
     Refusal("enable_cuda_graph", _LENGTHS_DIFFER, beside=_WITHIN),
     Refusal("external_cuda_graph", _LENGTHS_DIFFER, beside=_WITHIN),
+)
+_NATIVE_THEN = (
+    "documents are attended to by torch-native attention there, which does not compute this"
+)
+# With Transformer Engine's layers under context parallelism.
+WITH_DOCUMENTS_OVER_RANKS = (
+    *WITH_TORCH_NATIVE_LAYERS[1:],
+    Refusal("window_size", _NATIVE_THEN),
+    Refusal("softmax_type", _NATIVE_THEN, "vanilla", lambda kind: kind != "vanilla"),
+    Refusal("qk_clip", _NATIVE_THEN),
+    Refusal("log_max_attention_logit", _NATIVE_THEN),
+    Refusal("batch_invariant_mode", _NATIVE_THEN),
 )
 WITH_DISTRIBUTED_OPTIMIZER = (
     Refusal(

@@ -29,7 +29,8 @@ from megatron_ext.refusals import (  # noqa: E402
     WITH_DATASET_LOG,
     WITH_DISTRIBUTED_OPTIMIZER,
     WITH_DOCUMENTS,
-    WITH_OTHER_LAYERS,
+    WITH_DOCUMENTS_OVER_RANKS,
+    WITH_LAYERS_OF_SPEC,
     WITH_TORCH_NATIVE_LAYERS,
     WITH_UNLEARNING,
     WITHOUT_UNLEARNING,
@@ -60,8 +61,11 @@ def render() -> str:
         "Without the package `multi-storage-client`": WITHOUT_STORAGE_CLIENT,
         "Without the package `deep_ep`": WITHOUT_DEEP_EP,
         "With the torch-native layers (`--transformer-impl local`)": WITH_TORCH_NATIVE_LAYERS,
-        "With Transformer Engine's layers, or those of `--spec`": WITH_OTHER_LAYERS,
+        "With the layers of `--spec`": WITH_LAYERS_OF_SPEC,
         "With `--dataloader-inter-document-masking`": WITH_DOCUMENTS,
+        "With it, Transformer Engine's layers and `--context-parallel-size` above 1": (
+            WITH_DOCUMENTS_OVER_RANKS
+        ),
         "With `--use-distributed-optimizer`": WITH_DISTRIBUTED_OPTIMIZER,
         "With `--dataset-log-interval`": WITH_DATASET_LOG,
         "With `--forget-data-path` (unlearning)": WITH_UNLEARNING,
@@ -75,7 +79,8 @@ def render() -> str:
             if row.beside is not None:
                 other, value = flag_name(row.beside[0]), row.beside[1]
                 told = "" if value is True else f" {value}"
-                what = f"without {other}" if value is False else f"beside {other}{told}"
+                company = f"without {other}" if value is False else f"beside {other}{told}"
+                what = f"{what}, {company}" if row.expected else company
             lines.append(f"| `{row.flag}` | {what} | {row.reason} |")
     required = ", ".join(f"`{flag_name(name)}`" for name in REQUIRED_WITH_CHAT)
     lines += ["", f"Chat tuning needs {required}."]

@@ -46,9 +46,7 @@ class Spans:
     def ends(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """int32 `[documents + 1]` of queries and of keys: 0 and where those of each document end."""
         rows = [[0, *accumulate(counts)] for counts in (self.queries, self.keys)]
-        found = torch.tensor(rows, dtype=torch.int32)
-        if device.type == "cuda":
-            found = found.pin_memory().to(device, non_blocking=True)
+        found = _moved(torch.tensor(rows, dtype=torch.int32), device)
         return found[0], found[1]
 
 
@@ -63,6 +61,7 @@ class Documents(PackedSeqParams):
     bounds: tuple[tuple[int, ...], ...] = ()
     _spans: dict[tuple[int, int, int], Spans] = field(default_factory=dict, repr=False)
     _ends: dict[Spans, tuple[Tensor, Tensor]] = field(default_factory=dict, repr=False)
+    _packed: PackedSeqParams | None = field(default=None, repr=False)
 
     @classmethod
     def from_lengths(cls, cu_seqlens: Tensor) -> Documents:
@@ -87,6 +86,20 @@ class Documents(PackedSeqParams):
             before = ends[-1]
         return torch.tensor(ends, dtype=torch.int32)
 
+    def packed(self, device: torch.device) -> PackedSeqParams:
+        """Of all samples one after the other, for Transformer Engine; made once for all layers."""
+        if self._packed is None:
+            longest = max(stop - start for row in self.bounds for start, stop in pairwise(row))
+            ends = _moved(self.joined(), device)
+            self._packed = PackedSeqParams(
+                qkv_format="thd",
+                cu_seqlens_q=ends,
+                cu_seqlens_kv=ends,
+                max_seqlen_q=longest,
+                max_seqlen_kv=longest,
+            )
+        return self._packed
+
     def spans(self, sample: int, first: int, end: int) -> Spans:
         """The documents of a sample with queries from `first` to `end`; made once for all layers."""
         place = sample, first, end
@@ -109,6 +122,13 @@ class Documents(PackedSeqParams):
         if spans not in self._ends:
             self._ends[spans] = spans.ends(device)
         return self._ends[spans]
+
+
+def _moved(numbers: Tensor, device: torch.device) -> Tensor:
+    """To the device, without a wait of the host."""
+    if device.type != "cuda":
+        return numbers
+    return numbers.pin_memory().to(device, non_blocking=True)
 
 
 def has_flash(query: Tensor, *, dropout: float, backend: AttnBackend) -> bool:

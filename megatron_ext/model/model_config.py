@@ -9,6 +9,7 @@ from megatron.training.argument_utils import gpt_config_from_args
 
 from megatron_ext.exceptions import refused_by_megatron
 from megatron_ext.model.layer_spec import check_config, torch_native_spec_for_builder
+from megatron_ext.model.te_documents import te_spec_within_documents
 
 
 def model_config_from_args(args: Namespace) -> Any:
@@ -39,6 +40,8 @@ def model_config_from_args(args: Namespace) -> Any:
         # The builder checks too, but only once all process groups are up.
         check_config(config.transformer)
         config.transformer_layer_spec = torch_native_spec_for_builder
+    elif args.spec is None and args.dataloader_inter_document_masking:
+        config.transformer_layer_spec = te_spec_within_documents
     return config
 
 

@@ -64,8 +64,11 @@ def config(**changes: Any) -> Any:
     return TransformerConfig(**(fields | changes))
 
 
-def gpt(cfg: Any, *, native: bool, seed: int = 0) -> Any:
-    """A GPTModel; every parameter random, so that scales of one and biases of zero hide nothing."""
+def gpt(cfg: Any, *, native: bool, seed: int = 0, core_attention: Any = None) -> Any:
+    """A GPTModel; every parameter random, so that scales of one and biases of zero hide nothing.
+
+    Megatron's own layers may have another `core_attention`.
+    """
     from megatron.core.models.gpt import GPTModel
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 
@@ -77,6 +80,8 @@ def gpt(cfg: Any, *, native: bool, seed: int = 0) -> Any:
         qk_layernorm=cfg.qk_layernorm,
         qk_l2_norm=cfg.qk_l2_norm,
     )
+    if core_attention is not None:
+        stock.submodules.self_attention.submodules.core_attention = core_attention
     model = GPTModel(
         config=cfg,
         transformer_layer_spec=torch_native_layer_spec(cfg) if native else stock,
@@ -93,7 +98,9 @@ def gpt(cfg: Any, *, native: bool, seed: int = 0) -> Any:
     return model
 
 
-def loss_and_gradients(model: Any, wrapped: Any = None) -> tuple[float, dict[str, torch.Tensor]]:
+def loss_and_gradients(
+    model: Any, wrapped: Any = None, documents: Any = None
+) -> tuple[float, dict[str, torch.Tensor]]:
     """One pass through Megatron's own wrapper (given or made), schedule and gradient reduction."""
     from megatron.core.distributed import (
         DistributedDataParallel,
@@ -112,7 +119,8 @@ def loss_and_gradients(model: Any, wrapped: Any = None) -> tuple[float, dict[str
     mask = torch.ones(1, 1, SEQUENCE, SEQUENCE, dtype=torch.bool).triu(1)
 
     def forward_step(iterator: Any, chunk: Any) -> Any:
-        out = chunk(tokens[:, :-1], positions, mask, labels=tokens[:, 1:].contiguous())
+        labels = tokens[:, 1:].contiguous()
+        out = chunk(tokens[:, :-1], positions, mask, labels=labels, packed_seq_params=documents)
         return out, lambda losses: (losses.mean(), {"loss": losses.detach().mean()})
 
     terms = get_forward_backward_func()(

@@ -246,6 +246,15 @@ def _patch_tensors() -> None:
     def text(self: Tensor, **kwargs: Any) -> str:  # which switches modes off
         return show(self.detach().cpu() if on_device(self) else self, **kwargs)
 
+    make = torch.tensor
+
+    def from_data(data: Any, *args: Any, pin_memory: bool = False, **kwargs: Any) -> Tensor:
+        """C++ would ask a driver for numbers on a device among the data, and for pinned memory."""
+        if not isinstance(data, Tensor):
+            data = _map(lambda leaf: leaf.item() if isinstance(leaf, Tensor) else leaf, data)
+        return make(data, *args, **kwargs)
+
+    torch.tensor = from_data
     tensor.device = property(lambda self: CUDA if on_device(self) else _device_of(self))
     tensor.is_cuda, tensor.to, tensor.type = property(on_device), place, type_name
     tensor.cuda = lambda self, device=None, **kwargs: to(self, LAZY, **kwargs)

@@ -141,7 +141,7 @@ CASES: dict[str, tuple[list[str], list[str]]] = {
     ),
     "attention within documents in layers of one's own": (
         ["--dataloader-inter-document-masking", "--spec", "module", "name"],
-        ["--dataloader-inter-document-masking is not supported", "torch-native layers"],
+        ["--dataloader-inter-document-masking is not supported", "layers of --spec"],
     ),
     "experts that the checkpoint lacks": (
         ["--num-experts", "4"],

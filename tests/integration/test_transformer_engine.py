@@ -20,6 +20,7 @@ TAGS = ("unlearn loss", "forget loss", "replay loss")
 KINDS = {"native": "local", "te": "transformer_engine"}
 STEPS = ("--train-iters", 4, "--eval-iters", 0, "--bf16", "--use-distributed-optimizer")
 STEPS = (*STEPS, "--dist-ckpt-optim-fully-reshardable")
+WITHIN = "--dataloader-inter-document-masking"
 
 
 @pytest.fixture(scope="module")
@@ -35,6 +36,8 @@ def runs(tiny, runs_directory):
     for name in KINDS:
         save = ("--save", directory / name, "--save-interval", 2)
         found[name] = start(name, tiny.unlearn(*STEPS, *kind[name], *save))
+        within = f"{name}, within documents"
+        found[within] = start(within, tiny.unlearn(*STEPS, *kind[name], WITHIN))
     for name, other in (("native", "te"), ("te", "native")):
         load = ("--load", directory / other, "--ckpt-step", 2)
         reference = ("--reference-load", tiny.reference)
@@ -43,9 +46,10 @@ def runs(tiny, runs_directory):
     return found
 
 
-def test_both_train_to_the_same_losses(runs):
+@pytest.mark.parametrize("more", ["", ", within documents"])
+def test_both_train_to_the_same_losses(runs, more):
     for tag in TAGS:
-        native, te = (runs[name].series(tag) for name in KINDS)
+        native, te = (runs[name + more].series(tag) for name in KINDS)
         assert len(native) == 4
         assert te == pytest.approx(native, rel=TOLERANCE), tag
 
