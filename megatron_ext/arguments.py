@@ -24,6 +24,7 @@ from megatron_ext.chat import check_resume as check_chat_resume
 from megatron_ext.checkpoint.kinds import check_plain, check_unlearning, tell_changes
 from megatron_ext.checkpoint.resumable import check_resumable, keep_buckets
 from megatron_ext.checkpoint.source import Start
+from megatron_ext.checkpoint.whole_weights import keep_whole
 from megatron_ext.company import check_company, check_index, check_routing
 from megatron_ext.config import ChatConfig, RunConfig, UnlearnConfig
 from megatron_ext.data.checks import check_tokenizer_place, check_vocabulary
@@ -197,6 +198,7 @@ def check_checkpoints(args: Namespace, config: UnlearnConfig) -> Start:
     args.consumed_data = start.recorded("consumed_data")  # to be gone on with when there are data
     if args.ckpt_convert_format is not None:  # without a step there is no other
         args.unlearn_watch = start.recorded("unlearn_watch")
+    keep_whole(args, start.before)
     if start.before is not None:
         if args.chat_digest is not None:
             check_chat_resume(start.before.args, args)
@@ -232,28 +234,25 @@ def check_before_megatron(args: Namespace, config: UnlearnConfig) -> None:
     Raises:
         ConfigError: names the flag, what was expected and what was found.
     """
-    always = *refusals.NEVER, *refusals.WITH_DOCUMENTS
-    refusals.refuse(args, always, where="is not supported")
-    for package, rows in machine_refusals.WITHOUT_PACKAGE.items():
-        if not _installed(package):
-            refusals.refuse(args, rows, where="is not supported")
+    rows = [*refusals.NEVER, *refusals.WITH_DOCUMENTS]
+    for package, needed in machine_refusals.WITHOUT_PACKAGE.items():
+        rows += () if _installed(package) else needed
     if args.use_distributed_optimizer or args.optimizer.startswith("dist_"):
-        refusals.refuse(args, refusals.WITH_DISTRIBUTED_OPTIMIZER, where="is not supported")
+        rows += refusals.WITH_DISTRIBUTED_OPTIMIZER
     if cpu.is_enabled():
-        refusals.refuse(args, machine_refusals.WITHOUT_CUDA, where="is not supported")
+        rows += machine_refusals.WITHOUT_CUDA
     if args.spec is not None:
-        refusals.refuse(args, refusals.WITH_LAYERS_OF_SPEC, where="is not supported")
+        rows += refusals.WITH_LAYERS_OF_SPEC
     elif args.transformer_impl == "local":
-        refusals.refuse(args, refusals.WITH_TORCH_NATIVE_LAYERS, where="is not supported")
-    elif args.dataloader_inter_document_masking and args.context_parallel_size > 1:
-        beside = "--dataloader-inter-document-masking and --context-parallel-size"
-        refusals.refuse(args, refusals.WITH_DOCUMENTS_OVER_RANKS, where=f"beside {beside}")
+        rows += refusals.WITH_TORCH_NATIVE_LAYERS
+    refusals.refuse(args, rows, where="is not supported")
+    over_ranks = args.dataloader_inter_document_masking and args.context_parallel_size > 1
+    if over_ranks and args.transformer_impl != "local":
+        where = "over context-parallel ranks, beside --dataloader-inter-document-masking"
+        refusals.refuse(args, refusals.WITH_DOCUMENTS_OVER_RANKS, where=where)
     if args.dataset_log_interval is not None:
-        refusals.refuse(
-            args,
-            refusals.WITH_DATASET_LOG,
-            where="cannot be combined with --dataset-log-interval",
-        )
+        where = "cannot be combined with --dataset-log-interval"
+        refusals.refuse(args, refusals.WITH_DATASET_LOG, where=where)
     if config.enabled:
         refusals.refuse(
             args, refusals.WITH_UNLEARNING, where="cannot be combined with --forget-data-path"

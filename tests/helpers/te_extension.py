@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import enum
 import itertools
+from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
@@ -227,31 +228,54 @@ def multi_tensor_l2norm(
     return norms.norm().view(1), norms
 
 
-def multi_tensor_adam(
-    chunk: int,
-    overflow: Tensor,
-    lists: list,
-    lr: float,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    step: int,
-    mode: int,
-    bias_correction: bool,
-    decay: float,
-) -> None:
-    """A step of AdamW: gradients, parameters, their two moments, and parameters in fp32 where it has any."""
-    assert mode == ADAM_W
-    correct = (1 - beta1**step, 1 - beta2**step) if bias_correction else (1.0, 1.0)
-    for gradient, parameter, first, second, *main in zip(*lists, strict=True):
-        exact = main[0] if main else parameter
+@dataclass(frozen=True)
+class _AdamW:
+    """A step, in the order of the extension's arguments."""
+
+    lr: float
+    beta1: float
+    beta2: float
+    eps: float
+    step: int
+    mode: int
+    bias_correction: bool
+    decay: float
+
+    def __post_init__(self) -> None:
+        assert self.mode == ADAM_W
+
+    def update(self, gradient: Tensor, parameter: Tensor, first: Tensor, second: Tensor) -> None:
+        """Parameter in fp32 and its two moments, in place."""
         gradient = gradient.float()
-        first.lerp_(gradient, 1 - beta1)
-        second.mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
-        change = (first / correct[0]) / ((second / correct[1]).sqrt() + eps)
-        exact.sub_(lr * (change + decay * exact))
+        first.copy_(first.float().lerp(gradient, 1 - self.beta1))
+        second.copy_(self.beta2 * second.float() + (1 - self.beta2) * gradient.square())
+        mean, square = first.float(), second.float()
+        if self.bias_correction:
+            mean, square = mean / (1 - self.beta1**self.step), square / (1 - self.beta2**self.step)
+        parameter.sub_(self.lr * (mean / (square.sqrt() + self.eps) + self.decay * parameter))
+
+
+def multi_tensor_adam(chunk: int, overflow: Tensor, lists: list, *step: Any) -> None:
+    """Gradients, parameters, their two moments, and parameters in fp32 where it has any."""
+    adam = _AdamW(*step)
+    for gradient, parameter, first, second, *main in zip(*lists, strict=True):
+        adam.update(gradient, main[0] if main else parameter, first, second)
         if main:
-            parameter.copy_(exact)
+            parameter.copy_(main[0])
+
+
+def multi_tensor_adam_param_remainder(
+    chunk: int, overflow: Tensor, lists: list, *step: Any
+) -> None:
+    """Parameters in fp32 are bf16, rounded to the nearest, and the 16 bits that this leaves out."""
+    adam = _AdamW(*step)
+    for gradient, parameter, first, second, rest in zip(*lists, strict=True):
+        high = parameter.view(torch.int16).int() - (rest < 0).int()
+        exact = (high * 2**16 + (rest.int() & 0xFFFF)).view(torch.float32)
+        adam.update(gradient, exact, first, second)
+        bits = exact.view(torch.int32)
+        rest.copy_(bits.to(torch.int16))
+        parameter.view(torch.int16).copy_((bits >> 16) + (rest < 0).int())
 
 
 def module() -> ModuleType:
@@ -261,6 +285,7 @@ def module() -> ModuleType:
         *(generic_gemm, rmsnorm_fwd, rmsnorm_bwd, fused_rope_forward, fused_rope_backward),
         *(te_general_grouped_gemm, convert_thd_to_bshd, convert_bshd_to_thd),
         *(multi_tensor_scale, multi_tensor_l2norm, multi_tensor_adam),
+        multi_tensor_adam_param_remainder,
     )
     for function in computed:
         setattr(found, function.__name__, function)

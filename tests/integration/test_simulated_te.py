@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import pytest
 
 from tests.helpers import simulated_te
-from tests.helpers.entry import LOSSES, Launch
+from tests.helpers.entry import LOSSES, Launch, succeed
 from tests.helpers.forked import Server
 
 pytestmark = pytest.mark.skipif(
@@ -13,7 +13,7 @@ pytestmark = pytest.mark.skipif(
     reason="needs torch 2.13 for CUDA, Triton, no CUDA device, and what `make setup` installs",
 )
 
-STEPS = 2
+STEPS = 3
 SMALL = ("--seq-length", 32, "--micro-batch-size", 2, "--global-batch-size", 8)
 SMALL = (*SMALL, "--train-iters", STEPS, "--use-distributed-optimizer")
 WITHIN = ("--dataloader-inter-document-masking",)
@@ -99,7 +99,7 @@ def test_documents_make_a_difference(te):
 def test_each_goes_on_from_the_others_checkpoint(
     first, name, launches, native, te, simulated, server, tiny, tmp_path
 ):
-    """Weights and the optimizer's moments, after one of the two steps."""
+    """Weights, and what the optimizer keeps, which the last step shows, after the first of three."""
     straight = {"native": native, "te": te}[first][name]
     flags = (*launches[name].arguments, "--dist-ckpt-optim-fully-reshardable")
     kept = ("--save", tmp_path / "kept", "--save-interval", 1)
@@ -119,3 +119,32 @@ def test_each_goes_on_from_the_others_checkpoint(
     for tag in (*(("lm loss",) if name in PLAIN else LOSSES), "grad-norm"):
         found = rest.series(tag)
         assert found == pytest.approx(straight.series(tag)[1:], rel=1e-5, abs=1e-6), tag
+
+
+@pytest.fixture(scope="module")
+def aware(tiny, simulated, tmp_path_factory):
+    """Flags of runs in bf16 that go on from the first of three steps of the precision-aware optimizer."""
+    directory = tmp_path_factory.mktemp("aware")
+    flags = (*SMALL, "--bf16", "--dist-ckpt-optim-fully-reshardable", "--forget-batch-size", 4)
+    flags = tiny.objective(*flags, "--pretrained-checkpoint", tiny.base)
+    save = ("--save", directory / "kept", "--save-interval", 1, "--exit-interval", 1)
+    half = Launch((*flags, "--use-precision-aware-optimizer", *save))
+    half = simulated.run(half, directory / "half")
+    assert half.returncode == 0, half.output[-4000:]
+    straight = succeed(simulated.run(Launch(flags), directory / "straight"))
+    return (*flags, "--load", directory / "kept"), straight
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "ranks"), [("precision-aware", 1), ("precision-aware", 2), ("plain", 1)]
+)
+def test_a_checkpoint_of_the_precision_aware_optimizer_has_fp32_weights(
+    aware, optimizer, ranks, simulated, tmp_path
+):
+    """In Megatron it has the bits that bf16 lacks in their place, for which no run has a use."""
+    flags, straight = aware
+    more = () if optimizer == "plain" else ("--use-precision-aware-optimizer",)
+    rest = succeed(simulated.run(Launch((*flags, *more), ranks), tmp_path))
+    for tag in (*LOSSES, "grad-norm"):
+        # Ranks add gradients in another order.
+        assert rest.series(tag) == pytest.approx(straight.series(tag)[1:], rel=1e-5), tag
