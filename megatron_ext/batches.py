@@ -181,6 +181,26 @@ def check_batches(args: Namespace, config: UnlearnConfig) -> None:
         trained = args.global_batch_size, args.micro_batch_size
         _check_composition(args, config, *trained, "--forget-batch-size")
         _check_composition(args, config, *evaluated, "--eval-global-batch-size")
+        _check_scales(args)
+
+
+def _check_scales(args: Namespace) -> None:
+    """With fp8's delayed scaling, a scale of the gradients must know those of every kind of text.
+
+    Those of forgotten text are smaller by orders of magnitude, and a scale that was taken from them cuts off
+    those of the replayed microbatch that comes next: by the defaults a step lost a fifth of its gradient.
+    """
+    if not args.fp8 or args.fp8_recipe != "delayed" or args.skip_train:
+        return
+    microbatches = args.global_batch_size // (args.micro_batch_size * args.data_parallel_size)
+    length, rule = args.fp8_amax_history_len, args.fp8_amax_compute_algo
+    if length < microbatches or rule != "max":
+        raise ConfigError(
+            "--fp8-amax-history-len, --fp8-amax-compute-algo: expected for unlearning at least "
+            f"{microbatches}, the microbatches of a step, and max, or another --fp8-recipe than delayed; "
+            f"found {length} and {rule}, by which scales for the gradients of forgotten text would cut off "
+            "those of replayed text"
+        )
 
 
 def check_length(args: Namespace) -> None:

@@ -3,6 +3,9 @@
 Megatron loads the non-tensor part of a checkpoint through torch's distributed checkpoints, and those
 (torch 2.13) unpickle without limits in two places: the file `.metadata` (`FileSystemReader.read_metadata`)
 and every object beside the tensors (`DefaultLoadPlanner.load_bytes` passes `weights_only=False`).
+
+Transformer Engine pickles what fp8's delayed scaling has learnt, an `_extra_state` of each layer. Before 2.20
+it unpickles whatever it is given; since then it ends every resume in an error, unless told to do the same.
 """
 
 from __future__ import annotations
@@ -14,6 +17,7 @@ import io
 import os
 import pickle
 import re
+import sys
 import traceback
 from collections.abc import Iterator
 from typing import IO, Any, ClassVar
@@ -24,6 +28,10 @@ from torch.distributed.checkpoint.metadata import TensorProperties
 from megatron_ext.exceptions import ConfigError
 
 _FORCE, _FORBID = "TORCH_FORCE_WEIGHTS_ONLY_LOAD", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"
+
+# The modules of Transformer Engine that unpickle extra states, and by what they are told to.
+_READERS = ("transformer_engine.pytorch.module.base", "transformer_engine.pytorch.ops.op")
+_ALLOW = "NVTE_ALLOW_UNSAFE_PICKLE_EXTRA_STATE"
 
 _CHECKPOINT = "torch.distributed.checkpoint"
 # What the metadata of a checkpoint consists of, besides Python's containers.
@@ -70,6 +78,27 @@ def enable() -> None:
     from torch.distributed.checkpoint import filesystem
 
     setattr(filesystem, "pickle", _MetadataPickle)  # noqa: B010  # the name that its reader looks up
+
+
+def enable_for_extra_states() -> None:
+    """Have Transformer Engine, where it has been imported, read its extra states as data."""
+    for name in _READERS:
+        if module := sys.modules.get(name):
+            module.pickle = _StatePickle  # type: ignore[attr-defined]
+            os.environ[_ALLOW] = "1"
+
+
+class _StatePickle:
+    """What these modules use of `pickle`."""
+
+    dumps = staticmethod(pickle.dumps)
+
+    @staticmethod
+    def loads(data: bytes) -> Any:
+        """Recipes and tensors; Megatron has the list, for its grouped experts."""
+        from megatron.core.safe_globals import SafeUnpickler
+
+        return SafeUnpickler(io.BytesIO(data)).load()
 
 
 def load_metadata(stream: IO[bytes]) -> Any:

@@ -273,6 +273,7 @@ def apply() -> None:
     skip_helper_compilation()
     read_docstrings_for_help()
     devices.check_gpus()
+    safe_load.enable_for_extra_states()
     find_ranks()
     console.apply()
     progress.apply()

@@ -225,7 +225,7 @@ def _patch_cuda() -> None:
     cuda.default_generators = (torch.default_generator,) * 8
 
 
-def _as_lazy(device: Any) -> Any:
+def as_lazy(device: Any) -> Any:
     """The device as C++ knows it, for whatever names it; else unchanged."""
     if isinstance(device, bool) or not isinstance(device, int | str | torch.device):
         return device
@@ -237,7 +237,7 @@ def _patch_tensors() -> None:
     to, type_, show = tensor.to, tensor.type, torch._tensor_str._str
 
     def place(self: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        return to(self, *map(_as_lazy, args), **{n: _as_lazy(v) for n, v in kwargs.items()})
+        return to(self, *map(as_lazy, args), **{n: as_lazy(v) for n, v in kwargs.items()})
 
     def type_name(self: Tensor, *args: Any, **kwargs: Any) -> Any:
         found = type_(self, *args, **kwargs)

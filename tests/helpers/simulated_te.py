@@ -25,6 +25,7 @@ def install() -> None:
     simulated_cuda.install()
     os.environ["NVTE_PROJECT_BUILDING"] = "1"  # it looks for none of its libraries
     os.environ["NVTE_MASKED_SOFTMAX_FUSION"] = "0"
+    os.environ["NVTE_UNFUSED_FP8_UPDATE"] = "1"
     sys.path.insert(0, str(PACKAGE))  # before one that is built for this machine
     sys.modules["transformer_engine_torch"] = te_extension.module()
     # Export to ONNX, whose packages nothing else needs.

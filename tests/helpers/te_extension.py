@@ -1,4 +1,4 @@
-"""Transformer Engine's C++ extension by torch's operations: what a GPT without fp8 calls of it.
+"""Transformer Engine's C++ extension by torch's operations: what a GPT calls of it.
 
 Only its names, the order of its arguments and what it computes are known here, from the Python code of
 Transformer Engine that calls it. Any other function ends a run with its name.
@@ -8,15 +8,13 @@ from __future__ import annotations
 
 import enum
 import itertools
-from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-ADAM_W = 1  # of the modes of its optimizer
-
+from tests.helpers import te_fp8, te_optimizer
 
 # Types of numbers; it asks for all of these.
 _TYPES = "kByte kInt32 kFloat32 kFloat16 kBFloat16 kFloat8E4M3 kFloat8E5M2 kFloat4E2M1"
@@ -55,6 +53,11 @@ def _enumeration(name: str) -> type:
     return _Numbered(name, (), {"numbers": itertools.count()})
 
 
+def _exact(t: Any) -> Tensor:
+    """In place of fp8 what it stands for; a GPU multiplies fp8 and adds in fp32, too."""
+    return t if type(t) in (Tensor, torch.nn.Parameter) else te_fp8.dequantize(t)
+
+
 def _flat(t: Tensor) -> Tensor:
     return t.reshape(-1, t.shape[-1])
 
@@ -81,6 +84,7 @@ def generic_gemm(
     """`b @ a` in rows, as BLAS has it in columns: `(a or its transpose) (b or its transpose)`."""
     assert quantizer is None
     assert not gelu
+    a, b = _exact(a), _exact(b)
     left = _flat(b).t() if transpose_b else _flat(b)
     right = _flat(a).t() if transpose_a else _flat(a)
     result = left @ right
@@ -140,10 +144,11 @@ def rmsnorm_fwd(
     zero_centered: bool,
 ) -> tuple[Tensor, None, Tensor]:
     """Result `[n, h]`, nothing in the place of means, and `1 / rms` `[n]`."""
-    assert quantizer is None
     exact = inputs.float()
     scale = (exact.square().mean(dim=-1) + eps).rsqrt()
     result = (exact * scale[:, None] * (weight.float() + int(zero_centered))).to(inputs.dtype)
+    if quantizer is not None:
+        return te_fp8.quantize(result, quantizer, out), None, scale
     return (result if out is None else out.copy_(result)), None, scale
 
 
@@ -214,83 +219,19 @@ def convert_bshd_to_thd(t: Tensor, ends: Tensor, tokens: int) -> Tensor:
     return result
 
 
-def multi_tensor_scale(chunk: int, overflow: Tensor, lists: list, scale: Any) -> None:
-    """Each tensor of the first list, scaled, into that of the second."""
-    for source, target in zip(*lists, strict=True):
-        target.copy_(source * scale)
-
-
-def multi_tensor_l2norm(
-    chunk: int, overflow: Tensor, lists: list, per_tensor: bool = False
-) -> tuple[Tensor, Tensor]:
-    """Norm `[1]` of all, and of each one."""
-    norms = torch.stack([t.float().norm() for t in lists[0]])
-    return norms.norm().view(1), norms
-
-
-@dataclass(frozen=True)
-class _AdamW:
-    """A step, in the order of the extension's arguments."""
-
-    lr: float
-    beta1: float
-    beta2: float
-    eps: float
-    step: int
-    mode: int
-    bias_correction: bool
-    decay: float
-
-    def __post_init__(self) -> None:
-        assert self.mode == ADAM_W
-
-    def update(self, gradient: Tensor, parameter: Tensor, first: Tensor, second: Tensor) -> None:
-        """Parameter in fp32 and its two moments, in place."""
-        gradient = gradient.float()
-        first.copy_(first.float().lerp(gradient, 1 - self.beta1))
-        second.copy_(self.beta2 * second.float() + (1 - self.beta2) * gradient.square())
-        mean, square = first.float(), second.float()
-        if self.bias_correction:
-            mean, square = mean / (1 - self.beta1**self.step), square / (1 - self.beta2**self.step)
-        parameter.sub_(self.lr * (mean / (square.sqrt() + self.eps) + self.decay * parameter))
-
-
-def multi_tensor_adam(chunk: int, overflow: Tensor, lists: list, *step: Any) -> None:
-    """Gradients, parameters, their two moments, and parameters in fp32 where it has any."""
-    adam = _AdamW(*step)
-    for gradient, parameter, first, second, *main in zip(*lists, strict=True):
-        adam.update(gradient, main[0] if main else parameter, first, second)
-        if main:
-            parameter.copy_(main[0])
-
-
-def multi_tensor_adam_param_remainder(
-    chunk: int, overflow: Tensor, lists: list, *step: Any
-) -> None:
-    """Parameters in fp32 are bf16, rounded to the nearest, and the 16 bits that this leaves out."""
-    adam = _AdamW(*step)
-    for gradient, parameter, first, second, rest in zip(*lists, strict=True):
-        high = parameter.view(torch.int16).int() - (rest < 0).int()
-        exact = (high * 2**16 + (rest.int() & 0xFFFF)).view(torch.float32)
-        adam.update(gradient, exact, first, second)
-        bits = exact.view(torch.int32)
-        rest.copy_(bits.to(torch.int16))
-        parameter.view(torch.int16).copy_((bits >> 16) + (rest < 0).int())
-
-
 def module() -> ModuleType:
     """The extension, to import as `transformer_engine_torch`."""
     found = ModuleType("transformer_engine_torch")
     computed = (
         *(generic_gemm, rmsnorm_fwd, rmsnorm_bwd, fused_rope_forward, fused_rope_backward),
         *(te_general_grouped_gemm, convert_thd_to_bshd, convert_bshd_to_thd),
-        *(multi_tensor_scale, multi_tensor_l2norm, multi_tensor_adam),
-        multi_tensor_adam_param_remainder,
+        *(*te_optimizer.FUNCTIONS, *te_fp8.FUNCTIONS),
     )
     for function in computed:
         setattr(found, function.__name__, function)
-    found.multi_tensor_scale_tensor = multi_tensor_scale  # type: ignore[attr-defined]
-    found.DType = DType  # type: ignore[attr-defined]
+    found.multi_tensor_scale_tensor = te_optimizer.multi_tensor_scale  # type: ignore[attr-defined]
+    for enumeration in (DType, te_fp8.FP8FwdTensors, te_fp8.FP8BwdTensors):
+        setattr(found, enumeration.__name__, enumeration)
     found.NVTE_Fused_Attn_Backend = FusedAttention  # type: ignore[attr-defined]
     none = FusedAttention.NVTE_No_Backend, "a CPU has no kernel of cuDNN's"
     found.get_fused_attn_backend = lambda *_, **__: none  # type: ignore[attr-defined]

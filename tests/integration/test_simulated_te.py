@@ -148,3 +148,55 @@ def test_a_checkpoint_of_the_precision_aware_optimizer_has_fp32_weights(
     for tag in (*LOSSES, "grad-norm"):
         # Ranks add gradients in another order.
         assert rest.series(tag) == pytest.approx(straight.series(tag)[1:], rel=1e-5), tag
+
+
+FP8 = {
+    "tensorwise": ("--fp8-recipe", "tensorwise"),
+    "delayed": ("--fp8-amax-history-len", 16, "--fp8-amax-compute-algo", "max"),
+}
+# e4m3 keeps 3 bits behind the point. The scales of a first step are 1, and little of its gradients is left.
+NOISE = {"loss": 2e-2, "mitigation kl": 5e-2, "grad-norm": 6e-2}
+FIRST = {"tensorwise": 0, "delayed": 1}
+
+
+@pytest.fixture(scope="module")
+def fp8(tiny, simulated, tmp_path_factory):
+    """Runs in bf16 and fp8 that hardly move, and the flags that go on from the first step of one in fp8."""
+    directory = tmp_path_factory.mktemp("fp8")
+    still = ("--lr", 1e-6, "--min-lr", 1e-6, "--forget-weight", 0.01)
+    flags = tiny.objective(*SMALL, "--bf16", "--forget-batch-size", 4, *still)
+    flags = (*flags, "--reference-load", tiny.reference, "--pretrained-checkpoint", tiny.base)
+    launches = {"bf16": Launch(flags)}
+    for name, more in FP8.items():
+        own = (*flags, "--fp8-format", "hybrid", *more)
+        kept = ("--save", directory / name, "--save-interval", 1)
+        launches[name] = Launch(own)
+        launches[f"half of {name}"] = Launch((*own, *kept, "--exit-interval", 1))
+    # Megatron warns of what it switches off for a recipe.
+    runs = {name: simulated.run(one, directory / "logs" / name) for name, one in launches.items()}
+    assert not any(run.returncode for run in runs.values()), runs
+    return runs, {name: (*launches[name].arguments, "--load", directory / name) for name in FP8}
+
+
+@pytest.mark.parametrize("recipe", FP8)
+def test_fp8_trains_to_what_bf16_does(fp8, recipe):
+    """Forgotten and replayed microbatches, whose gradients are of different sizes, in one step."""
+    runs, _ = fp8
+    for tag in (*LOSSES, "grad-norm"):
+        bound = NOISE.get(tag, NOISE["loss"])
+        found, expected = (
+            runs[name].series(tag)[FIRST[recipe] if tag == "grad-norm" else 0 :]
+            for name in (recipe, "bf16")
+        )
+        assert found == pytest.approx(expected, rel=bound), tag
+        assert found != expected, tag
+
+
+@pytest.mark.parametrize("recipe", FP8)
+def test_fp8_goes_on_from_its_scales(fp8, recipe, simulated, tmp_path):
+    """Those of delayed scaling are pickled, which Transformer Engine alone refuses to read."""
+    runs, flags = fp8
+    rest = simulated.run(Launch(flags[recipe]), tmp_path)
+    assert rest.returncode == 0, rest.output[-4000:]
+    for tag in (*LOSSES, "grad-norm"):
+        assert rest.series(tag) == runs[recipe].series(tag)[1:], tag

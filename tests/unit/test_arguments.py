@@ -69,6 +69,7 @@ def test_each_field_of_the_config_is_a_flag(parsed):
 def arguments(**changes):
     """Parsed arguments of an unlearning run that nothing is wrong with."""
     fields = {
+        "fp8": None,
         "global_batch_size": 16,
         "micro_batch_size": 2,
         "eval_global_batch_size": 16,
@@ -296,3 +297,25 @@ def test_rows_that_do_not_hold_the_tokens_or_cannot_be_shared_are_named(rows, tp
     )
     with pytest.raises(ConfigError, match=f"{message} {tp}, found {rows}"):
         check_vocabulary(Namespace(padded_vocab_size=rows, **sizes))
+
+
+_DELAYED = {"fp8": "hybrid", "fp8_recipe": "delayed", "data_parallel_size": 1}
+_DELAYED |= {"global_batch_size": 16, "micro_batch_size": 2}
+
+
+@pytest.mark.parametrize(("length", "rule"), [(1, "most_recent"), (7, "max"), (8, "most_recent")])
+def test_scales_of_fp8_that_do_not_know_all_gradients_are_refused(length, rule):
+    from megatron_ext.batches import check_batches
+    from megatron_ext.config import UnlearnConfig
+    from megatron_ext.exceptions import ConfigError
+
+    unlearning = UnlearnConfig(forget_data_path=["a"])
+    history = {"fp8_amax_history_len": length, "fp8_amax_compute_algo": rule}
+    found = f"at least 8, the microbatches of a step, and max, .* found {length} and {rule}"
+    with pytest.raises(ConfigError, match=found):
+        check_batches(arguments(**_DELAYED, **history), unlearning)
+    # Without unlearning, and by another rule for scales, they do.
+    check_batches(arguments(**_DELAYED, **history), UnlearnConfig())
+    check_batches(arguments(**_DELAYED | {"fp8_recipe": "tensorwise"}, **history), unlearning)
+    right = {"fp8_amax_history_len": 8, "fp8_amax_compute_algo": "max"}
+    check_batches(arguments(**_DELAYED, **right), unlearning)
