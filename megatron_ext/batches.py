@@ -192,12 +192,15 @@ def _check_scales(args: Namespace) -> None:
     """
     if not args.fp8 or args.fp8_recipe != "delayed" or args.skip_train:
         return
-    microbatches = args.global_batch_size // (args.micro_batch_size * args.data_parallel_size)
+    passes = args.global_batch_size // (args.micro_batch_size * args.data_parallel_size)
+    passes *= (
+        args.virtual_pipeline_model_parallel_size or 1
+    )  # each adds to the history of all chunks
     length, rule = args.fp8_amax_history_len, args.fp8_amax_compute_algo
-    if length < microbatches or rule != "max":
+    if length < passes or rule != "max":
         raise ConfigError(
             "--fp8-amax-history-len, --fp8-amax-compute-algo: expected for unlearning at least "
-            f"{microbatches}, the microbatches of a step, and max, or another --fp8-recipe than delayed; "
+            f"{passes}, the passes of a step, and max, or another --fp8-recipe than delayed; "
             f"found {length} and {rule}, by which scales for the gradients of forgotten text would cut off "
             "those of replayed text"
         )

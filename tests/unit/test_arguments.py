@@ -311,11 +311,14 @@ def test_scales_of_fp8_that_do_not_know_all_gradients_are_refused(length, rule):
 
     unlearning = UnlearnConfig(forget_data_path=["a"])
     history = {"fp8_amax_history_len": length, "fp8_amax_compute_algo": rule}
-    found = f"at least 8, the microbatches of a step, and max, .* found {length} and {rule}"
+    found = f"at least 8, the passes of a step, and max, .* found {length} and {rule}"
     with pytest.raises(ConfigError, match=found):
         check_batches(arguments(**_DELAYED, **history), unlearning)
     # Without unlearning, and by another rule for scales, they do.
     check_batches(arguments(**_DELAYED, **history), UnlearnConfig())
     check_batches(arguments(**_DELAYED | {"fp8_recipe": "tensorwise"}, **history), unlearning)
     right = {"fp8_amax_history_len": 8, "fp8_amax_compute_algo": "max"}
+    interleaved = {"virtual_pipeline_model_parallel_size": 2} | right
+    with pytest.raises(ConfigError, match="at least 16, the passes of a step"):
+        check_batches(arguments(**_DELAYED, **interleaved), unlearning)
     check_batches(arguments(**_DELAYED, **right), unlearning)
